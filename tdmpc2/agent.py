@@ -1,0 +1,329 @@
+"""Acting: `TDMPC2` replans at every step; `SpeculativeAgent` executes several steps of each plan.
+
+Both act for a batch of environments at once, each row with an episode of its own. What an agent remembers
+of an episode begins with `reset(mask)`. One robot is a batch of one, and may leave the batch axis out.
+
+What the speculative agent keeps for each row, in an example with execution horizon 4, planning horizon 3
+and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's mean:
+
+    step in plan k   planned action   predicted latent     executed
+    0                a0               z_0, the real one    a0
+    1                a1               y1 = d(z_0, a0)      b1 = c(z_1, y1, a1)
+    2                a2               y2 = d(y1, b1)       b2 = c(z_2, y2, a2)
+    3 (past H)       pi(y3)           y3 = d(y2, b2)       b3 = c(z_3, y3, pi(y3))
+    4                a replan is due: k = 0 again
+"""
+
+import math
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import PlannerConfig, SpeculationConfig, discount_of
+from .corrector import BaseCorrector, CorrectorInput, load_corrector
+from .errors import ConfigError, ObservationError
+from .mismatch import mismatch
+from .planner import NoiseSource, Plan, Planner, warm_start
+from .world_model.checkpoint import fingerprint, load_world_model, read_config
+from .world_model.model import WorldModel
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+class Kind(IntEnum):
+    """What an agent did in a step."""
+
+    PLANNED = 0  # a replan was due; its first action
+    CORRECTED = 1  # a later action of the plan, corrected
+    OPEN_LOOP = 2  # a later action of the plan, as it was planned
+    FALLBACK = 3  # the mismatch was too large: replanned, the new plan's first action
+    PRIOR = 4  # the policy prior's action; no plan was made
+
+
+class StepInfo(NamedTuple):
+    """What happened in the last `act`, row by row."""
+
+    kind: Tensor  # [B] long, values of Kind
+    k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
+    mismatch: Tensor  # [B], NaN where a replan was due
+    correction: Tensor  # [B], norm of what the corrector added to the planned action
+
+
+class TDMPC2:
+    """The teacher: a world model, a planner and its warm start, replanning at every step.
+
+    Args:
+        model: the world model, on the device to act on.
+        planner: the planning budget.
+        discount: per agent step.
+        num_envs: rows of the batch.
+        seed: of the planner's noise.
+        task: index of the task, for a multi-task model.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        planner: PlannerConfig,
+        *,
+        discount: float = 0.99,
+        num_envs: int = 1,
+        seed: int = 0,
+        task: int | None = None,
+    ):
+        if model.config.num_tasks and not (task is not None and 0 <= task < model.config.num_tasks):
+            raise ConfigError(
+                f"a multi-task model needs the index of its task, 0 to {model.config.num_tasks - 1}"
+            )
+        self.model, self.num_envs = model, num_envs
+        self.device = next(model.parameters()).device
+        self.planner = Planner(model, planner, discount, NoiseSource(seed, self.device))
+        self.task = None
+        if model.config.num_tasks:
+            self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
+        shape = (num_envs, planner.horizon, model.config.action_dim)
+        self._mean = torch.zeros(shape, device=self.device)
+        self._one_step = torch.ones(num_envs, dtype=torch.long, device=self.device)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Begin an episode in the rows `mask` `[B]` bool, or in all."""
+        self._mean[slice(None) if mask is None else mask] = 0.0
+
+    @torch.no_grad()
+    def act(self, obs: Array, *, eval_mode: bool = True) -> Array:
+        """Action `[B, A]` for observations `[B, *obs_shape]` (or both without B); same kind of array.
+
+        Args:
+            obs: numpy array or tensor.
+            eval_mode: False adds the planner's exploration noise.
+
+        Raises:
+            ObservationError: wrong shape, or not finite.
+        """
+        action = self.plan(self.encode(obs), eval_mode=eval_mode).actions[:, 0]
+        return like(action, obs, self.model)
+
+    @torch.no_grad()
+    def encode(self, obs: np.ndarray | Tensor) -> Tensor:
+        """Latents `[B, L]` of checked observations `[B, *obs_shape]` or `[*obs_shape]`."""
+        shape = self.model.config.obs_shape
+        x = torch.as_tensor(obs)
+        if tuple(x.shape) == shape:
+            x = x[None]
+        if tuple(x.shape) != (self.num_envs, *shape):
+            raise ObservationError(
+                f"observation has shape {tuple(x.shape)}; this agent takes {(self.num_envs, *shape)}: "
+                "the checkpoint may be of another task"
+            )
+        if not self.model.config.pixels:
+            x = x.to(self.device, torch.float32)
+            if not x.isfinite().all():
+                raise ObservationError("observation holds NaN or infinity: check the environment")
+        return self.model.encode(x.to(self.device), self.task)
+
+    @torch.no_grad()
+    def plan(
+        self,
+        z: Tensor,
+        rows: Tensor | None = None,
+        executed: Tensor | None = None,
+        *,
+        eval_mode: bool = True,
+    ) -> Plan:
+        """Plan from latents `[R, L]` for the rows `[R]`, and keep the mean for their next warm start.
+
+        Args:
+            z: one latent a row.
+            rows: indices; None for all.
+            executed: `[R]` steps executed since each row's last plan; None for one each.
+            eval_mode: False adds exploration noise.
+        """
+        index: slice | Tensor = slice(None) if rows is None else rows
+        executed = self._one_step[index] if executed is None else executed
+        start = warm_start(self._mean[index], executed)
+        task = None if self.task is None else self.task[index]
+        plan = self.planner.plan(z, start, eval_mode=eval_mode, task=task)
+        self._mean[index] = plan.mean
+        return plan
+
+
+class SpeculativeAgent:
+    """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
+
+    Args:
+        teacher: plans, and tells the number of rows.
+        config: the mode of execution.
+        corrector: corrects the steps after the first; None executes them as planned.
+    """
+
+    def __init__(
+        self,
+        teacher: TDMPC2,
+        config: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+    ):
+        if config.execution_horizon < 1:
+            raise ConfigError(f"execution_horizon={config.execution_horizon}: must be at least 1")
+        horizon = teacher.planner.config.horizon
+        self.plan_length = horizon if config.plan_length is None else config.plan_length
+        if not 0 <= self.plan_length <= horizon:
+            raise ConfigError(f"plan_length={config.plan_length}: must be from 0 to the horizon, {horizon}")
+        self.teacher, self.config, self.corrector = teacher, config, corrector
+        self._threshold = math.inf if config.threshold is None else config.threshold
+        n, model = teacher.num_envs, teacher.model
+        latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
+        window = 1 if corrector is None else corrector.window
+        self._actions = torch.zeros(n, horizon, action, device=device)
+        self._z_pred = torch.zeros(n, latent, device=device)
+        self._k = torch.full((n,), config.execution_horizon, device=device)
+        self._history = CorrectorInput(
+            z=torch.zeros(n, window, latent, device=device),
+            z_pred=torch.zeros(n, window, latent, device=device),
+            planned=torch.zeros(n, window, action, device=device),
+            k=torch.zeros(n, window, dtype=torch.long, device=device),
+            valid=torch.zeros(n, window, dtype=torch.bool, device=device),
+        )
+        self.info: StepInfo | None = None
+
+    @property
+    def num_envs(self) -> int:
+        return self.teacher.num_envs
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Begin an episode in the rows `mask` `[B]` bool, or in all."""
+        index: slice | Tensor = slice(None) if mask is None else mask
+        self.teacher.reset(mask)
+        self._k[index] = self.config.execution_horizon  # a replan is due
+        self._history.valid[index] = False
+
+    @torch.no_grad()
+    def act(self, obs: Array, plan: Plan | None = None) -> Array:
+        """Action `[B, A]` for observations `[B, *obs_shape]` (or both without B); same kind of array.
+
+        `info` then says what happened.
+
+        Args:
+            obs: numpy array or tensor.
+            plan: one plan for every row, used wherever a replan is due instead of asking the teacher.
+
+        Raises:
+            ObservationError: wrong shape, or not finite.
+        """
+        model, k = self.teacher.model, self._k
+        z = self.teacher.encode(obs)
+        due = k >= self.config.execution_horizon
+        drift = mismatch(z, self._z_pred).masked_fill(due, torch.nan)
+        fallback = drift > self._threshold
+        replan = due | fallback
+        k_seen = torch.where(fallback, k, torch.where(due, 0, k))
+        if replan.any():
+            self._replan(z, replan.nonzero().squeeze(1), plan)
+
+        planned = self._planned_action()
+        self._remember(z, planned)
+        action = planned
+        if self.corrector is not None and not replan.all():
+            action = torch.where(replan[:, None], planned, self.corrector(self._history))
+        self._z_pred = model.next(self._z_pred, action, self.teacher.task)
+        self._k = self._k + 1
+
+        later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
+        first = Kind.PLANNED if self.plan_length else Kind.PRIOR
+        kind = torch.where(replan, torch.where(fallback, Kind.FALLBACK, first), later)
+        self.info = StepInfo(kind, k_seen, drift, (action - planned).norm(dim=-1))
+        return like(action, obs, model)
+
+    def _replan(self, z: Tensor, rows: Tensor, plan: Plan | None) -> None:
+        """Put `rows` at step 0 of a fresh plan."""
+        if self.plan_length:
+            if plan is None:
+                self._actions[rows] = self.teacher.plan(z[rows], rows, self._k[rows]).actions
+            else:
+                self._actions[rows] = plan.actions[rows]
+        self._z_pred[rows] = z[rows]
+        self._k[rows] = 0
+
+    def _planned_action(self) -> Tensor:
+        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the predicted latent."""
+        in_plan = self._k < self.plan_length
+        index = self._k.clamp(max=self._actions.shape[1] - 1)[:, None, None]
+        planned = self._actions.gather(1, index.expand(-1, 1, self._actions.shape[2])).squeeze(1)
+        if in_plan.all():
+            return planned
+        prior = self.teacher.model.pi(self._z_pred, self.teacher.task).action
+        return torch.where(in_plan[:, None], planned, prior)
+
+    def _remember(self, z: Tensor, planned: Tensor) -> None:
+        """Append this step to the corrector's history; the newest step is the last of the window."""
+        step = (z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
+        for window, value in zip(self._history, step, strict=True):
+            window[:, :-1] = window[:, 1:].clone()
+            window[:, -1] = value
+
+
+def like(action: Tensor, obs: Array, model: WorldModel) -> Array:
+    """`action` `[B, A]` as the kind of array that `obs` is, without B where `obs` has none."""
+    if obs.ndim == len(model.config.obs_shape):
+        action = action[0]
+    return action if isinstance(obs, Tensor) else action.cpu().numpy()  # type: ignore[return-value]
+
+
+def load_teacher(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    planner: PlannerConfig | None = None,
+    discount: float | None = None,
+    num_envs: int = 1,
+    seed: int = 0,
+    task: int | None = None,
+) -> TDMPC2:
+    """The teacher of a checkpoint: an original `.pt` file or a folder of ours.
+
+    Args:
+        path: the checkpoint.
+        device: to act on.
+        planner: the planning budget; None for the one saved in the folder, or the published one.
+        discount: None for the one saved in the folder, or that of episodes of 500 steps.
+        num_envs: rows of the batch.
+        seed: of the planner's noise.
+        task: index of the task, for a multi-task model.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, foreign or unsafe.
+    """
+    model = load_world_model(path, device)
+    saved = read_config(path) if Path(path).is_dir() else {}
+    if planner is None:
+        planner = PlannerConfig(**saved["planner"]) if "planner" in saved else PlannerConfig()
+    if discount is None:
+        discount = saved.get("discount", discount_of(500))
+    return TDMPC2(model, planner, discount=discount, num_envs=num_envs, seed=seed, task=task)
+
+
+def load_agent(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    num_envs: int = 1,
+    seed: int = 0,
+    task: int | None = None,
+) -> "TDMPC2 | SpeculativeAgent":
+    """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
+
+    Args and raises as `load_teacher`.
+    """
+    teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task)
+    saved = read_config(path) if Path(path).is_dir() else {}
+    if "speculation" not in saved:
+        return teacher
+    config = SpeculationConfig(**saved["speculation"])
+    corrector = None
+    if config.corrector:
+        folder = Path(path) / "correctors" / config.corrector
+        corrector = load_corrector(folder, fingerprint(teacher.model), device)
+    return SpeculativeAgent(teacher, config, corrector)

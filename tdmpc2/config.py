@@ -1,0 +1,120 @@
+"""Every number that the parts are built from: one frozen dataclass per part.
+
+Names and defaults are those of the TD-MPC2 paper (Hansen, Su, Wang 2024, appendix "Hyperparameters")
+unless a comment says otherwise. Scripts combine the parts by inheritance, so that a user types
+`num_samples=256`, and a script's config *is* a `PlannerConfig` wherever one is wanted.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """Architecture of a world model; for a checkpoint it is read off the file's tensors."""
+
+    obs_shape: tuple[int, ...]  # (obs_dim,) for states, (channels, 64, 64) for pixels
+    action_dim: int
+    enc_dim: int = 256
+    num_enc_layers: int = 2
+    num_channels: int = 32  # of the pixel encoder
+    mlp_dim: int = 512
+    latent_dim: int = 512
+    num_q: int = 5
+    num_bins: int = 101
+    vmin: float = -10.0  # symlog units
+    vmax: float = 10.0
+    simnorm_dim: int = 8  # entries per simplex
+    dropout: float = 0.01  # first layer of each Q head, in training only
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
+    episodic: bool = False  # has a termination head
+    num_tasks: int = 0  # 0: single-task, without an embedding
+    task_dim: int = 0  # 96 in the published multi-task models
+    action_dims: tuple[int, ...] = ()  # per task, of the actions that are not padding
+
+    @property
+    def pixels(self) -> bool:
+        return len(self.obs_shape) == 3
+
+
+# Millions of parameters: the widths that the paper's model sizes stand for.
+MODEL_SIZES: dict[int, dict[str, int]] = {
+    1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
+    5: dict(enc_dim=256, mlp_dim=512, latent_dim=512, num_enc_layers=2, num_q=5),
+    19: dict(enc_dim=1024, mlp_dim=1024, latent_dim=768, num_enc_layers=3, num_q=5),
+    48: dict(enc_dim=1792, mlp_dim=1792, latent_dim=768, num_enc_layers=4, num_q=5),
+    317: dict(enc_dim=4096, mlp_dim=4096, latent_dim=1376, num_enc_layers=5, num_q=8),
+}
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """MPPI in latent space. The planning budget is samples x iterations x horizon."""
+
+    horizon: int = 3  # steps
+    iterations: int = 6
+    num_samples: int = 512
+    num_elites: int = 64
+    num_pi_trajs: int = 24  # samples that follow the policy prior
+    temperature: float = 0.5
+    min_std: float = 0.05  # of an action in [-1, 1]
+    max_std: float = 2.0
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """One gradient step on the world model and the policy prior."""
+
+    batch_size: int = 256
+    lr: float = 3e-4
+    enc_lr_scale: float = 0.3
+    grad_clip_norm: float = 20.0
+    tau: float = 0.01  # of the target networks and of the running Q scale
+    rho: float = 0.5  # weight of a loss t steps ahead: rho^t
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    value_coef: float = 0.1
+    termination_coef: float = 1.0
+    entropy_coef: float = 1e-4
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How a plan is executed. A mode of execution is one value of this class.
+
+    Replanning at every step, the baseline: `execution_horizon=1`. Naive open loop: `3`. The policy prior
+    alone: `execution_horizon=1, plan_length=0`, for then no step of any plan is used.
+    """
+
+    execution_horizon: int = 3  # K: steps executed per plan
+    threshold: float | None = None  # mismatch above which the agent replans; None: never
+    corrector: str = ""  # name of the corrector that corrects steps 1 .. K-1; "" for none
+    plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
+
+
+@dataclass(frozen=True)
+class CorrectorConfig:
+    """Architecture of a corrector."""
+
+    latent_dim: int
+    action_dim: int
+    architecture: str = "two_tower"  # or "temporal"
+    width: int = 256
+    window: int = 8  # W: steps of history that the temporal corrector sees
+    num_layers: int = 2  # of the temporal corrector
+    num_heads: int = 4
+    max_k: int = 64  # steps in plan with an embedding of their own
+
+
+def part(cls: type[T], config: Any) -> T:
+    """The `cls` part of a config that inherits from it, e.g. `part(PlannerConfig, train_config)`."""
+    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def discount_of(episode_length: int) -> float:
+    """Discount for an episode of that many agent steps (TD-MPC2's heuristic; 500 steps: 0.99)."""
+    frac = episode_length / 5.0
+    return min(max((frac - 1.0) / frac, 0.95), 0.995)

@@ -1,0 +1,146 @@
+"""The dm_control suite under TD-MPC2's task names.
+
+A name is the domain, a dash, and the task with its underscores turned into dashes: `walker-walk`,
+`cartpole-balance-sparse`, `ball_in_cup-catch`. The published short names `cup-catch` and
+`pointmass-easy` are understood too; a lookup takes dashes, underscores and cases as the same.
+"""
+
+import ctypes
+import os
+import sys
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
+
+from tdmpc2.errors import EnvironmentFailure
+
+ACTION_REPEAT = 2
+EPISODE_STEPS = 500  # agent steps: 1000 control steps, the suite's own episode
+ALIASES = {"ball_in_cup": "cup", "point_mass": "pointmass"}
+CAMERAS = {"quadruped": 2}  # every other domain is seen by its camera 0
+UNBOUNDED = 1e10  # what dm_control reports as the bound of an actuator that has none (only lqr)
+
+
+class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
+    """One suite task, an action held for two control steps, without a time limit.
+
+    Observation: float32 `[obs]`, the task's entries in the task's own order (published checkpoints
+    depend on it). Action: float64 `[A]` in the actuators' bounds, or [-1, 1] where they have none.
+    `render()` returns uint8 `[render_size, render_size, 3]`. `physics` and `task` are dm_control's.
+    """
+
+    render_mode = "rgb_array"
+
+    def __init__(self, domain: str, task: str, render_size: int = 384) -> None:
+        # No time limit: where an episode ends without the task's doing is Gymnasium's TimeLimit.
+        self.env = _suite().load(domain, task, task_kwargs={"time_limit": float("inf")})
+        self.physics, self.task = self.env.physics, self.env.task
+        self.camera, self.render_size = CAMERAS.get(domain, 0), render_size
+        fps = 1 / (ACTION_REPEAT * self.env.control_timestep())
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(fps)}
+        # dm_control's tasks inherit a `get_termination` that never terminates.
+        self.episodic = "get_termination" in {k for c in type(self.task).__mro__[:-1] for k in vars(c)}
+
+        obs_dim = sum(int(np.prod(s.shape)) for s in self.env.observation_spec().values())
+        self.observation_space = Box(-np.inf, np.inf, (obs_dim,), np.float32)
+        spec = self.env.action_spec()
+        bounded = spec.maximum < UNBOUNDED
+        low, high = np.where(bounded, spec.minimum, -1.0), np.where(bounded, spec.maximum, 1.0)
+        self.action_space = Box(low, high, dtype=np.float64)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.task.random.seed(seed % 2**32)  # the range of NumPy's RandomState
+        return _flatten(self.env.reset().observation), {}
+
+    def step(
+        self, action: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        reward = 0.0
+        for _ in range(ACTION_REPEAT):
+            step = self.env.step(action)
+            reward += step.reward
+            if step.last():
+                break
+        return _flatten(step.observation), reward, step.discount == 0, False, {}
+
+    def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
+        size = self.render_size
+        try:
+            return self.physics.render(size, size, camera_id=self.camera)
+        except Exception as error:  # every OpenGL platform fails in its own way
+            raise _no_rendering(error) from error
+
+    def close(self) -> None:
+        self.env.close()
+
+
+@cache
+def tasks() -> dict[str, tuple[str, str]]:
+    """Every name of every suite task, the published one first, with its domain and task."""
+    names = {}
+    for domain, task in _suite().ALL_TASKS:
+        for prefix in dict.fromkeys((ALIASES.get(domain, domain), domain)):
+            names[f"{prefix}-{task.replace('_', '-')}"] = (domain, task)
+    return names
+
+
+def find(name: str) -> tuple[str, str] | None:
+    """Domain and task of a name, or None where the suite has no such task."""
+    return _normalised().get(_normalise(name))
+
+
+@cache
+def _normalised() -> dict[str, tuple[str, str]]:
+    return {_normalise(name): task for name, task in tasks().items()}
+
+
+def _normalise(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:
+    return np.concatenate([np.ravel(v) for v in observation.values()], dtype=np.float32)
+
+
+@cache
+def _suite() -> ModuleType:
+    """dm_control's suite, imported on first use: the import already chooses how to render.
+
+    Without a display dm_control would still choose GLFW, which then cannot open a window.
+    """
+    displays = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
+        os.environ["MUJOCO_GL"] = _headless_backend()
+    try:
+        from dm_control import suite
+    except Exception as error:  # a MUJOCO_GL that this machine does not have fails here
+        raise _no_rendering(error) from error
+    return suite
+
+
+def _headless_backend() -> str:
+    for backend, library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            continue
+        return backend
+    return "disabled"
+
+
+def _no_rendering(error: Exception) -> EnvironmentFailure:
+    backend = os.environ.get("MUJOCO_GL", "chosen by dm_control")
+    return EnvironmentFailure(
+        f"rendering does not work here (MUJOCO_GL: {backend}; {type(error).__name__}): install "
+        "libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa (Debian's package "
+        "names); states need no rendering: MUJOCO_GL=disabled"
+    )

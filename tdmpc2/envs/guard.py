@@ -1,0 +1,83 @@
+"""The door of every environment: what is wrong inside leaves it as one named error."""
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from tdmpc2.errors import EnvironmentFailure, ObservationError, TDMPC2Error
+
+Array = NDArray[Any]
+
+
+class Guard(gymnasium.Wrapper[Array, Array, Array, Array]):
+    """Outermost wrapper: checks what comes out, names what goes wrong, knows the task.
+
+    The first `reset()` without a seed takes the constructor's. Observations are the caller's to
+    keep. Raises `EnvironmentFailure` where the environment raises, returns a reward that is not
+    finite, or is stepped outside an episode; `ObservationError` for an observation that is not
+    finite or not of the observation space's shape and dtype.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env[Array, Array], task: str, seed: int, steps: int, episodic: bool
+    ) -> None:
+        super().__init__(env)
+        self.task = task
+        self.max_episode_steps = steps
+        self.episodic = episodic
+        self._seed: int | None = seed
+        self._step: int | None = None  # of the running episode; None outside one
+        self.action_space.seed(seed)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        seed, self._seed = self._seed if seed is None else seed, None
+        self._step = None
+        try:
+            obs, info = self.env.reset(seed=seed, options=options)
+        except Exception as error:
+            raise self._failure("reset", error) from error
+        self._step = 0
+        return self._checked(obs), info
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        if self._step is None:
+            raise EnvironmentFailure(f"{self.task}: no episode is running, call reset() first")
+        self._step += 1
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            reward = float(reward)
+        except Exception as error:
+            raise self._failure(f"step {self._step}", error) from error
+        if not math.isfinite(reward):
+            raise EnvironmentFailure(f"{self.task}: the reward at step {self._step} is {reward}")
+        obs = self._checked(obs)
+        if terminated or truncated:
+            self._step = None
+        return obs, reward, bool(terminated), bool(truncated), info
+
+    def _checked(self, obs: Array) -> Array:
+        obs = np.array(obs)  # a copy: some environments write every observation into one buffer
+        space = self.observation_space
+        if obs.shape != space.shape or obs.dtype != space.dtype:
+            raise ObservationError(
+                f"{self.task}: the observation at step {self._step} is {obs.dtype} "
+                f"{list(obs.shape)}, expected {space.dtype} {list(space.shape or ())}"
+            )
+        if obs.dtype != np.uint8 and not np.isfinite(obs).all():
+            where = np.flatnonzero(~np.isfinite(obs))[0]
+            raise ObservationError(
+                f"{self.task}: entry {where} of the observation at step {self._step} is {obs[where]}"
+            )
+        return obs
+
+    def _failure(self, where: str, error: Exception) -> TDMPC2Error:
+        self._step = None
+        if isinstance(error, TDMPC2Error):
+            return type(error)(f"{self.task}: {error}")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return EnvironmentFailure(f"{self.task}: the environment failed at {where}: {reason}")

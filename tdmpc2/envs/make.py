@@ -1,0 +1,96 @@
+"""From a task's name to its environment.
+
+    state    dm_control | Gymnasium -> TimeLimit -> actions in [-1, 1] -> Guard
+    pixels   dm_control -> TimeLimit -> frames [64, 64, 3] -> last three, [9, 64, 64] -> ... Guard
+"""
+
+from difflib import get_close_matches
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.wrappers import (
+    AddRenderObservation,
+    FrameStackObservation,
+    TimeLimit,
+    TransformObservation,
+)
+
+from tdmpc2.envs import dmc, gym
+from tdmpc2.envs.gym import Env
+from tdmpc2.envs.guard import Guard
+from tdmpc2.errors import ConfigError, TaskError
+
+FRAME_SIZE = 64  # pixels
+FRAMES = 3
+
+
+def make_env(task: str, seed: int = 0, obs: str = "state") -> Env:
+    """The environment of a task, e.g. `walker-walk`, `Hopper-v5`, `my_package:MyEnv-v0`.
+
+    Observation: float32 `[obs]`, or for `obs="rgb"` (dm_control only) uint8 `[9, 64, 64]`: the
+    last three frames, oldest first. Action: float32 `[A]` in [-1, 1]. dm_control tasks hold an
+    action for two control steps, sum the rewards, and last 500 agent steps.
+
+    `seed` is that of the first `reset()`; `reset(seed=s)` makes an episode depend on `s` alone, and
+    `reset()` goes on from there. Raises `TaskError` for an unknown or unfit task, and while running
+    what `Guard` says.
+    """
+    if obs not in ("state", "rgb"):
+        raise ConfigError(f"obs={obs!r}: choose 'state' or 'rgb'")
+    if found := dmc.find(task):
+        return _make_dm_control(task, *found, seed, obs)
+    if not gym.is_registered(task):
+        raise TaskError(_unknown(task))
+    if obs == "rgb":
+        raise TaskError(f"{task}: pixels (obs=rgb) exist for dm_control tasks only")
+    env = gym.make(task)
+    return Guard(env, task, seed, gym.steps(env), gym.is_episodic(env))
+
+
+def list_tasks() -> list[str]:
+    """Every built-in task by its published name: the dm_control suite, then Gymnasium's."""
+    published = {task: name for name, task in reversed(dmc.tasks().items())}
+    return sorted(published.values()) + sorted(gym.tasks())
+
+
+def max_episode_steps(env: gymnasium.Env) -> int:
+    """Agent steps after which an episode is cut off, of an environment made by `make_env`."""
+    return env.get_wrapper_attr("max_episode_steps")
+
+
+def is_episodic(env: gymnasium.Env) -> bool:
+    """Whether an environment made by `make_env` may end an episode before its time limit.
+
+    False for the dm_control suite (but lqr) and for Gymnasium's tasks without a termination; True
+    for every other Gymnasium id, for a user's own too.
+    """
+    return env.get_wrapper_attr("episodic")
+
+
+def _make_dm_control(name: str, domain: str, task: str, seed: int, obs: str) -> Env:
+    if obs == "state":
+        base = dmc.DmControl(domain, task)
+    else:
+        base = dmc.DmControl(domain, task, render_size=FRAME_SIZE)
+    env: Env = TimeLimit(base, dmc.EPISODE_STEPS)
+    if obs == "rgb":
+        env = _stack_frames(AddRenderObservation(env))
+    env = gym.rescale_action(env)
+    return Guard(env, name, seed, dmc.EPISODE_STEPS, base.episodic)
+
+
+def _stack_frames(env: Env) -> Env:
+    """Frames `[64, 64, 3]` to the last three, channels first; an episode starts with one thrice."""
+    stacked = FrameStackObservation(env, FRAMES, padding_type="reset")  # [3, 64, 64, 3]
+    space = Box(0, 255, (3 * FRAMES, FRAME_SIZE, FRAME_SIZE), np.uint8)
+    return TransformObservation(
+        stacked, lambda frames: frames.transpose(0, 3, 1, 2).reshape(space.shape), space
+    )
+
+
+def _unknown(task: str) -> str:
+    names = {name.lower(): name for name in [*dmc.tasks(), *gym.tasks()]}
+    near = [names[match] for match in get_close_matches(task.lower(), names, n=3)]
+    hint = f"did you mean {', '.join(near)}?" if near else "tdmpc2.envs.list_tasks() has all names"
+    return f"unknown task {task!r}; {hint}"

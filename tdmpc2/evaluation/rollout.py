@@ -1,0 +1,153 @@
+"""Episodes of an agent on the real simulator, recorded step by step."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch
+
+from ..agent import TDMPC2, Kind, SpeculativeAgent
+
+
+class Rollout(NamedTuple):
+    """Raw results of one mode; the columns are those of `episodes.csv` and `steps.csv`."""
+
+    episodes: pd.DataFrame  # seed, return, length, terminated, planner_calls, fallbacks
+    steps: pd.DataFrame  # seed, t, kind, k, mismatch, delta_a, reward, teacher_distance
+
+
+def rollout(
+    agent: SpeculativeAgent,
+    env_of: Callable[[], gym.Env],
+    seeds: Sequence[int],
+    *,
+    labeller: TDMPC2 | None = None,
+    on_step: Callable[[int], None] = lambda episodes_done: None,
+) -> Rollout:
+    """Run one episode for every seed, `agent.num_envs` at a time.
+
+    Args:
+        agent: its rows take the seeds in turn; a row that ends its episode begins the next one.
+        env_of: makes one environment.
+        seeds: of the episodes' initial states.
+        labeller: a teacher that plans at every state, to measure how far the executed action is from
+            its own (the mean of its plan's distribution); that column is NaN without one.
+        on_step: called after every step of the batch with the number of episodes that have ended.
+
+    Returns:
+        One row an episode and one row a step, in the order of the seeds.
+    """
+    n = min(agent.num_envs, len(seeds))
+    if agent.num_envs > len(seeds):
+        raise ValueError(f"{agent.num_envs} environments for {len(seeds)} seeds")
+    envs = [env_of() for _ in range(n)]
+    waiting = list(seeds)[::-1]
+    row_seed = [waiting.pop() for _ in range(n)]
+    obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, row_seed, strict=True)])
+    agent.reset()
+    if labeller is not None:
+        labeller.reset()
+    running, t = np.ones(n, dtype=bool), np.zeros(n, dtype=int)
+    steps: list[tuple] = []
+    terminated_seeds: set[int] = set()
+    while running.any():
+        action = agent.act(obs)
+        info = agent.info
+        assert info is not None
+        distance = np.full(n, np.nan)
+        if labeller is not None:
+            label = labeller.plan(labeller.encode(obs)).mean[:, 0].cpu().numpy()
+            distance = np.linalg.norm(action - label, axis=-1)
+        kind, k, drift, delta = (x.tolist() for x in info)
+        ended = np.zeros(n, dtype=bool)
+        for i in np.flatnonzero(running):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
+            name = Kind(kind[i]).name.lower()
+            steps.append(
+                (row_seed[i], t[i], name, k[i], drift[i], delta[i], float(reward), distance[i])
+            )
+            t[i] += 1
+            if terminated:
+                terminated_seeds.add(row_seed[i])
+            if terminated or truncated:
+                ended[i] = True
+                if waiting:
+                    row_seed[i], t[i] = waiting.pop(), 0
+                    obs[i], _ = envs[i].reset(seed=row_seed[i])
+                else:
+                    running[i] = False
+        if ended.any():
+            agent.reset(torch.from_numpy(ended))
+            if labeller is not None:
+                labeller.reset(torch.from_numpy(ended))
+        on_step(len(seeds) - len(waiting) - int(running.sum()))
+    for env in envs:
+        env.close()
+    columns = ["seed", "t", "kind", "k", "mismatch", "delta_a", "reward", "teacher_distance"]
+    table = pd.DataFrame(steps, columns=columns)
+    order = {seed: i for i, seed in enumerate(seeds)}
+    table = table.sort_values(by=["seed", "t"], key=lambda c: c.map(order) if c.name == "seed" else c)
+    table = table.reset_index(drop=True)
+    return Rollout(_episodes(table, seeds, terminated_seeds), table)
+
+
+def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -> pd.DataFrame:
+    planner_kinds = [Kind.PLANNED.name.lower(), Kind.FALLBACK.name.lower()]
+    by_seed = steps.groupby("seed")
+    return pd.DataFrame(
+        {
+            "seed": list(seeds),
+            "return": by_seed["reward"].sum().loc[list(seeds)].to_numpy(),
+            "length": by_seed.size().loc[list(seeds)].to_numpy(),
+            "terminated": [seed in terminated for seed in seeds],
+            "planner_calls": steps["kind"].isin(planner_kinds).groupby(steps["seed"]).sum()
+            .loc[list(seeds)].to_numpy(),
+            "fallbacks": (steps["kind"] == "fallback").groupby(steps["seed"]).sum()
+            .loc[list(seeds)].to_numpy(),
+        }
+    )  # fmt: skip
+
+
+def measure_latency(
+    agents: dict[str, SpeculativeAgent],
+    env_of: Callable[[], gym.Env],
+    seed: int,
+    steps: int,
+    warm_up: int = 20,
+) -> pd.DataFrame:
+    """Time of single `act` calls at batch 1, the modes taking turns, so that noise hits all alike.
+
+    Args:
+        agents: of one row each.
+        env_of: makes one environment; every mode has its own.
+        seed: of the initial state.
+        steps: measured steps a mode.
+        warm_up: steps before the first measured one.
+
+    Returns:
+        Columns `mode, t, kind, act_ms`, in the order of `agents` within each step.
+    """
+    envs = {mode: env_of() for mode in agents}
+    obs = {mode: env.reset(seed=seed)[0] for mode, env in envs.items()}
+    for agent in agents.values():
+        agent.reset()
+    rows = []
+    for t in range(-warm_up, steps):
+        for mode, agent in agents.items():
+            start = time.perf_counter()
+            action = agent.act(obs[mode])
+            seconds = time.perf_counter() - start
+            assert agent.info is not None
+            if t >= 0:
+                kind = Kind(int(agent.info.kind[0])).name.lower()
+                rows.append((mode, t, kind, 1e3 * seconds))
+            obs[mode], _, terminated, truncated, _ = envs[mode].step(action)
+            if terminated or truncated:
+                obs[mode], _ = envs[mode].reset()
+                agent.reset()
+    for env in envs.values():
+        env.close()
+    return pd.DataFrame(rows, columns=["mode", "t", "kind", "act_ms"])

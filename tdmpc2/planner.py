@@ -1,0 +1,162 @@
+"""MPPI in latent space: latents in, a `Plan` out. Knows the world model and nothing of any agent.
+
+The planner samples action sequences around a Gaussian, scores them by predicted reward plus the value at
+the horizon, refits the Gaussian to the best of them (the elites), and finally draws one elite by score
+(paper, section 3.2 and appendix). Inside, sequences are laid out `[H, B, N, A]`: time first, then the
+batch of latents, then the samples of each.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import PlannerConfig
+from .world_model.model import WorldModel
+
+
+class Plan(NamedTuple):
+    """One plan for each latent of a batch."""
+
+    actions: Tensor  # [B, H, A], the elite that was drawn, in [-1, 1]
+    latents: Tensor  # [B, H+1, L], predicted for these actions; latents[:, 0] is where the plan starts
+    mean: Tensor  # [B, H, A], of the final distribution; the next plan's warm start
+    std: Tensor  # [B, H, A]
+    value: Tensor  # [B], predicted return of `actions`
+
+
+class NoiseSource:
+    """Where all of a planner's randomness comes from; tests put recorded noise in its place."""
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu"):
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.generator.device)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        exponential = torch.empty(*shape, device=self.generator.device)
+        return -exponential.exponential_(generator=self.generator).log()
+
+    def two_heads(self, num_q: int) -> Tensor:
+        """Two different Q heads `[2]`."""
+        order = torch.randperm(num_q, generator=self.generator, device=self.generator.device)
+        return order[:2]
+
+
+def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
+    """A plan's mean `[B, H, A]` moved on by the `steps` `[B]` executed since; zeros where it ends."""
+    horizon = mean.shape[1]
+    index = torch.arange(horizon, device=mean.device) + steps[:, None]
+    moved = mean.gather(1, index.clamp(max=horizon - 1)[..., None].expand_as(mean))
+    return moved * (index < horizon)[..., None]
+
+
+class Planner:
+    """MPPI over a world model.
+
+    Args:
+        model: what is planned in.
+        config: the planning budget and MPPI's constants.
+        discount: per agent step.
+        noise: source of all randomness.
+    """
+
+    def __init__(
+        self, model: WorldModel, config: PlannerConfig, discount: float, noise: NoiseSource
+    ):
+        self.model, self.config, self.discount, self.noise = model, config, discount, noise
+
+    @torch.no_grad()
+    def plan(
+        self,
+        z: Tensor,
+        mean: Tensor | None = None,
+        *,
+        eval_mode: bool = True,
+        task: Tensor | None = None,
+    ) -> Plan:
+        """Plan from latents `[B, L]`.
+
+        Args:
+            z: where to plan from.
+            mean: `[B, H, A]` start of the distribution's mean (see `warm_start`); zeros if None.
+            eval_mode: False adds exploration noise to the first action.
+            task: `[B]` task indices of a multi-task model.
+        """
+        c, model, noise = self.config, self.model, self.noise
+        batch, action_dim = z.shape[0], model.config.action_dim
+        tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples
+        mask = 1.0 if task is None else model.action_masks[task][None, :, None]  # [1, B, 1, A]
+
+        num_free = c.num_samples - c.num_pi_trajs
+        prior = self._policy_trajectories(z, tasks)  # [H, B, num_pi_trajs, A]
+        z_samples = z[:, None].expand(-1, c.num_samples, -1)
+        mean_t = z.new_zeros(c.horizon, batch, 1, action_dim)
+        if mean is not None:
+            mean_t = mean.transpose(0, 1)[:, :, None]
+        std = torch.full_like(mean_t, c.max_std)
+        for _ in range(c.iterations):
+            eps = noise.normal(c.horizon, batch, num_free, action_dim)
+            actions = torch.cat([prior, (mean_t + std * eps).clamp(-1, 1)], 2) * mask
+            value = self.estimate_value(z_samples, actions, tasks).nan_to_num(0.0)  # [B, N]
+            elite_value, index = value.topk(c.num_elites, dim=1)
+            elites = actions.gather(2, index[None, ..., None].expand(c.horizon, -1, -1, action_dim))
+            score = (c.temperature * (elite_value - elite_value[:, :1])).exp()
+            score = score / score.sum(1, keepdim=True)  # [B, num_elites]
+            weight = score[None, ..., None]
+            mean_t = (weight * elites).sum(2, keepdim=True) / (weight.sum(2, keepdim=True) + 1e-9)
+            variance = (weight * (elites - mean_t).square()).sum(2, keepdim=True)
+            std = (variance / (weight.sum(2, keepdim=True) + 1e-9)).sqrt()
+            std = std.clamp(c.min_std, c.max_std) * mask
+
+        drawn = (score.log() + noise.gumbel(batch, c.num_elites)).argmax(1)
+        rows = torch.arange(batch, device=z.device)
+        sequence = elites[:, rows, drawn]  # [H, B, A]
+        if not eval_mode:
+            explored = sequence[:1] + std[:1, :, 0] * noise.normal(1, batch, action_dim)
+            sequence = torch.cat([explored, sequence[1:]])
+        sequence = sequence.clamp(-1, 1)
+        latents = [z]
+        for action in sequence:
+            latents.append(model.next(latents[-1], action, task))
+        return Plan(
+            actions=sequence.transpose(0, 1),
+            latents=torch.stack(latents, 1),
+            mean=mean_t[:, :, 0].transpose(0, 1),
+            std=std[:, :, 0].transpose(0, 1),
+            value=elite_value[rows, drawn],
+        )
+
+    def _policy_trajectories(self, z: Tensor, tasks: Tensor | None) -> Tensor:
+        """Action sequences `[H, B, num_pi_trajs, A]` that follow the policy prior."""
+        c, model = self.config, self.model
+        action_dim = model.config.action_dim
+        noise = self.noise.normal(c.horizon, z.shape[0], c.num_pi_trajs, action_dim)
+        z = z[:, None].expand(-1, c.num_pi_trajs, -1)
+        actions = []
+        for t in range(c.horizon):
+            actions.append(model.pi(z, tasks, noise[t]).action)
+            if t < c.horizon - 1:
+                z = model.next(z, actions[t], tasks)
+        return torch.stack(actions)
+
+    def estimate_value(self, z: Tensor, actions: Tensor, tasks: Tensor | None) -> Tensor:
+        """Predicted return `[B, N]` of `actions` `[H, B, N, A]` from `z` `[B, N, L]` (paper, eq. 6).
+
+        The mean of two random Q heads stands for what comes after the horizon. In an episodic model
+        nothing counts after the first latent that is predicted to be terminal.
+        """
+        model = self.model
+        total = torch.zeros_like(z[..., 0])
+        discount = torch.ones_like(total)
+        for action in actions:
+            total = total + discount * model.reward(z, action, tasks)
+            z = model.next(z, action, tasks)
+            discount = discount * self.discount
+            if model.config.episodic:
+                discount = discount * (model.termination(z, tasks) <= 0.5)
+        noise = self.noise.normal(*actions.shape[1:])
+        action = model.pi(z, tasks, noise).action
+        heads = self.noise.two_heads(model.config.num_q)
+        return total + discount * model.value(z, action, tasks, heads=heads).mean(0)

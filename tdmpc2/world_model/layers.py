@@ -1,0 +1,119 @@
+"""The bricks of the world model: linear layers with an optional leading axis of heads, Mish, SimNorm.
+
+An MLP here is `hidden layers of (linear, LayerNorm, Mish)` and a last layer that is either plain or
+(linear, LayerNorm, SimNorm). With `heads=h` every parameter has a leading axis `h` and the output
+`[..., out]` becomes `[h, ..., out]`: an ensemble is one batched matrix product, not a loop.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SimNorm(nn.Module):
+    """Softmax over groups of `dim` entries: the latent is a product of simplices (paper, section 3.1)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.dim)).softmax(-1).flatten(-2)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis with one affine map per head."""
+
+    def __init__(self, dim: int, heads: int | None = None):
+        super().__init__()
+        lead = () if heads is None else (heads,)
+        self.weight = nn.Parameter(torch.ones(*lead, dim))
+        self.bias = nn.Parameter(torch.zeros(*lead, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
+        return F.layer_norm(x, x.shape[-1:]) * self.weight[:, None] + self.bias[:, None]
+
+
+class Linear(nn.Module):
+    """`x W^T + b`; with heads `[N, in]` or `[heads, N, in]` becomes `[heads, N, out]`."""
+
+    def __init__(self, in_dim: int, out_dim: int, heads: int | None = None):
+        super().__init__()
+        lead = () if heads is None else (heads,)
+        self.weight = nn.Parameter(torch.empty(*lead, out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(*lead, out_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        x = x.expand(self.weight.shape[0], *x.shape[-2:])
+        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+
+
+class NormedLinear(Linear):
+    """Linear, dropout (training only), LayerNorm, activation."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        activation: nn.Module,
+        heads: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__(in_dim, out_dim, heads)
+        self.ln = LayerNorm(out_dim, heads)
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if self.training and self.dropout > 0:
+            x = F.dropout(x, self.dropout)
+        return self.activation(self.ln(x))
+
+
+def mlp(
+    in_dim: int,
+    hidden: Sequence[int],
+    out_dim: int,
+    *,
+    last: nn.Module | None = None,
+    heads: int | None = None,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Hidden NormedLinear layers with Mish, then a Linear, or with `last` a NormedLinear with it.
+
+    Dropout acts on the first layer alone.
+    """
+    dims = [in_dim, *hidden]
+    layers: list[nn.Module] = [
+        NormedLinear(a, b, nn.Mish(), heads, dropout if i == 0 else 0.0)
+        for i, (a, b) in enumerate(zip(dims[:-1], dims[1:], strict=True))
+    ]
+    layers.append(
+        Linear(dims[-1], out_dim, heads)
+        if last is None
+        else NormedLinear(dims[-1], out_dim, last, heads)
+    )
+    return nn.Sequential(*layers)
+
+
+def pixel_encoder(channels_in: int, channels: int, last: nn.Module) -> nn.Sequential:
+    """Four convolutions on 64x64 images scaled to [-0.5, 0.5]; the latent is 16 x `channels`."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 7, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 5, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, stride=1),
+        nn.Flatten(),
+        last,
+    )
