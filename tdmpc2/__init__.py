@@ -3,15 +3,17 @@
 from .agent import TDMPC2, SpeculativeAgent, load_agent
 from .envs import make_env
 from .errors import TDMPC2Error
+from .version import __version__
 from .world_model import WorldModel, load_world_model
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "TDMPC2",
     "SpeculativeAgent",
     "TDMPC2Error",
     "WorldModel",
+    "__version__",
     "load_agent",
     "load_world_model",
     "make_env",

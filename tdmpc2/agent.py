@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import PlannerConfig, SpeculationConfig, discount_of
+from .config import PlannerConfig, SpeculationConfig, discount_of, published_budget
 from .corrector import BaseCorrector, CorrectorInput, load_corrector
 from .errors import ConfigError, ObservationError
 from .mismatch import mismatch
@@ -299,7 +299,8 @@ def load_teacher(
     model = load_world_model(path, device)
     saved = read_config(path) if Path(path).is_dir() else {}
     if planner is None:
-        planner = PlannerConfig(**saved["planner"]) if "planner" in saved else PlannerConfig()
+        budget = saved.get("planner")
+        planner = PlannerConfig(**budget) if budget else published_budget(model.config.action_dim)
     if discount is None:
         discount = saved.get("discount", discount_of(500))
     return TDMPC2(model, planner, discount=discount, num_envs=num_envs, seed=seed, task=task)

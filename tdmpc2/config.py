@@ -5,7 +5,7 @@ unless a comment says otherwise. Scripts combine the parts by inheritance, so th
 `num_samples=256`, and a script's config *is* a `PlannerConfig` wherever one is wanted.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -65,6 +65,28 @@ class PlannerConfig:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    """How the planner computes, not what: `tdmpc2.inference.fastest` knows what suits a device."""
+
+    precision: str = "float32"  # of matrix products in planning, or "bfloat16"
+    compile: bool = False  # takes tens of seconds at the first start of all, a few afterwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOverride:
+    """What a script's user changes of a checkpoint's own planning budget; None leaves it."""
+
+    num_samples: int | None = None
+    iterations: int | None = None
+    num_elites: int | None = None
+    num_pi_trajs: int | None = None
+
+    def apply(self, planner: PlannerConfig) -> PlannerConfig:
+        given = {f.name: getattr(self, f.name) for f in fields(BudgetOverride)}
+        return replace(planner, **{name: n for name, n in given.items() if n is not None})
+
+
+@dataclass(frozen=True)
 class UpdateConfig:
     """One gradient step on the world model and the policy prior."""
 
@@ -107,6 +129,12 @@ class CorrectorConfig:
     num_layers: int = 2  # of the temporal corrector
     num_heads: int = 4
     max_k: int = 64  # steps in plan with an embedding of their own
+
+
+def published_budget(action_dim: int) -> PlannerConfig:
+    """The published planning budget: two more iterations for 20 action dimensions and more."""
+    config = PlannerConfig()
+    return replace(config, iterations=config.iterations + 2 * (action_dim >= 20))
 
 
 def part(cls: type[T], config: Any) -> T:

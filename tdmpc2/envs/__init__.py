@@ -1,5 +1,5 @@
 """The world outside: Gymnasium environments by task name, in the form that TD-MPC2 expects."""
 
-from tdmpc2.envs.make import is_episodic, list_tasks, make_env, max_episode_steps
+from .make import is_episodic, list_tasks, make_env, max_episode_steps
 
 __all__ = ["is_episodic", "list_tasks", "make_env", "max_episode_steps"]

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from tdmpc2.errors import EnvironmentFailure
+from ..errors import EnvironmentFailure
 
 ACTION_REPEAT = 2
 EPISODE_STEPS = 500  # agent steps: 1000 control steps, the suite's own episode
@@ -37,14 +37,16 @@ class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
     render_mode = "rgb_array"
 
     def __init__(self, domain: str, task: str, render_size: int = 384) -> None:
-        # No time limit: where an episode ends without the task's doing is Gymnasium's TimeLimit.
-        self.env = _suite().load(domain, task, task_kwargs={"time_limit": float("inf")})
+        # No time limit: Gymnasium's TimeLimit does that. A fixed `random`: lqr draws its model from
+        # it; what is drawn later is seeded by `reset`.
+        kwargs = {"time_limit": float("inf"), "random": 0}
+        self.env = suite().load(domain, task, task_kwargs=kwargs)
         self.physics, self.task = self.env.physics, self.env.task
         self.camera, self.render_size = CAMERAS.get(domain, 0), render_size
         fps = 1 / (ACTION_REPEAT * self.env.control_timestep())
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": round(fps)}
         # dm_control's tasks inherit a `get_termination` that never terminates.
-        self.episodic = "get_termination" in {k for c in type(self.task).__mro__[:-1] for k in vars(c)}
+        self.episodic = type(self.task).get_termination.__qualname__ != "Task.get_termination"
 
         obs_dim = sum(int(np.prod(s.shape)) for s in self.env.observation_spec().values())
         self.observation_space = Box(-np.inf, np.inf, (obs_dim,), np.float32)
@@ -87,7 +89,7 @@ class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
 def tasks() -> dict[str, tuple[str, str]]:
     """Every name of every suite task, the published one first, with its domain and task."""
     names = {}
-    for domain, task in _suite().ALL_TASKS:
+    for domain, task in suite().ALL_TASKS:
         for prefix in dict.fromkeys((ALIASES.get(domain, domain), domain)):
             names[f"{prefix}-{task.replace('_', '-')}"] = (domain, task)
     return names
@@ -112,7 +114,7 @@ def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:
 
 
 @cache
-def _suite() -> ModuleType:
+def suite() -> ModuleType:
     """dm_control's suite, imported on first use: the import already chooses how to render.
 
     Without a display dm_control would still choose GLFW, which then cannot open a window.
@@ -121,10 +123,10 @@ def _suite() -> ModuleType:
     if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
         os.environ["MUJOCO_GL"] = _headless_backend()
     try:
-        from dm_control import suite
+        import dm_control.suite  # type: ignore[import-untyped]
     except Exception as error:  # a MUJOCO_GL that this machine does not have fails here
         raise _no_rendering(error) from error
-    return suite
+    return dm_control.suite
 
 
 def _headless_backend() -> str:

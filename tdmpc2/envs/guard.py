@@ -5,14 +5,16 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
-from tdmpc2.errors import EnvironmentFailure, ObservationError, TDMPC2Error
+from ..errors import EnvironmentFailure, ObservationError, TDMPC2Error
 
 Array = NDArray[Any]
+Env = gymnasium.Env[Array, Array]
 
 
-class Guard(gymnasium.Wrapper[Array, Array, Array, Array]):
+class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs):
     """Outermost wrapper: checks what comes out, names what goes wrong, knows the task.
 
     The first `reset()` without a seed takes the constructor's. Observations are the caller's to
@@ -21,10 +23,10 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array]):
     finite or not of the observation space's shape and dtype.
     """
 
-    def __init__(
-        self, env: gymnasium.Env[Array, Array], task: str, seed: int, steps: int, episodic: bool
-    ) -> None:
-        super().__init__(env)
+    def __init__(self, env: Env, task: str, seed: int, steps: int, episodic: bool) -> None:
+        # Gymnasium's way to make an environment anew from its `spec`
+        RecordConstructorArgs.__init__(self, task=task, seed=seed, steps=steps, episodic=episodic)
+        gymnasium.Wrapper.__init__(self, env)
         self.task = task
         self.max_episode_steps = steps
         self.episodic = episodic
@@ -69,9 +71,9 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array]):
                 f"{list(obs.shape)}, expected {space.dtype} {list(space.shape or ())}"
             )
         if obs.dtype != np.uint8 and not np.isfinite(obs).all():
-            where = np.flatnonzero(~np.isfinite(obs))[0]
+            i = np.flatnonzero(~np.isfinite(obs))[0]
             raise ObservationError(
-                f"{self.task}: entry {where} of the observation at step {self._step} is {obs[where]}"
+                f"{self.task}: entry {i} of the observation at step {self._step} is {obs[i]}"
             )
         return obs
 

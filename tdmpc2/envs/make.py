@@ -1,7 +1,7 @@
 """From a task's name to its environment.
 
-    state    dm_control | Gymnasium -> TimeLimit -> actions in [-1, 1] -> Guard
-    pixels   dm_control -> TimeLimit -> frames [64, 64, 3] -> last three, [9, 64, 64] -> ... Guard
+From the inside out: dm_control or Gymnasium, time limit, observation (flat, or stacked frames),
+actions in [-1, 1], guard.
 """
 
 from difflib import get_close_matches
@@ -13,13 +13,13 @@ from gymnasium.wrappers import (
     AddRenderObservation,
     FrameStackObservation,
     TimeLimit,
+    TransformAction,
     TransformObservation,
 )
 
-from tdmpc2.envs import dmc, gym
-from tdmpc2.envs.gym import Env
-from tdmpc2.envs.guard import Guard
-from tdmpc2.errors import ConfigError, TaskError
+from ..errors import ConfigError, TaskError
+from . import dmc, gymnasium_tasks
+from .guard import Array, Env, Guard
 
 FRAME_SIZE = 64  # pixels
 FRAMES = 3
@@ -40,18 +40,19 @@ def make_env(task: str, seed: int = 0, obs: str = "state") -> Env:
         raise ConfigError(f"obs={obs!r}: choose 'state' or 'rgb'")
     if found := dmc.find(task):
         return _make_dm_control(task, *found, seed, obs)
-    if not gym.is_registered(task):
+    if not gymnasium_tasks.is_registered(task):
         raise TaskError(_unknown(task))
     if obs == "rgb":
         raise TaskError(f"{task}: pixels (obs=rgb) exist for dm_control tasks only")
-    env = gym.make(task)
-    return Guard(env, task, seed, gym.steps(env), gym.is_episodic(env))
+    env = gymnasium_tasks.make(task)
+    steps, episodic = gymnasium_tasks.steps(env), gymnasium_tasks.is_episodic(env)
+    return Guard(_rescale_action(env), task, seed, steps, episodic)
 
 
 def list_tasks() -> list[str]:
     """Every built-in task by its published name: the dm_control suite, then Gymnasium's."""
     published = {task: name for name, task in reversed(dmc.tasks().items())}
-    return sorted(published.values()) + sorted(gym.tasks())
+    return sorted(published.values()) + sorted(gymnasium_tasks.tasks())
 
 
 def max_episode_steps(env: gymnasium.Env) -> int:
@@ -76,8 +77,22 @@ def _make_dm_control(name: str, domain: str, task: str, seed: int, obs: str) -> 
     env: Env = TimeLimit(base, dmc.EPISODE_STEPS)
     if obs == "rgb":
         env = _stack_frames(AddRenderObservation(env))
-    env = gym.rescale_action(env)
-    return Guard(env, name, seed, dmc.EPISODE_STEPS, base.episodic)
+    return Guard(_rescale_action(env), name, seed, dmc.EPISODE_STEPS, base.episodic)
+
+
+def _rescale_action(env: Env) -> Env:
+    """Actions float32 `[A]` in [-1, 1], mapped linearly to the bounds of the environment's own."""
+    space = env.action_space
+    assert isinstance(space, Box)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    middle, half = (high + low) / 2, (high - low) / 2
+
+    def rescale(action: Array) -> Array:
+        # Clipped: the sum's rounding can leave the bounds, and an environment may insist on them.
+        exact = middle + half * np.asarray(action, np.float64).reshape(space.shape)
+        return np.clip(exact, low, high).astype(space.dtype)
+
+    return TransformAction(env, rescale, Box(-1, 1, (middle.size,), np.float32))
 
 
 def _stack_frames(env: Env) -> Env:
@@ -90,7 +105,7 @@ def _stack_frames(env: Env) -> Env:
 
 
 def _unknown(task: str) -> str:
-    names = {name.lower(): name for name in [*dmc.tasks(), *gym.tasks()]}
+    names = {name.lower(): name for name in [*dmc.tasks(), *gymnasium_tasks.tasks()]}
     near = [names[match] for match in get_close_matches(task.lower(), names, n=3)]
     hint = f"did you mean {', '.join(near)}?" if near else "tdmpc2.envs.list_tasks() has all names"
     return f"unknown task {task!r}; {hint}"

@@ -9,17 +9,16 @@ import importlib
 import os
 import sys
 from functools import cache
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
-from gymnasium.wrappers import TransformAction, TransformObservation
+from gymnasium.wrappers import TransformObservation
 
-from tdmpc2.envs.guard import Array
-from tdmpc2.errors import EnvironmentFailure, TaskError
-
-Env = gymnasium.Env[Array, Array]
+from ..errors import EnvironmentFailure, TaskError
+from .guard import Env
 
 SUPPORTED = "supported are Box observations and continuous Box actions with finite bounds"
 # Gymnasium's tasks that end by their time limit only. It offers no property that says so.
@@ -29,11 +28,11 @@ NOT_LISTED = ("CarRacing-v3", "LunarLander-v3")  # images; discrete actions
 
 @cache
 def tasks() -> list[str]:
-    """Ids of Gymnasium's MuJoCo and Box2D tasks with continuous actions, the newest version of each."""
+    """Ids of Gymnasium's continuous MuJoCo and Box2D tasks, each in its newest version."""
     newest: dict[str, EnvSpec] = {}
-    for id, spec in gymnasium.registry.items():
+    for spec in gymnasium.registry.values():
         own = str(spec.entry_point).startswith(("gymnasium.envs.mujoco", "gymnasium.envs.box2d"))
-        if own and id not in NOT_LISTED:
+        if own and spec.id not in NOT_LISTED:
             newest[spec.name] = max(newest.get(spec.name, spec), spec, key=lambda s: s.version or 0)
     return [spec.id for spec in newest.values()]
 
@@ -43,14 +42,15 @@ def is_registered(task: str) -> bool:
 
 
 def make(task: str) -> Env:
-    """The environment as Gymnasium makes it, with its `TimeLimit`, in TD-MPC2's form.
+    """The environment as Gymnasium makes it, with its `TimeLimit`, but observations flattened to
+    float32 `[obs]`.
 
     Raises `TaskError` where it cannot be found or does not fit, `EnvironmentFailure` where building
     it fails.
     """
     if ":" in task:
         _import_module(task)
-    kwargs = {"render_mode": "rgb_array"} if task in tasks() else {}
+    kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if task in tasks() else {}
     try:
         env: Env = gymnasium.make(task, disable_env_checker=True, **kwargs)  # Guard checks
     except gymnasium.error.UnregisteredEnv as error:
@@ -58,7 +58,7 @@ def make(task: str) -> Env:
     except Exception as error:
         raise EnvironmentFailure(f"{task}: cannot be built: {_one_line(error)}") from error
     _check_fits(env, task)
-    return rescale_action(_flatten(env))
+    return _flatten(env)
 
 
 def steps(env: Env) -> int:
@@ -69,21 +69,6 @@ def steps(env: Env) -> int:
 def is_episodic(env: Env) -> bool:
     """Whether it may terminate; of a user's environment, nothing else can be known."""
     return env.spec is None or env.spec.name not in NEVER_TERMINATE
-
-
-def rescale_action(env: Env) -> Env:
-    """Actions float32 `[A]` in [-1, 1], mapped linearly to the bounds of the environment's own."""
-    space = env.action_space
-    assert isinstance(space, Box)
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    middle, half = (high + low) / 2, (high - low) / 2
-
-    def rescale(action: Array) -> Array:
-        # Clipped: the sum's rounding can leave the bounds, and an environment may insist on them.
-        exact = middle + half * np.asarray(action, np.float64).reshape(space.shape)
-        return np.clip(exact, low, high).astype(space.dtype)
-
-    return TransformAction(env, rescale, Box(-1, 1, (middle.size,), np.float32))
 
 
 def _flatten(env: Env) -> Env:
@@ -101,7 +86,7 @@ def _check_fits(env: Env, task: str) -> None:
     if not isinstance(obs, Box):
         raise TaskError(f"{task}: has {type(obs).__name__} observations; {SUPPORTED}")
     if obs.dtype == np.uint8 and len(obs.shape) == 3:
-        raise TaskError(f"{task}: observes images; pixels (obs=rgb) exist for dm_control tasks only")
+        raise TaskError(f"{task}: observes images; only dm_control tasks can (obs=rgb)")
     if not isinstance(action, Box) or not np.issubdtype(action.dtype, np.floating):
         raise TaskError(f"{task}: has {type(action).__name__} actions; {SUPPORTED}")
     if not action.is_bounded():
@@ -118,8 +103,8 @@ def _import_module(task: str) -> None:
         importlib.import_module(module)
     except Exception as error:
         raise TaskError(
-            f"task {task!r}: cannot import {module!r} ({_one_line(error)}); install it, or run from "
-            "the folder that holds it"
+            f"task {task!r}: cannot import {module!r} ({_one_line(error)}); install it, or run "
+            "from the folder that holds it"
         ) from error
 
 

@@ -1,0 +1,22 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format
+
+demo: .venv/.installed  ## the main job on a shipped teacher
+	$(BIN)/python scripts/accelerate.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup out=accelerated/demo $(DEMO)
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@

@@ -1,0 +1,63 @@
+"""Collect corrector data: whole episodes in which the teacher plans at every state.
+
+    python scripts/collect_corrector_data.py task=cartpole-swingup \
+        checkpoint=pretrained/cartpole-swingup episodes=8 out=data/cartpole-swingup
+
+By default the teacher itself acts. `corrector=FOLDER execution_horizon=6` lets the speculative
+agent act while the teacher labels. Started again, it goes on with the first missing shard.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tdmpc2 import make_env
+from tdmpc2.accelerate import open_teacher
+from tdmpc2.cli import run
+from tdmpc2.config import BudgetOverride, SpeculationConfig
+from tdmpc2.corrector import load_corrector
+from tdmpc2.distillation import collect
+from tdmpc2.world_model import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BudgetOverride):
+    """What is collected, where, and who acts."""
+
+    task: str  # e.g. walker-walk
+    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
+    out: str  # folder of the shards
+    episodes: int = 8
+    seed: int = 0  # of the first episode; the others follow
+    num_envs: int = 8  # episodes run as one batch, which makes one shard
+    execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
+    corrector: str = ""  # folder of the corrector that then acts; empty for none
+    task_index: int | None = None  # of a multi-task model
+    device: str = "cpu"
+
+
+def main(settings: Settings) -> None:
+    s = settings
+    teacher, env = open_teacher(s.task, s.checkpoint, s, device=s.device, task_index=s.task_index)
+    env.close()
+    behaviour, correctors = SpeculationConfig(execution_horizon=s.execution_horizon), {}
+    if s.corrector:
+        name = Path(s.corrector).name
+        correctors[name] = load_corrector(s.corrector, fingerprint(teacher.model), s.device)
+        behaviour = replace(behaviour, corrector=name)
+    obs = "rgb" if teacher.model.config.pixels else "state"
+    paths = collect(
+        teacher,
+        s.task,
+        lambda: make_env(s.task, obs=obs),
+        s.out,
+        episodes=s.episodes,
+        seed=s.seed,
+        num_envs=s.num_envs,
+        behaviours=[behaviour],
+        correctors=correctors,
+    )
+    print(f"{s.episodes} episodes in {len(paths)} shards in {s.out}")
+
+
+if __name__ == "__main__":
+    run(Settings, main)

@@ -1,0 +1,103 @@
+"""The return of a teacher: python scripts/evaluate.py task=cartpole-swingup checkpoint=pretrained/...
+
+The planning budget is the one saved with the checkpoint, else the published one, unless
+`num_samples=`, `iterations=` or `num_elites=` say otherwise. With `out=FOLDER` the result is written to
+`episodes.csv` and `evaluation.json` there.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from tdmpc2 import TDMPC2, SpeculativeAgent, make_env
+from tdmpc2.accelerate import open_teacher
+from tdmpc2.cli import provenance, run
+from tdmpc2.config import BudgetOverride, SpeculationConfig, discount_of
+from tdmpc2.envs import max_episode_steps
+from tdmpc2.errors import ConfigError
+from tdmpc2.evaluation.rollout import rollout
+from tdmpc2.files import atomic_write, write_json
+from tdmpc2.world_model import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(BudgetOverride):
+    """Everything that `scripts/evaluate.py` can be told."""
+
+    task: str
+    checkpoint: str  # an original .pt file or a folder of ours
+    task_index: int | None = None  # of a multi-task model
+    episodes: int = 10  # run as one batch
+    seed: int = 1000  # of the first episode; the others follow
+    device: str = "cpu"
+    threads: int | None = None  # of torch; None: its own choice
+    out: str = ""  # folder for the result; "" writes nothing
+
+
+def main(config: EvaluateConfig) -> None:
+    if config.episodes < 1:
+        raise ConfigError(f"episodes={config.episodes}: must be at least 1")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    single, env = open_teacher(
+        config.task,
+        config.checkpoint,
+        config,
+        device=config.device,
+        task_index=config.task_index,
+    )
+    teacher = TDMPC2(
+        single.model,
+        single.planner.config,
+        discount=discount_of(max_episode_steps(env)),
+        num_envs=config.episodes,
+        seed=config.seed,
+        task=config.task_index,
+    )
+    agent = SpeculativeAgent(teacher, SpeculationConfig(execution_horizon=1))
+    obs = "rgb" if teacher.model.config.pixels else "state"
+    seeds = range(config.seed, config.seed + config.episodes)
+    steps = iter(track(range(max_episode_steps(env)), config.task, transient=True))
+    result = rollout(
+        agent,
+        lambda: make_env(config.task, obs=obs),
+        seeds,
+        on_step=lambda episodes_done: next(steps, None),
+    )
+    episodes = result.episodes[["seed", "return", "length", "terminated"]]
+    returns = episodes["return"]
+    budget = asdict(teacher.planner.config)
+    table = Table(title=f"{config.task}, {config.checkpoint}")
+    for name in ("seed", "return", "length"):
+        table.add_column(name, justify="right")
+    for episode in episodes.itertuples(index=False):
+        table.add_row(str(episode[0]), f"{episode[1]:.1f}", str(episode[2]))
+    table.add_section()
+    table.add_row("mean", f"{returns.mean():.1f}", f"{episodes['length'].mean():.0f}")
+    table.add_row("sd", f"{returns.std(ddof=0):.1f}", "")
+    console = Console()
+    console.print(table)
+    console.print(
+        "planning budget: {num_samples} samples, {iterations} iterations, {num_elites} elites, "
+        "horizon {horizon}".format(**budget)
+    )
+    if config.out:
+        with atomic_write(Path(config.out) / "episodes.csv") as tmp:
+            episodes.to_csv(tmp, index=False)
+        result_json = {
+            "mean": float(returns.mean()),
+            "sd": float(returns.std(ddof=0)),
+            "settings": asdict(config),
+            "planner": budget,
+            "teacher": fingerprint(teacher.model),
+            "provenance": provenance(),
+        }
+        write_json(Path(config.out) / "evaluation.json", result_json)
+
+
+if __name__ == "__main__":
+    run(EvaluateConfig, main)

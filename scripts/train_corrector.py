@@ -1,0 +1,33 @@
+"""Train correctors on collected data, and print their validation error beside two references.
+
+    python scripts/train_corrector.py checkpoint=pretrained/cartpole-swingup \
+        data=data/cartpole-swingup out=correctors/cartpole-swingup architecture=both
+"""
+
+from dataclasses import dataclass
+
+from tdmpc2 import load_world_model
+from tdmpc2.cli import run
+from tdmpc2.config import part
+from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
+from tdmpc2.world_model import fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CorrectorTrainConfig):
+    """How correctors are trained, for which teacher, on which data."""
+
+    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
+    data: str  # folder of shards, or a folder of such folders
+    out: str  # the correctors come in folders of their own in here
+    device: str = "cpu"
+
+
+def main(settings: Settings) -> None:
+    model = load_world_model(settings.checkpoint, settings.device)
+    data = load_shards(settings.data, fingerprint(model)).to(settings.device)
+    train_corrector(model, data, part(CorrectorTrainConfig, settings), settings.out)
+
+
+if __name__ == "__main__":
+    run(Settings, main)

@@ -1,0 +1,276 @@
+"""Correctors: small networks that turn a planned action into the one the planner would choose now.
+
+A corrector sees, for each of the last `window` steps of an episode, the real latent, the latent
+that the plan predicted, the planned action and the step in plan, and answers with a residual on the
+newest planned action. Its last layer starts at zero: untrained, it executes the plan as it is.
+
+A trained corrector is one file, `corrector.safetensors`, in a folder of its own: weights, and in
+its header the configuration as JSON with the fingerprint of the teacher that it belongs to.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import CorrectorConfig
+from .errors import CheckpointError, ConfigError
+from .files import atomic_write
+from .world_model.checkpoint import fingerprint
+from .world_model.layers import NormedLinear, mlp
+
+FILE = "corrector.safetensors"
+FORMAT = "tdmpc2-corrector-1"
+
+
+class CorrectorInput(NamedTuple):
+    """The last `W` steps of each row's episode; the newest step is the last and always valid."""
+
+    z: Tensor  # [B, W, L], real latents
+    z_pred: Tensor  # [B, W, L], predicted by the plan, driven by the actions really executed
+    planned: Tensor  # [B, W, A], in [-1, 1]
+    k: Tensor  # [B, W] long, step in plan
+    valid: Tensor  # [B, W] bool; False where the episode is younger than the window
+
+
+class BaseCorrector(nn.Module):
+    """What all correctors share: the input, the clamp, and the residual on the planned action.
+
+    Attributes:
+        config: the architecture.
+        window: number `W` of steps that it wants to see.
+    """
+
+    window: int
+
+    def __init__(self, config: CorrectorConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: CorrectorInput) -> Tensor:
+        """The corrected action `[B, A]` of the newest step, in [-1, 1].
+
+        While training, the clamp's gradient is that of the identity: where the sum leaves the box
+        towards the right answer nothing pulls, where it does so wrongly everything pulls it back.
+        """
+        action = x.planned[:, -1] + self.residual(x)
+        if self.training:
+            return action + (action.clamp(-1, 1) - action).detach()
+        return action.clamp(-1, 1)
+
+    def residual(self, x: CorrectorInput) -> Tensor:
+        """What is added to the newest planned action, `[B, A]`, before the clamp."""
+        raise NotImplementedError
+
+    def _embedding(self, dim: int) -> nn.Embedding:
+        embedding = nn.Embedding(self.config.max_k, dim)
+        nn.init.trunc_normal_(embedding.weight, std=0.02)
+        return embedding
+
+    def _known(self, k: Tensor) -> Tensor:
+        """Steps in plan beyond the last one with an embedding take that one's."""
+        return k.clamp(max=self.config.max_k - 1)
+
+
+class TwoTowerCorrector(BaseCorrector):
+    """Separate towers for the real, the predicted and the difference latent; sees one step.
+
+    A gate in (0, 1) for each action dimension weighs the planned action against the learned one:
+    `(1 - gate) * planned + gate * (planned + update)`.
+    """
+
+    window = 1
+
+    def __init__(self, config: CorrectorConfig):
+        super().__init__(config)
+        c, width = config, config.width
+        self.real = NormedLinear(c.latent_dim, width, nn.Mish())
+        self.predicted = NormedLinear(c.latent_dim, width, nn.Mish())
+        self.difference = NormedLinear(c.latent_dim, width, nn.Mish())
+        self.step = self._embedding(width // 8)
+        joined = 3 * width + width // 8 + c.action_dim
+        self.trunk = mlp(joined, [width], width, last=nn.Mish())
+        self.gate = nn.Linear(width, c.action_dim)
+        self.update = _zero_linear(width, c.action_dim)
+
+    def residual(self, x: CorrectorInput) -> Tensor:
+        z, z_pred, planned = x.z[:, -1], x.z_pred[:, -1], x.planned[:, -1]
+        towers = [self.real(z), self.predicted(z_pred), self.difference(z - z_pred)]
+        hidden = self.trunk(torch.cat([*towers, self.step(self._known(x.k[:, -1])), planned], -1))
+        return self.gate(hidden).sigmoid() * self.update(hidden)
+
+
+class TemporalTransformerCorrector(BaseCorrector):
+    """A small transformer over the last `config.window` steps, each a token of `width / 2` entries.
+
+    All layers but the last let every step attend to every valid one; the last is computed for the
+    newest step alone, because nothing else is read out.
+    """
+
+    def __init__(self, config: CorrectorConfig):
+        super().__init__(config)
+        c, dim = config, config.width // 2
+        self.window = c.window
+        self.latents = NormedLinear(2 * c.latent_dim + c.action_dim, dim, nn.Mish())
+        self.difference = NormedLinear(c.latent_dim, dim, nn.Mish())
+        self.step = self._embedding(dim)
+        self.position = nn.Parameter(torch.empty(c.window, dim))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.blocks = nn.ModuleList(Block(dim, c.width, c.num_heads) for _ in range(c.num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.update = _zero_linear(dim, c.action_dim)
+
+    def residual(self, x: CorrectorInput) -> Tensor:
+        tokens = self.latents(torch.cat([x.z, x.z_pred, x.planned], -1))
+        tokens = tokens + self.difference(x.z - x.z_pred)
+        tokens = tokens + self.step(self._known(x.k)) + self.position
+        visible = x.valid[:, None, None]  # [B, 1 head, 1 query, W]
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            tokens = block(tokens[:, -1:] if last else tokens, tokens, visible)
+        return self.update(self.norm(tokens[:, -1]))
+
+
+class Block(nn.Module):
+    """A transformer layer that normalises first: attention, then a feed-forward network.
+
+    Args:
+        dim: entries of a token.
+        hidden: width of the feed-forward network.
+        heads: of the attention; divides `dim`.
+    """
+
+    def __init__(self, dim: int, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Mish(), nn.Linear(hidden, dim)
+        )
+
+    def forward(self, x: Tensor, context: Tensor, visible: Tensor) -> Tensor:
+        """The last `Q` tokens of `context` `[B, W, dim]`, `x` `[B, Q, dim]`, attend to it."""
+        normed = self.norm(context)
+        query = self.query(normed[:, -x.shape[1] :])
+        key, value = self.key_value(normed).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(x)
+
+
+ARCHITECTURES: Mapping[str, type[BaseCorrector]] = {
+    "two_tower": TwoTowerCorrector,
+    "temporal": TemporalTransformerCorrector,
+}
+
+
+def build_corrector(config: CorrectorConfig) -> BaseCorrector:
+    """An untrained corrector.
+
+    Raises:
+        ConfigError: there is no such architecture, or its sizes do not fit together.
+    """
+    if config.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"architecture={config.architecture!r}: choose one of {known}")
+    sizes = (config.width, config.window, config.num_layers, config.num_heads, config.max_k)
+    if min(sizes) < 1 or config.width % (2 * config.num_heads) or config.width < 8:
+        raise ConfigError(
+            f"width={config.width}, window={config.window}, num_layers={config.num_layers}, "
+            f"num_heads={config.num_heads}, max_k={config.max_k}: all must be positive, "
+            "and the width at least 8 and a multiple of twice the heads"
+        )
+    return ARCHITECTURES[config.architecture](config)
+
+
+def save_corrector(folder: str | Path, corrector: BaseCorrector, teacher: str, **entries: Any) -> None:
+    """Write a corrector as `folder/corrector.safetensors`, whole or not at all.
+
+    Args:
+        folder: made if need be.
+        corrector: to be saved.
+        teacher: fingerprint of the world model that it was distilled from.
+        entries: JSON values that join the header, for the record.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.detach().cpu().contiguous() for name, t in corrector.state_dict().items()}
+    header = {
+        "format": FORMAT,
+        "teacher": teacher,
+        "config": asdict(corrector.config),
+        "weights": fingerprint(corrector),
+        **entries,
+    }
+    with atomic_write(folder / FILE) as tmp:
+        save_file(state, tmp, metadata={"tdmpc2": json.dumps(header)})
+
+
+def read_header(folder: str | Path) -> dict[str, Any]:
+    """The header of a saved corrector: teacher, config, and the entries of `save_corrector`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no corrector.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise CheckpointError(f"no corrector at {path}: train one with scripts/train_corrector.py")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})["tdmpc2"])
+        known = header["format"] == FORMAT
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged or no corrector: train it again") from e
+    if not known:
+        raise CheckpointError(f"{path} has format {header['format']!r}, expected is {FORMAT!r}")
+    return header
+
+
+def load_corrector(
+    folder: str | Path, teacher: str | None, device: str | torch.device = "cpu"
+) -> BaseCorrector:
+    """Load a corrector in evaluation mode.
+
+    Args:
+        folder: holds `corrector.safetensors`.
+        teacher: fingerprint of the world model that it is to be used with; None takes any.
+        device: to act on.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another teacher.
+    """
+    path, header = Path(folder) / FILE, read_header(folder)
+    if teacher is not None and header.get("teacher") != teacher:
+        raise CheckpointError(
+            f"{path} was distilled from teacher {header.get('teacher')}, this one is {teacher}: "
+            "train a corrector for it"
+        )
+    try:
+        corrector = build_corrector(CorrectorConfig(**header["config"]))
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        corrector.load_state_dict(state)
+        whole = fingerprint(corrector) == header["weights"]
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as e:
+        raise CheckpointError(f"{path} is damaged, its parts do not fit: train it again") from e
+    if not whole:
+        raise CheckpointError(f"{path} is damaged, its weights have changed: train it again")
+    return corrector.to(device).eval().requires_grad_(False)
+
+
+def _zero_linear(in_dim: int, out_dim: int) -> nn.Linear:
+    layer = nn.Linear(in_dim, out_dim)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,197 @@
+"""Collecting corrector data: agents act, the teacher plans at every state, shards come out.
+
+A shard is a batch of `num_envs` episodes and a pure function of the teacher, its budget, the
+shard's seeds and the behaviours: a run that was killed goes on with the first shard that is missing
+and leaves the same files as one that was not.
+
+Each state costs one planner call: that plan is the label, warm-started by the last label's mean,
+and also what an agent executes when a replan is due. Replanning at every step, the default, gives
+the teacher's own episodes; other behaviours go where a speculative agent goes.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..agent import TDMPC2, SpeculativeAgent
+from ..config import SpeculationConfig
+from ..corrector import BaseCorrector
+from ..envs import max_episode_steps
+from ..errors import ConfigError, DataError
+from ..planner import Plan
+from ..world_model.checkpoint import fingerprint
+from .dataset import read_shard, write_shard
+
+TEACHER = SpeculationConfig(execution_horizon=1)
+TRUNCATED, TERMINATED = 1, 2
+
+
+def collect(
+    teacher: TDMPC2,
+    task: str,
+    env_of: Callable[[], gym.Env],
+    out: str | Path,
+    *,
+    episodes: int,
+    seed: int = 0,
+    num_envs: int = 8,
+    behaviours: Sequence[SpeculationConfig] = (TEACHER,),
+    correctors: Mapping[str, BaseCorrector] | None = None,
+) -> list[Path]:
+    """Collect episodes with the seeds `seed ... seed + episodes - 1` and return their shards.
+
+    Args:
+        teacher: the world model and the planning budget; its own state is not touched.
+        task: name of the task, for the shards' headers.
+        env_of: makes one environment.
+        out: folder of the shards; those that it holds already are not collected again.
+        episodes: number of episodes.
+        seed: of the first episode.
+        num_envs: episodes that run at once, which make one shard.
+        behaviours: who acts; the episodes of a shard take them in turn.
+        correctors: those that behaviours name.
+
+    Raises:
+        ConfigError: a number is not positive, or a behaviour names a corrector that is not there.
+        DataError: `out` holds a shard of these seeds that is damaged or was collected otherwise.
+    """
+    correctors = correctors or {}
+    if min(episodes, num_envs, len(behaviours)) < 1:
+        raise ConfigError("episodes, num_envs and the number of behaviours must be positive")
+    for behaviour in behaviours:
+        if behaviour.corrector and behaviour.corrector not in correctors:
+            raise ConfigError(f"corrector={behaviour.corrector!r}: there is no such corrector here")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    header = {
+        "task": task,
+        "task_index": None if teacher.task is None else int(teacher.task[0]),
+        "teacher": fingerprint(teacher.model),
+        "planner": asdict(teacher.planner.config),
+        "discount": teacher.planner.discount,
+        "behaviours": [_describe(b, correctors) for b in behaviours],
+    }
+    envs: list[gym.Env] = []
+    paths = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
+            bar = progress.add_task("collecting", total=None, status="")
+            for first in range(seed, seed + episodes, num_envs):
+                seeds = list(range(first, min(first + num_envs, seed + episodes)))
+                path = out / f"shard-{first:08d}.safetensors"
+                paths.append(path)
+                expected = {**header, "seeds": seeds}
+                if path.exists():
+                    _check(path, expected)
+                else:
+                    while len(envs) < len(seeds):
+                        envs.append(env_of())
+                    limit = max_episode_steps(envs[0])
+                    progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
+                    tick = _ticker(progress, bar, len(seeds))
+                    tensors = _run(teacher, envs, seeds, behaviours, correctors, tick)
+                    write_shard(path, tensors, expected)
+            progress.update(bar, total=1, completed=1)
+    finally:
+        for env in envs:
+            env.close()
+    return paths
+
+
+def _run(
+    template: TDMPC2,
+    envs: Sequence[gym.Env],
+    seeds: Sequence[int],
+    behaviours: Sequence[SpeculationConfig],
+    correctors: Mapping[str, BaseCorrector],
+    tick: Callable[[], None],
+) -> dict[str, Tensor]:
+    """The tensors of one shard; rows whose episode has ended idle until the last one ends."""
+    n = len(seeds)
+    labeller = _teacher(template, n, seeds[0])
+    groups = []  # agents and the rows that they act for
+    for i, behaviour in enumerate(behaviours[:n]):
+        rows = torch.arange(i, n, len(behaviours))
+        corrector = correctors[behaviour.corrector] if behaviour.corrector else None
+        agent = SpeculativeAgent(_teacher(template, len(rows), seeds[0]), behaviour, corrector)
+        agent.reset()
+        groups.append((rows, agent))
+    obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs[:n], seeds, strict=True)])
+    action = torch.zeros(n, template.model.config.action_dim)
+    recorded: list[list[dict[str, Tensor]]] = [[] for _ in range(n)]
+    running = np.ones(n, dtype=bool)
+    while running.any():
+        z = labeller.encode(obs)
+        plan = labeller.plan(z)
+        seen = torch.from_numpy(obs.copy())
+        for rows, agent in groups:
+            action[rows] = agent.act(seen[rows], Plan(*(x[rows] for x in plan))).cpu()
+        batch = {
+            "obs": seen,
+            "latent": z,
+            "plan_actions": plan.actions,
+            "plan_latents": plan.latents,
+            "teacher_action": plan.mean[:, 0],
+            "action": action.clone(),
+        }
+        batch = {name: x.cpu() for name, x in batch.items()}
+        for i in np.flatnonzero(running).tolist():
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action[i].numpy())
+            end = TERMINATED if terminated else TRUNCATED if truncated else 0
+            step = {name: x[i] for name, x in batch.items()}
+            step["reward"] = torch.tensor(reward, dtype=torch.float32)
+            step["episode_end"] = torch.tensor(end, dtype=torch.uint8)
+            recorded[i].append(step)
+            running[i] = not end
+        tick()
+    steps = [step for episode in recorded for step in episode]
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+def _teacher(template: TDMPC2, rows: int, seed: int) -> TDMPC2:
+    planner = template.planner
+    return TDMPC2(
+        template.model,
+        planner.config,
+        discount=planner.discount,
+        num_envs=rows,
+        seed=seed,
+        task=None if template.task is None else int(template.task[0]),
+    )
+
+
+def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrector]) -> dict[str, Any]:
+    """A behaviour in JSON, with the weights of its corrector by fingerprint."""
+    named = behaviour.corrector
+    return {**asdict(behaviour), "weights": fingerprint(correctors[named]) if named else ""}
+
+
+def _check(path: Path, expected: Mapping[str, Any]) -> None:
+    _, header = read_shard(path)
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise DataError(
+                f"{path} was collected with {name} {header.get(name)}, now it is {value}: "
+                "choose another folder or delete it"
+            )
+
+
+def _ticker(progress: Progress, bar: Any, rows: int) -> Callable[[], None]:
+    began, count = time.monotonic(), 0
+
+    def tick() -> None:
+        nonlocal count
+        count += rows
+        speed = count / (time.monotonic() - began)
+        progress.update(bar, advance=rows, status=f"{speed:.0f} steps/s")
+
+    return tick

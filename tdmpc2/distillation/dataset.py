@@ -1,0 +1,175 @@
+"""Corrector data: shards of whole episodes on disk, and one `Recording` of them all in memory.
+
+A shard is a safetensors file. Its steps stand one after another, episode after episode:
+
+    step            0    1    2  ...  499  500  501 ...
+    episode_end     0    0    0         1    0    0           1: cut off, 2: terminated
+    plan_actions    the plan that the teacher made *from that very step*, at every step
+    teacher_action  its answer there: the mean of the plan's distribution, first step
+    action          what was executed, by whatever behaviour drove the episode
+
+Because every state carries its own plan and its own label, any stretch of any length may be cut
+out when the data is read (see `losses.py`), whoever drove. The header names task, teacher, budget,
+seeds and behaviours, and holds a checksum of the tensors.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import DataError
+from ..files import atomic_write
+
+SCHEMA = "tdmpc2-corrector-data-1"
+TENSORS = {
+    "obs": "[T, *obs_shape]",
+    "latent": "[T, L]",
+    "plan_actions": "[T, H, A]",
+    "plan_latents": "[T, H+1, L]",
+    "teacher_action": "[T, A]",
+    "action": "[T, A]",
+    "reward": "[T]",
+    "episode_end": "[T] uint8",
+}
+# Entries in which shards may differ and still be read together.
+VARYING = ("seeds", "behaviours", "checksum")
+
+
+class Recording(NamedTuple):
+    """Steps of whole episodes, one after another."""
+
+    latent: Tensor  # [N, L]
+    plan_actions: Tensor  # [N, H, A]
+    plan_latents: Tensor  # [N, H+1, L]
+    teacher_action: Tensor  # [N, A]
+    first: Tensor  # [N] long, index of the first step of the step's episode
+    last: Tensor  # [N] long, index of its last step
+    teacher: str  # fingerprint of the world model
+    task: Tensor | None = None  # [] long, index of the task of a multi-task model
+
+    def to(self, device: str | torch.device) -> "Recording":
+        moved = [x.to(device) if isinstance(x, Tensor) else x for x in self]
+        return Recording(*moved)  # type: ignore[arg-type]
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a shard, whole or not at all; `tensors` are those of `TENSORS`, `header` is JSON."""
+    contiguous = {name: tensors[name].cpu().contiguous() for name in TENSORS}
+    content = json.dumps({**header, "checksum": _checksum(contiguous)})
+    with atomic_write(path) as tmp:
+        # One entry, for safetensors writes several in an order of its own: equal data, equal files.
+        save_file(contiguous, tmp, metadata={SCHEMA: content})
+
+
+def read_shard(path: Path, teacher: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a shard.
+
+    Args:
+        path: the file.
+        teacher: fingerprint of the world model that it must belong to; None takes any.
+
+    Raises:
+        DataError: the shard is damaged, of another schema, or of another teacher.
+    """
+    again = "delete it and collect it again"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(metadata.get(SCHEMA, "null"))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise DataError(f"{path} is damaged or no shard: {again}") from e
+    if header is None:
+        raise DataError(f"{path} is not of schema {SCHEMA}: collect it again with this version")
+    if tensors.keys() != TENSORS.keys() or header.get("checksum") != _checksum(tensors):
+        raise DataError(f"{path} is damaged, its contents have changed: {again}")
+    if teacher is not None and header["teacher"] != teacher:
+        raise DataError(
+            f"{path} belongs to teacher {header['teacher']}, this one is {teacher}: collect data of its own"
+        )
+    return tensors, header
+
+
+def load_shards(folder: str | Path, teacher: str) -> Recording:
+    """All shards of a folder and of the folders within, in the order of their paths.
+
+    Args:
+        folder: of `shard-*.safetensors`.
+        teacher: fingerprint of the world model that they must belong to.
+
+    Raises:
+        DataError: there is none, one is damaged or belongs to another teacher, or they were not all
+            labelled by the same planner on the same task.
+    """
+    paths = sorted(Path(folder).rglob("shard-*.safetensors"))
+    if not paths:
+        raise DataError(f"no shards in {folder}: make some with scripts/collect_corrector_data.py")
+    shards, common = [], None
+    for path in paths:
+        tensors, header = read_shard(path, teacher)
+        shared = {name: value for name, value in header.items() if name not in VARYING}
+        common = common or shared
+        for name in common.keys() | shared.keys():
+            if common.get(name) != shared.get(name):
+                raise DataError(
+                    f"{path} has {name} {shared.get(name)} but {paths[0]} has {common.get(name)}: "
+                    "collect them into folders of their own"
+                )
+        shards.append(tensors)
+    assert common is not None
+    ends = torch.cat([s["episode_end"] for s in shards])
+    first, last = episode_bounds(ends)
+    task = common["task_index"]
+    return Recording(
+        latent=torch.cat([s["latent"] for s in shards]),
+        plan_actions=torch.cat([s["plan_actions"] for s in shards]),
+        plan_latents=torch.cat([s["plan_latents"] for s in shards]),
+        teacher_action=torch.cat([s["teacher_action"] for s in shards]),
+        first=first,
+        last=last,
+        teacher=teacher,
+        task=None if task is None else torch.tensor(task),
+    )
+
+
+def episode_bounds(episode_end: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last step `[N]`, `[N]` of each step's episode, from the marks `[N]` of ends."""
+    last = episode_end.nonzero().squeeze(1)
+    lengths = last.diff(prepend=last.new_tensor([-1]))
+    return (last - lengths + 1).repeat_interleave(lengths), last.repeat_interleave(lengths)
+
+
+def split_starts(recording: Recording, every: int) -> tuple[Tensor, Tensor]:
+    """Steps that a stretch may start at, `[n]` and `[m]`: for training, and in held-out episodes.
+
+    Every `every`-th episode is held out, the last one where there are fewer: shards that are added
+    later leave the others where they were.
+
+    Raises:
+        DataError: there are fewer than two episodes.
+    """
+    episodes, index = recording.first.unique(return_inverse=True)
+    count = len(episodes)
+    if count < 2:
+        raise DataError("one episode cannot be split into training and validation: collect more")
+    held_out = torch.arange(count, device=index.device) % every == every - 1
+    if not held_out.any():
+        held_out[-1] = True
+    steps = torch.arange(len(index), device=index.device)
+    followed = steps < recording.last
+    return steps[followed & ~held_out[index]], steps[followed & held_out[index]]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    value = 0
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.numpy().data, value)
+    return f"{value:08x}"

@@ -1,0 +1,107 @@
+"""What a corrector is trained on: stretches of recorded episodes, replayed as the agent would.
+
+`unroll` is `SpeculativeAgent` over recorded states. A stretch starts at a step `t0` with its plan;
+the corrector answers at `t0 + 1 ... t0 + S`, its history reaches back into earlier plans:
+
+    step              t0-4  t0-3  t0-2  t0-1    t0   t0+1  t0+2  t0+3        with plans of
+    made at           t0-6  t0-3  t0-3  t0-3    t0    t0    t0    t0         3 steps before t0
+    k                  2     0     1     2      0     1     2     3
+    executed          teacher plan teacher ...  plan  corrector ...
+
+How long the earlier plans lasted is drawn anew for every stretch, for execution horizons and
+fallbacks make it anything; their corrections are taken to be the teacher's. Real latents are the
+recorded ones, predicted latents follow what is executed. Gradients reach the corrector through its
+answers alone: recorded latents do not answer to other actions, so neither may predicted ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..corrector import BaseCorrector, CorrectorInput
+from ..world_model.model import WorldModel
+from .dataset import Recording
+
+
+class Unrolled(NamedTuple):
+    """Steps `k = 1 ... S` of a batch of stretches."""
+
+    action: Tensor  # [S, B, A], the corrector's
+    planned: Tensor  # [S, B, A]
+    teacher: Tensor  # [S, B, A]
+    inside: Tensor  # [S, B] bool, False beyond the end of the episode
+
+
+def unroll(
+    model: WorldModel,
+    corrector: BaseCorrector,
+    data: Recording,
+    start: Tensor,
+    earlier: Tensor,
+    steps: int,
+    *,
+    own_actions: bool = True,
+) -> Unrolled:
+    """Replay stretches.
+
+    Args:
+        model: the teacher's world model.
+        corrector: in training mode where gradients are wanted.
+        data: the recorded steps.
+        start: `[B]` steps that the stretches start at.
+        earlier: `[B]` how many steps of each plan before `start` were executed, at least 1.
+        steps: number `S` of steps after the first; past the planning horizon the prior plans them.
+        own_actions: predicted latents follow the corrector's actions; False: the plan's (within the
+            planning horizon these are the recorded predictions).
+    """
+    horizon, task = data.plan_actions.shape[1], data.task
+    first, last = data.first[start], data.last[start]
+    window = corrector.window
+    # The oldest step in the window may be the last one of a plan: start where that plan starts.
+    before = 0 if window == 1 else window - 1 + int(earlier.max()) - 1
+    z_pred, plan_at = data.latent[start], start
+    history: list[tuple[Tensor, ...]] = []
+    answers = []
+    for i in range(-before, steps + 1):
+        step = (start + i).clamp(min=0, max=len(data.latent) - 1)
+        inside = (start + i >= first) & (start + i <= last)
+        if i <= 0:
+            fresh = ((-i) % earlier == 0) | (step == first)
+            plan_at = torch.where(fresh, step, plan_at)
+            z_pred = torch.where(fresh[:, None], data.latent[step], z_pred)
+        k = (step - plan_at).clamp(min=0)
+        planned = data.plan_actions[plan_at, k.clamp(max=horizon - 1)]
+        if (k >= horizon).any():
+            with torch.no_grad():
+                prior = model.pi(z_pred, task).mean
+            planned = torch.where((k < horizon)[:, None], planned, prior)
+
+        history = [*history, (data.latent[step], z_pred, planned, k, inside)][-window:]
+        if i > 0:
+            windows = (torch.stack(x, 1) for x in zip(*history, strict=True))
+            action = corrector(CorrectorInput(*windows))
+            answers.append((action, planned, data.teacher_action[step], inside))
+            executed = action.detach() if own_actions else planned
+        else:
+            executed = torch.where((k == 0)[:, None], planned, data.teacher_action[step])
+        if i >= 0 and not own_actions and i < horizon:
+            z_pred = data.plan_latents[start, i + 1]
+        elif i < steps:
+            with torch.no_grad():
+                z_pred = model.next(z_pred, executed, task)
+    return Unrolled(*(torch.stack(x) for x in zip(*answers, strict=True)))
+
+
+def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
+    """Mean over the steps of `||a_corr - a_teach||^2 + residual_coef ||delta_a||^2`, a scalar."""
+    u = unrolled
+    error = (u.action - u.teacher).square().sum(-1)
+    residual = (u.action - u.planned).square().sum(-1)
+    return ((error + residual_coef * residual) * u.inside).sum() / u.inside.sum()
+
+
+def squared_error(action: Tensor, unrolled: Unrolled) -> Tensor:
+    """Mean squared distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan."""
+    error = (action - unrolled.teacher).square().sum(-1) * unrolled.inside
+    return error.sum(1) / unrolled.inside.sum(1)

@@ -1,0 +1,298 @@
+"""Every mode on the same episodes: calibrate, run, measure, and write the evidence down.
+
+    OUT/calibration/free/NAME/           corrected modes without fallback, for the thresholds
+    OUT/calibration/modes/NAME/          all modes on the calibration seeds, for the choice
+    OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
+    OUT/episodes.csv, steps.csv, latency.csv, summary.csv, report.html       all of these together
+    OUT/chosen.json                      the mode that was chosen
+
+A run that is killed goes on with the modes that are missing.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..agent import TDMPC2, SpeculativeAgent
+from ..config import PlannerConfig, SpeculationConfig
+from ..corrector import BaseCorrector
+from ..envs import make_env
+from ..errors import ConfigError
+from ..files import atomic_write, read_json, write_json
+from ..mismatch import calibrate_threshold
+from ..world_model import WorldModel, fingerprint
+from .metrics import summarise
+from .modes import BASELINE, EXECUTION_HORIZONS, corrected, standard_modes
+#from .report import print_table, write_report
+from .rollout import Rollout, measure_latency, rollout
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is evaluated, and on which seeds."""
+
+    eval_episodes: int = 20  # per mode
+    eval_seed: int = 20_000  # the first of them; the others follow
+    calibration_episodes: int = 10  # per mode
+    calibration_seed: int = 10_000
+    quantile: float = 0.95  # of the calibration mismatches: where the threshold lies
+    label_episodes: int = 2  # per mode, on which the distance to the teacher is measured
+    latency_steps: int = 200  # per mode
+    num_envs: int = 10  # episodes run as one batch
+    min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
+
+    @property
+    def eval_seeds(self) -> range:
+        return range(self.eval_seed, self.eval_seed + self.eval_episodes)
+
+    @property
+    def calibration_seeds(self) -> range:
+        return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a teacher with its planning budget on a task, and its correctors."""
+
+    task: str
+    model: WorldModel
+    planner: PlannerConfig
+    discount: float
+    correctors: Mapping[str, BaseCorrector]
+    task_index: int | None = None  # of a multi-task model
+
+    def teacher(self, num_envs: int, seed: int) -> TDMPC2:
+        return TDMPC2(
+            self.model,
+            self.planner,
+            discount=self.discount,
+            num_envs=num_envs,
+            seed=seed,
+            task=self.task_index,
+        )
+
+    def agent(self, mode: SpeculationConfig, num_envs: int, seed: int) -> SpeculativeAgent:
+        corrector = self.correctors[mode.corrector] if mode.corrector else None
+        return SpeculativeAgent(self.teacher(num_envs, seed), mode, corrector)
+
+    def env(self) -> Any:
+        obs = "rgb" if self.model.config.pixels else "state"
+        return make_env(self.task, obs=obs)
+
+    def rollout(
+        self,
+        mode: SpeculationConfig,
+        seeds: Sequence[int],
+        num_envs: int,
+        *,
+        label: bool = False,
+        on_step: Callable[[int], None] = lambda done: None,
+    ) -> Rollout:
+        """Episodes of `mode` on `seeds`; the planner's noise begins from the first of them."""
+        n = min(num_envs, len(seeds))
+        labeller = self.teacher(n, seeds[0]) if label else None
+        agent = self.agent(mode, n, seeds[0])
+        return rollout(agent, self.env, seeds, labeller=labeller, on_step=on_step)
+
+
+def calibrate(
+    subject: Subject, config: EvaluationConfig, out: Path, console: Console
+) -> dict[str, SpeculationConfig]:
+    """The standard modes, thresholds set from episodes without fallback on the calibration seeds."""
+    seeds = config.calibration_seeds
+    free = standard_modes(list(subject.correctors), dict.fromkeys(_corrected(subject)))
+    thresholds = {}
+    with _progress(console) as progress:
+        for name in _corrected(subject):
+            result = _run_mode(subject, name, free[name], config, seeds, out / "free", progress)
+            drift = result.steps.loc[result.steps["k"] > 0, "mismatch"].to_numpy()
+            thresholds[name] = calibrate_threshold(drift, config.quantile)
+    return standard_modes(list(subject.correctors), thresholds)
+
+
+def run_modes(
+    subject: Subject,
+    modes: Mapping[str, SpeculationConfig],
+    config: EvaluationConfig,
+    seeds: Sequence[int],
+    out: Path,
+    console: Console,
+    label_episodes: int = 0,
+) -> Rollout:
+    """Episodes of every mode on the same seeds, in one table each, column `mode` in front.
+
+    What `out` holds already is read back instead of run again.
+
+    Args:
+        subject: what is evaluated.
+        modes: by name, the baseline first.
+        config: number of environments.
+        seeds: of the episodes.
+        out: folder for the raw results, one folder a mode inside.
+        console: where progress is shown.
+        label_episodes: the first so many episodes measure the distance to the teacher's action.
+    """
+    with _progress(console) as progress:
+        results = {
+            name: _run_mode(subject, name, mode, config, seeds, out, progress, label_episodes)
+            for name, mode in modes.items()
+        }
+    return Rollout(
+        _join({name: r.episodes for name, r in results.items()}),
+        _join({name: r.steps for name, r in results.items()}),
+    )
+
+
+def choose(
+    subject: Subject,
+    modes: Mapping[str, SpeculationConfig],
+    config: EvaluationConfig,
+    out: Path,
+    console: Console,
+) -> str:
+    """The mode with the fewest planner calls whose return holds up on the calibration seeds.
+
+    It holds up where the lower end of the 95 % interval of the return's ratio to the baseline's is at
+    least `config.min_return`; the baseline itself always does.
+    """
+    result = run_modes(subject, modes, config, config.calibration_seeds, out, console)
+    summary = summarise(result.episodes, result.steps, None)
+    _write_csv(out / "summary.csv", summary)
+    good = summary[(summary["return_ratio_low"] >= config.min_return) | (summary["mode"] == BASELINE)]
+    return str(good.sort_values("planner_calls", kind="stable")["mode"].iloc[0])
+
+
+def evaluate(
+    subject: Subject,
+    config: EvaluationConfig,
+    out: Path,
+    meta: Mapping[str, Any],
+    console: Console,
+) -> str:
+    """Calibrate, choose a mode, run all modes on held-out seeds, and write results and report to `out`.
+
+    Args:
+        subject: what is evaluated.
+        config: episodes and seeds.
+        out: the folder for the results.
+        meta: what the report says of where the numbers come from.
+        console: where progress and the table are shown.
+
+    Returns:
+        The name of the chosen mode; `out/chosen.json` holds its settings.
+
+    Raises:
+        ConfigError: the seeds overlap, or `out` holds an evaluation with other settings.
+    """
+    seeds = config.eval_seeds
+    if set(seeds) & set(config.calibration_seeds):
+        raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+    settings = {
+        "task": subject.task,
+        "teacher": fingerprint(subject.model),
+        "correctors": {name: fingerprint(c) for name, c in subject.correctors.items()},
+        "planner": asdict(subject.planner),
+        "config": asdict(config),
+    }
+    if not _same_settings(out / "settings.json", settings):
+        write_json(out / "settings.json", settings)
+    modes = calibrate(subject, config, out / "calibration", console)
+    chosen = choose(subject, modes, config, out / "calibration" / "modes", console)
+    write_json(out / "chosen.json", {"mode": chosen, "speculation": asdict(modes[chosen])})
+    episodes, steps = run_modes(
+        subject, modes, config, seeds, out / "modes", console, config.label_episodes
+    )
+    console.print("measuring the latency of single steps, all modes in turn")
+    agents = {name: subject.agent(mode, 1, seeds[0]) for name, mode in modes.items()}
+    latency = measure_latency(agents, subject.env, seeds[0], config.latency_steps)
+    summary = summarise(episodes, steps, latency)
+    tables = {"episodes": episodes, "steps": steps, "latency": latency, "summary": summary}
+    for name, table in tables.items():
+        _write_csv(out / f"{name}.csv", table)
+    provided = {
+        **meta,
+        **settings,
+        "chosen": chosen,
+        "min_return": config.min_return,
+        "seeds": f"{seeds[0]} to {seeds[-1]}",
+        "calibration_seeds": f"{config.calibration_seeds[0]} to {config.calibration_seeds[-1]}",
+        "thresholds": {name: mode.threshold for name, mode in modes.items() if mode.threshold},
+    }
+    report = write_report(out, episodes, steps, latency, summary, provided)
+    print_table(summary, console)
+    console.print(f"chosen on the calibration seeds: {chosen}; report: {report}")
+    return chosen
+
+
+def _corrected(subject: Subject) -> list[str]:
+    return [corrected(name, k) for name in subject.correctors for k in EXECUTION_HORIZONS]
+
+
+def _run_mode(
+    subject: Subject,
+    name: str,
+    mode: SpeculationConfig,
+    config: EvaluationConfig,
+    seeds: Sequence[int],
+    out: Path,
+    progress: Progress,
+    label_episodes: int = 0,
+) -> Rollout:
+    """Episodes of one mode, read back where an earlier run left them."""
+    folder = out / name
+    bar = progress.add_task(name, total=len(seeds))
+    if _same_settings(folder / "settings.json", asdict(mode)):
+        progress.update(bar, completed=len(seeds))
+        return Rollout(pd.read_csv(folder / "episodes.csv"), pd.read_csv(folder / "steps.csv"))
+    parts, done = [], 0
+    labelled, others = seeds[:label_episodes], seeds[label_episodes:]
+    for part, label in ((labelled, True), (others, False)):
+        if part:
+            on_step = lambda n, done=done: progress.update(bar, completed=done + n)  # noqa: E731
+            parts.append(subject.rollout(mode, part, config.num_envs, label=label, on_step=on_step))
+            done += len(part)
+    result = Rollout(
+        pd.concat([r.episodes for r in parts], ignore_index=True),
+        pd.concat([r.steps for r in parts], ignore_index=True),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(folder / "episodes.csv", result.episodes)
+    _write_csv(folder / "steps.csv", result.steps)
+    write_json(folder / "settings.json", asdict(mode))
+    return result
+
+
+def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
+    """Whether `path` holds these settings; False where there is no such file."""
+    if not path.exists():
+        return False
+    if read_json(path) != settings:
+        raise ConfigError(f"{path} was written with other settings: choose another out=, or delete it")
+    return True
+
+
+def _join(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Tables of the modes under one another, the mode's name in front."""
+    named = [table.assign(mode=name) for name, table in tables.items()]
+    joined = pd.concat(named, ignore_index=True)
+    return joined[["mode", *(c for c in joined.columns if c != "mode")]]
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    with atomic_write(path) as tmp:
+        table.to_csv(tmp, index=False)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

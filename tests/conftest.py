@@ -1,0 +1,12 @@
+"""What all tests share. Several run at once, so each process keeps to one thread."""
+
+from pathlib import Path
+
+import torch
+from hypothesis import settings
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("tests")

@@ -1,0 +1,148 @@
+"""Correctors: what they do untrained, what they may see, and their files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdmpc2.config import CorrectorConfig
+from tdmpc2.corrector import (
+    FILE,
+    BaseCorrector,
+    CorrectorInput,
+    build_corrector,
+    load_corrector,
+    read_header,
+    save_corrector,
+)
+from tdmpc2.errors import CheckpointError, ConfigError
+
+BOTH = pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
+
+
+def make(architecture: str, trained: bool = True) -> BaseCorrector:
+    """A small corrector; `trained` gives its last layer weights."""
+    torch.manual_seed(0)
+    config = CorrectorConfig(16, 3, architecture, width=32, window=4, num_heads=2, max_k=8)
+    corrector = build_corrector(config).eval()
+    if trained:
+        torch.nn.init.normal_(corrector.update.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+    return corrector
+
+
+def random_input(batch: int = 5, window: int = 4) -> CorrectorInput:
+    generator = torch.Generator().manual_seed(1)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    valid = torch.ones(batch, window, dtype=torch.bool)
+    k = torch.arange(window).expand(batch, -1)
+    latents = uniform(2, batch, window, 16)
+    return CorrectorInput(latents[0], latents[1], uniform(batch, window, 3) * 2 - 1, k, valid)
+
+
+@BOTH
+def test_untrained_corrector_executes_the_plan(architecture: str) -> None:
+    corrector, x = make(architecture, trained=False), random_input()
+    assert torch.equal(corrector(x), x.planned[:, -1])
+    assert torch.equal(corrector.train()(x), x.planned[:, -1])
+
+
+@BOTH
+def test_action_stays_in_the_box_and_every_input_counts(architecture: str) -> None:
+    corrector, x = make(architecture), random_input()
+    action = corrector(x)
+    assert action.shape == (5, 3)
+    assert (action.abs() <= 1).all() and (action.abs() == 1).any() and (action.abs() < 1).any()
+    for changed in (
+        x._replace(z=x.z + 0.5),
+        x._replace(z_pred=x.z_pred * 0.5),
+        x._replace(planned=x.planned * 0.9),
+        x._replace(k=x.k + 1),
+    ):
+        assert not torch.allclose(corrector.residual(changed), corrector.residual(x))
+
+
+@BOTH
+def test_clamp_lets_gradients_pull_a_saturated_action_back(architecture: str) -> None:
+    corrector, x = make(architecture).train(), random_input()
+    x.planned[:] = 1.0
+    corrector.update.bias.data.fill_(1.0)  # type: ignore[union-attr, operator]
+    corrector.update.weight.data.zero_()  # type: ignore[union-attr, operator]
+    action = corrector(x)
+    torch.testing.assert_close(action, torch.ones_like(action))
+    bias = corrector.update.bias  # type: ignore[union-attr]
+    (right,) = torch.autograd.grad((action - 1.0).square().sum(), bias, retain_graph=True)  # type: ignore[arg-type]
+    (wrong,) = torch.autograd.grad((action - 0.5).square().sum(), bias)  # type: ignore[arg-type]
+    assert right.abs().max() < 1e-5
+    assert (wrong > 0.1).all()
+
+
+def test_gate_weighs_plan_against_update() -> None:
+    corrector, x = make("two_tower"), random_input()
+    corrector.gate.bias.data.fill_(-100.0)  # type: ignore[union-attr, operator]
+    assert torch.equal(corrector(x), x.planned[:, -1])
+    corrector.gate.bias.data.fill_(100.0)  # type: ignore[union-attr, operator]
+    assert not torch.allclose(corrector(x), x.planned[:, -1])
+
+
+def test_masked_history_has_no_influence_and_valid_history_has() -> None:
+    corrector, x = make("temporal"), random_input()
+    x.valid[:, :2] = False
+    rubbish = random_input()
+    rubbish = rubbish._replace(k=rubbish.k + 3, valid=x.valid)
+    for mine, other in zip(x[:3], rubbish[:3], strict=True):
+        other[:, :2] = 37.0
+        other[:, 2:] = mine[:, 2:]
+    rubbish.k[:, 2:] = x.k[:, 2:]
+    torch.testing.assert_close(corrector.residual(rubbish), corrector.residual(x))
+    x.valid[:, 1] = True
+    other_history = x._replace(z=x.z.clone())
+    other_history.z[:, 1] = 0.0
+    assert not torch.allclose(corrector.residual(other_history), corrector.residual(x))
+
+
+@BOTH
+def test_steps_beyond_the_last_embedding_take_it(architecture: str) -> None:
+    corrector, x = make(architecture), random_input()
+    at_last = corrector(x._replace(k=torch.full_like(x.k, 7)))
+    torch.testing.assert_close(corrector(x._replace(k=torch.full_like(x.k, 500))), at_last)
+
+
+@BOTH
+def test_file_round_trip(architecture: str, tmp_path: Path) -> None:
+    corrector, x = make(architecture), random_input()
+    save_corrector(tmp_path / "c", corrector, "teacher-a", note={"validation": [0.1]})
+    loaded = load_corrector(tmp_path / "c", "teacher-a")
+    assert loaded.config == corrector.config and not loaded.training
+    torch.testing.assert_close(loaded(x), corrector(x))
+    assert read_header(tmp_path / "c")["note"] == {"validation": [0.1]}
+    assert [p.name for p in (tmp_path / "c").iterdir()] == [FILE]
+
+
+def test_other_teachers_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
+    save_corrector(tmp_path, make("two_tower"), "teacher-a")
+    load_corrector(tmp_path, None)
+    with pytest.raises(CheckpointError, match="teacher-a, this one is teacher-b"):
+        load_corrector(tmp_path, "teacher-b")
+    content = (tmp_path / FILE).read_bytes()
+    flipped = bytearray(content)
+    flipped[-7] ^= 0x40
+    other_width = content.replace(b'width\\": 32', b'width\\": 64')
+    assert other_width != content
+    for damaged in (b"", b"rubbish" * 9, content[:100], content[:-8], bytes(flipped), other_width):
+        (tmp_path / FILE).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged") as error:
+            load_corrector(tmp_path, "teacher-a")
+        assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match="no corrector"):
+        load_corrector(tmp_path / "nowhere", "teacher-a")
+
+
+def test_impossible_architectures_are_named() -> None:
+    with pytest.raises(ConfigError, match="two_tower, temporal"):
+        build_corrector(CorrectorConfig(16, 3, "three_tower"))
+    with pytest.raises(ConfigError, match="multiple"):
+        build_corrector(CorrectorConfig(16, 3, "temporal", width=36, num_heads=4))
