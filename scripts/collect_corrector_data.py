@@ -10,13 +10,11 @@ agent act while the teacher labels. Started again, it goes on with the first mis
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tdmpc2 import make_env
-from tdmpc2.accelerate import open_teacher
 from tdmpc2.cli import run
 from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
 from tdmpc2.distillation import collect
-from tdmpc2.world_model import fingerprint
+from tdmpc2.teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +29,21 @@ class Settings(BudgetOverride):
     num_envs: int = 8  # episodes run as one batch, which makes one shard
     execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
     corrector: str = ""  # folder of the corrector that then acts; empty for none
-    task_index: int | None = None  # of a multi-task model
     device: str = "cpu"
 
 
 def main(settings: Settings) -> None:
     s = settings
-    teacher, env = open_teacher(s.task, s.checkpoint, s, device=s.device, task_index=s.task_index)
-    env.close()
+    teacher = open_teacher(s.task, s.checkpoint, s, s.device)
     behaviour, correctors = SpeculationConfig(execution_horizon=s.execution_horizon), {}
     if s.corrector:
         name = Path(s.corrector).name
-        correctors[name] = load_corrector(s.corrector, fingerprint(teacher.model), s.device)
+        correctors[name] = load_corrector(s.corrector, teacher.fingerprint, s.device)
         behaviour = replace(behaviour, corrector=name)
-    obs = "rgb" if teacher.model.config.pixels else "state"
     paths = collect(
-        teacher,
+        teacher.agent(),
         s.task,
-        lambda: make_env(s.task, obs=obs),
+        teacher.env,
         s.out,
         episodes=s.episodes,
         seed=s.seed,

@@ -15,6 +15,7 @@ from tdmpc2 import cli
 from tdmpc2.accelerate import evaluate_correctors
 from tdmpc2.config import BudgetOverride
 from tdmpc2.evaluation.evaluate import EvaluationConfig
+from tdmpc2.teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +26,12 @@ class EvalCorrectorConfig(BudgetOverride, EvaluationConfig):
     checkpoint: str  # an original .pt file or a folder of ours
     correctors: str  # folder of two_tower/, temporal/ or both
     out: str  # folder for the results
-    task_index: int | None = None  # of a multi-task model
     device: str = "cpu"
 
 
 def main(config: EvalCorrectorConfig) -> None:
-    c = config
-    evaluate_correctors(
-        c.task, c.checkpoint, Path(c.correctors), Path(c.out), c, c, Console(), c.device, c.task_index
-    )
+    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    evaluate_correctors(teacher, Path(config.correctors), Path(config.out), config, Console())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The return of a teacher: python scripts/evaluate.py task=cartpole-swingup checkpoint=pretrained/...
+"""The return of a teacher: python scripts/evaluate.py task=walker-walk checkpoint=FOLDER_OR_FILE.
 
 The planning budget is the one saved with the checkpoint, else the published one, unless
-`num_samples=`, `iterations=` or `num_elites=` say otherwise. With `out=FOLDER` the result is written to
-`episodes.csv` and `evaluation.json` there.
+`num_samples=`, `iterations=` or `num_elites=` say otherwise. With `out=FOLDER` the result is
+written to `episodes.csv` and `evaluation.json` there.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,18 +10,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
-from tdmpc2 import TDMPC2, SpeculativeAgent, make_env
-from tdmpc2.accelerate import open_teacher
+from tdmpc2 import SpeculativeAgent
 from tdmpc2.cli import provenance, run
-from tdmpc2.config import BudgetOverride, SpeculationConfig, discount_of
-from tdmpc2.envs import max_episode_steps
+from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
-from tdmpc2.world_model import fingerprint
+from tdmpc2.teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +28,6 @@ class EvaluateConfig(BudgetOverride):
 
     task: str
     checkpoint: str  # an original .pt file or a folder of ours
-    task_index: int | None = None  # of a multi-task model
     episodes: int = 10  # run as one batch
     seed: int = 1000  # of the first episode; the others follow
     device: str = "cpu"
@@ -43,34 +40,17 @@ def main(config: EvaluateConfig) -> None:
         raise ConfigError(f"episodes={config.episodes}: must be at least 1")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    single, env = open_teacher(
-        config.task,
-        config.checkpoint,
-        config,
-        device=config.device,
-        task_index=config.task_index,
+    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    agent = SpeculativeAgent(
+        teacher.agent(config.episodes, config.seed), SpeculationConfig(execution_horizon=1)
     )
-    teacher = TDMPC2(
-        single.model,
-        single.planner.config,
-        discount=discount_of(max_episode_steps(env)),
-        num_envs=config.episodes,
-        seed=config.seed,
-        task=config.task_index,
-    )
-    agent = SpeculativeAgent(teacher, SpeculationConfig(execution_horizon=1))
-    obs = "rgb" if teacher.model.config.pixels else "state"
     seeds = range(config.seed, config.seed + config.episodes)
-    steps = iter(track(range(max_episode_steps(env)), config.task, transient=True))
-    result = rollout(
-        agent,
-        lambda: make_env(config.task, obs=obs),
-        seeds,
-        on_step=lambda episodes_done: next(steps, None),
-    )
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(config.task, total=None)
+        result = rollout(agent, teacher.env, seeds, on_step=lambda done: progress.advance(bar))
     episodes = result.episodes[["seed", "return", "length", "terminated"]]
     returns = episodes["return"]
-    budget = asdict(teacher.planner.config)
+    budget = asdict(teacher.planner)
     table = Table(title=f"{config.task}, {config.checkpoint}")
     for name in ("seed", "return", "length"):
         table.add_column(name, justify="right")
@@ -93,7 +73,7 @@ def main(config: EvaluateConfig) -> None:
             "sd": float(returns.std(ddof=0)),
             "settings": asdict(config),
             "planner": budget,
-            "teacher": fingerprint(teacher.model),
+            "teacher": teacher.fingerprint,
             "provenance": provenance(),
         }
         write_json(Path(config.out) / "evaluation.json", result_json)

@@ -22,8 +22,8 @@ def main(config: TrainConfig) -> None:
     console = Console()
     size = sum(p.numel() for p in trainer.update.model_params + trainer.update.policy_params)
     console.print(
-        f"{config.task}: {size:,} parameters, {trainer.seed_steps:,} seed steps, {trainer.planner}, "
-        f"into {trainer.folder}"
+        f"{config.task}: {size:,} parameters, {trainer.seed_steps:,} seed steps, "
+        f"{trainer.planner}, into {trainer.folder}"
     )
     if trainer.step:
         console.print(f"going on from step {trainer.step:,}")

@@ -12,23 +12,22 @@ current correctors, every state labelled by the teacher, added to what there is 
 A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import gymnasium as gym
 from rich.console import Console
 
-from .agent import TDMPC2, load_teacher
 from .cli import provenance
-from .config import BudgetOverride, SpeculationConfig, discount_of
+from .config import BudgetOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
-from .distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
-from .envs import make_env, max_episode_steps
+from .distillation import TEACHER, CorrectorTrainConfig, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import EvaluationConfig, Subject, evaluate
 from .evaluation.modes import EXECUTION_HORIZONS
 from .files import read_json, write_json
-from .world_model import fingerprint, save_world_model
+from .teacher import Teacher, open_teacher
+from .world_model import save_world_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,40 +37,11 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     task: str
     checkpoint: str  # an original .pt file or a folder of ours
     out: str = ""  # default: accelerated/<task>
-    task_index: int | None = None  # of a multi-task model
     device: str = "cpu"
     episodes: int = 8  # of the teacher
     rounds: int = 3  # of data under the correctors
     round_episodes: int = 8
     collect_seed: int = 0  # of the first episode of all
-
-
-def open_teacher(
-    task: str,
-    checkpoint: str,
-    budget: BudgetOverride,
-    *,
-    device: str = "cpu",
-    task_index: int | None = None,
-) -> tuple[TDMPC2, gym.Env]:
-    """The teacher of a checkpoint with its budget for a task, and an environment of that task.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be used, or was made for other observations or actions.
-        TaskError: there is no such task.
-    """
-    teacher = load_teacher(checkpoint, device=device, task=task_index)
-    config = teacher.model.config
-    env = make_env(task, obs="rgb" if config.pixels else "state")
-    shapes = (env.observation_space.shape, env.action_space.shape)
-    if shapes != (config.obs_shape, (config.action_dim,)):
-        raise CheckpointError(
-            f"{checkpoint} was made for observations {config.obs_shape} and actions "
-            f"{(config.action_dim,)}, {task} has {shapes[0]} and {shapes[1]}: it is of another task"
-        )
-    planner = budget.apply(teacher.planner.config)
-    discount = discount_of(max_episode_steps(env))
-    return TDMPC2(teacher.model, planner, discount=discount, task=task_index), env
 
 
 def accelerate(config: AccelerateConfig, console: Console) -> Path:
@@ -86,20 +56,23 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     collected = range(c.collect_seed, c.collect_seed + c.episodes + c.rounds * c.round_episodes)
     if set(collected) & (set(c.calibration_seeds) | set(c.eval_seeds)):
         raise ConfigError("collection seeds overlap those of calibration or evaluation")
-    teacher, env = open_teacher(
-        c.task, c.checkpoint, c, device=c.device, task_index=c.task_index
-    )
-    name = fingerprint(teacher.model)
-    settings = {**asdict(c), "teacher": name}
+    teacher = open_teacher(c.task, c.checkpoint, c, c.device)
+    settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
         raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")
     write_json(out / "settings.json", settings)
 
-    def gather(folder: str, first: int, episodes: int, behaviours, correctors) -> None:
+    def gather(
+        folder: str,
+        first: int,
+        episodes: int,
+        behaviours: Sequence[SpeculationConfig] = (TEACHER,),
+        correctors: Mapping[str, BaseCorrector] | None = None,
+    ) -> None:
         collect(
-            teacher,
+            teacher.agent(),
             c.task,
-            lambda: make_env(c.task, obs="rgb" if teacher.model.config.pixels else "state"),
+            teacher.env,
             out / "data" / folder,
             episodes=episodes,
             seed=first,
@@ -110,12 +83,15 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
 
     def train(folder: Path) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
-            trained = train_corrector(teacher.model, load_shards(out / "data", name), c, folder)
-            write_json(folder / "done.json", {n: t.validation._asdict() for n, t in trained.items()})
-        return {n: load_corrector(folder / n, name, c.device) for n in read_json(folder / "done.json")}
+            data = load_shards(out / "data", teacher.fingerprint)
+            trained = train_corrector(teacher.model, data, c, folder)
+            errors = {name: t.validation._asdict() for name, t in trained.items()}
+            write_json(folder / "done.json", errors)
+        names = read_json(folder / "done.json")
+        return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
 
     console.print(f"[bold]{c.task}[/]: the teacher's own episodes")
-    gather("teacher", c.collect_seed, c.episodes, [SpeculationConfig(execution_horizon=1)], None)
+    gather("teacher", c.collect_seed, c.episodes)
     for r in range(c.rounds):
         console.print(f"round {r + 1} of {c.rounds}: episodes under the correctors so far")
         correctors = train(out / "rounds" / str(r + 1))
@@ -128,16 +104,13 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
     console.print("the final correctors")
     train(out / "correctors")
-    env.close()
-    evaluate_correctors(
-        c.task, c.checkpoint, out / "correctors", out / "evaluation", c, c, console, c.device, c.task_index
-    )
+    evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
     save_world_model(
         out,
         teacher.model,
         task=c.task,
-        discount=teacher.planner.discount,
-        planner=asdict(teacher.planner.config),
+        discount=teacher.discount,
+        planner=asdict(teacher.planner),
         speculation=read_json(out / "evaluation" / "chosen.json")["speculation"],
         provenance=provenance(),
     )
@@ -146,40 +119,29 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
 
 
 def evaluate_correctors(
-    task: str,
-    checkpoint: str,
-    correctors: Path,
-    out: Path,
-    budget: BudgetOverride,
-    config: EvaluationConfig,
-    console: Console,
-    device: str = "cpu",
-    task_index: int | None = None,
+    teacher: Teacher, folder: Path, out: Path, config: EvaluationConfig, console: Console
 ) -> str:
-    """Evaluate a folder of correctors in every mode into `out`; returns the chosen mode's name.
+    """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode's name.
 
     Raises:
         CheckpointError: there is no corrector, or one is of another teacher.
     """
-    teacher, env = open_teacher(task, checkpoint, budget, device=device, task_index=task_index)
-    env.close()
-    name = fingerprint(teacher.model)
-    found = [a for a in ARCHITECTURES if (correctors / a).is_dir()]
+    found = [name for name in ARCHITECTURES if (folder / name).is_dir()]
     if not found:
-        raise CheckpointError(f"no corrector in {correctors}: train one with scripts/train_corrector.py")
-    networks = {a: load_corrector(correctors / a, name, device) for a in found}
+        raise CheckpointError(f"no corrector in {folder}: train one with scripts/train_corrector.py")
+    device = next(teacher.model.parameters()).device
+    networks = {n: load_corrector(folder / n, teacher.fingerprint, device) for n in found}
     validation = []
-    for a in found:
-        errors = read_header(correctors / a)["validation"]
-        means = {key: sum(values) / len(values) for key, values in errors.items()}
+    for name in found:
+        errors = read_header(folder / name)["validation"]
+        mean = {key: sum(values) / len(values) for key, values in errors.items()}
         validation.append(
             {
-                "corrector": a,
-                "error": means["corrector"],
-                "plan_error": means["plan"],
-                "prior_error": means["prior"],
+                "corrector": name,
+                "error": mean["corrector"],
+                "plan_error": mean["plan"],
+                "prior_error": mean["prior"],
             }
         )
-    planner = teacher.planner
-    subject = Subject(task, teacher.model, planner.config, planner.discount, networks, task_index)
-    return evaluate(subject, config, out, {**provenance(), "validation": validation}, console)
+    meta = {**provenance(), "validation": validation}
+    return evaluate(Subject(teacher, networks), config, out, meta, console)

@@ -23,9 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import PlannerConfig, SpeculationConfig, discount_of, published_budget
+from .config import (
+    EAGER,
+    ComputeConfig,
+    PlannerConfig,
+    SpeculationConfig,
+    discount_of,
+    published_budget,
+)
 from .corrector import BaseCorrector, CorrectorInput, load_corrector
 from .errors import ConfigError, ObservationError
+from .inference import fastest
 from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, read_config
@@ -63,6 +71,7 @@ class TDMPC2:
         num_envs: rows of the batch.
         seed: of the planner's noise.
         task: index of the task, for a multi-task model.
+        compute: precision of planning, and whether to compile; not of encoding and acting.
     """
 
     def __init__(
@@ -74,16 +83,19 @@ class TDMPC2:
         num_envs: int = 1,
         seed: int = 0,
         task: int | None = None,
+        compute: ComputeConfig = EAGER,
     ):
+        if task is not None and not model.config.num_tasks:
+            raise ConfigError(f"task={task}: this model knows a single task")
         if model.config.num_tasks and not (task is not None and 0 <= task < model.config.num_tasks):
             raise ConfigError(
                 f"a multi-task model needs the index of its task, 0 to {model.config.num_tasks - 1}"
             )
         self.model, self.num_envs = model, num_envs
         self.device = next(model.parameters()).device
-        self.planner = Planner(model, planner, discount, NoiseSource(seed, self.device))
+        self.planner = Planner(model, planner, discount, NoiseSource(seed, self.device), compute)
         self.task = None
-        if model.config.num_tasks:
+        if task is not None:
             self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
         shape = (num_envs, planner.horizon, model.config.action_dim)
         self._mean = torch.zeros(shape, device=self.device)
@@ -281,6 +293,7 @@ def load_teacher(
     num_envs: int = 1,
     seed: int = 0,
     task: int | None = None,
+    compute: ComputeConfig | None = None,
 ) -> TDMPC2:
     """The teacher of a checkpoint: an original `.pt` file or a folder of ours.
 
@@ -292,18 +305,35 @@ def load_teacher(
         num_envs: rows of the batch.
         seed: of the planner's noise.
         task: index of the task, for a multi-task model.
+        compute: precision of planning, and whether to compile; None: what is fastest on the device.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, foreign or unsafe.
     """
+    model, saved_planner, saved_discount = read_teacher(path, device)
+    return TDMPC2(
+        model,
+        planner or saved_planner,
+        discount=saved_discount if discount is None else discount,
+        num_envs=num_envs,
+        seed=seed,
+        task=task,
+        compute=compute or fastest(device),
+    )
+
+
+def read_teacher(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[WorldModel, PlannerConfig, float]:
+    """The world model of a checkpoint, and the planning budget and discount that go with it.
+
+    An original file does not say: it stands for the published budget and episodes of 500 steps.
+    """
     model = load_world_model(path, device)
     saved = read_config(path) if Path(path).is_dir() else {}
-    if planner is None:
-        budget = saved.get("planner")
-        planner = PlannerConfig(**budget) if budget else published_budget(model.config.action_dim)
-    if discount is None:
-        discount = saved.get("discount", discount_of(500))
-    return TDMPC2(model, planner, discount=discount, num_envs=num_envs, seed=seed, task=task)
+    budget = saved.get("planner")
+    planner = PlannerConfig(**budget) if budget else published_budget(model.config.action_dim)
+    return model, planner, saved.get("discount", discount_of(500))
 
 
 def load_agent(
@@ -313,12 +343,15 @@ def load_agent(
     num_envs: int = 1,
     seed: int = 0,
     task: int | None = None,
+    compute: ComputeConfig | None = None,
 ) -> "TDMPC2 | SpeculativeAgent":
     """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
 
     Args and raises as `load_teacher`.
     """
-    teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task)
+    teacher = load_teacher(
+        path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute
+    )
     saved = read_config(path) if Path(path).is_dir() else {}
     if "speculation" not in saved:
         return teacher

@@ -72,17 +72,23 @@ class ComputeConfig:
     compile: bool = False  # takes tens of seconds at the first start of all, a few afterwards
 
 
+EAGER = ComputeConfig()
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetOverride:
-    """What a script's user changes of a checkpoint's own planning budget; None leaves it."""
+    """What a script's user changes of how a checkpoint is planned with; None leaves it."""
 
     num_samples: int | None = None
     iterations: int | None = None
     num_elites: int | None = None
     num_pi_trajs: int | None = None
+    precision: str | None = None  # float32 or bfloat16; None: what the device plans fastest with
+    compile: bool | None = None  # None: yes
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
-        given = {f.name: getattr(self, f.name) for f in fields(BudgetOverride)}
+        names = ("num_samples", "iterations", "num_elites", "num_pi_trajs")
+        given = {name: getattr(self, name) for name in names}
         return replace(planner, **{name: n for name, n in given.items() if n is not None})
 
 

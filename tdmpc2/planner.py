@@ -2,8 +2,8 @@
 
 The planner samples action sequences around a Gaussian, scores them by predicted reward plus the value at
 the horizon, refits the Gaussian to the best of them (the elites), and finally draws one elite by score
-(paper, section 3.2 and appendix). Inside, sequences are laid out `[H, B, N, A]`: time first, then the
-batch of latents, then the samples of each.
+(paper, section 3.2 and appendix). Inside, sequences are laid out `[B, H, N, A]`: the batch of latents, then
+time, then the samples of each.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import PlannerConfig
+from .config import EAGER, ComputeConfig, PlannerConfig
+from .inference import Origin, Weights, fast_model
 from .world_model.model import WorldModel
 
 
@@ -60,12 +61,19 @@ class Planner:
         config: the planning budget and MPPI's constants.
         discount: per agent step.
         noise: source of all randomness.
+        compute: precision, and whether to compile.
     """
 
     def __init__(
-        self, model: WorldModel, config: PlannerConfig, discount: float, noise: NoiseSource
+        self,
+        model: WorldModel,
+        config: PlannerConfig,
+        discount: float,
+        noise: NoiseSource,
+        compute: ComputeConfig = EAGER,
     ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
+        self.compute, self.fast = compute, fast_model(model, discount, compute)
 
     @torch.no_grad()
     def plan(
@@ -84,27 +92,24 @@ class Planner:
             eval_mode: False adds exploration noise to the first action.
             task: `[B]` task indices of a multi-task model.
         """
-        c, model, noise = self.config, self.model, self.noise
-        batch, action_dim = z.shape[0], model.config.action_dim
-        tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples
-        mask = 1.0 if task is None else model.action_masks[task][None, :, None]  # [1, B, 1, A]
-
+        c, noise = self.config, self.noise
+        batch, action_dim = z.shape[0], self.model.config.action_dim
         num_free = c.num_samples - c.num_pi_trajs
-        prior = self._policy_trajectories(z, tasks)  # [H, B, num_pi_trajs, A]
-        z_samples = z[:, None].expand(-1, c.num_samples, -1)
-        mean_t = z.new_zeros(c.horizon, batch, 1, action_dim)
-        if mean is not None:
-            mean_t = mean.transpose(0, 1)[:, :, None]
+        weights, origin = self.fast.weights(), self.fast.origin(z, task)
+        mask = origin.mask[:, None, None]  # [B, 1, 1, A]
+        prior = self._policy_trajectories(z, task)  # [B, H, num_pi_trajs, A]
+        mean_t = z.new_zeros(batch, c.horizon, 1, action_dim) if mean is None else mean[:, :, None]
         std = torch.full_like(mean_t, c.max_std)
         for _ in range(c.iterations):
-            eps = noise.normal(c.horizon, batch, num_free, action_dim)
+            eps = noise.normal(c.horizon, batch, num_free, action_dim).transpose(0, 1)
             actions = torch.cat([prior, (mean_t + std * eps).clamp(-1, 1)], 2) * mask
-            value = self.estimate_value(z_samples, actions, tasks).nan_to_num(0.0)  # [B, N]
+            value = self.estimate_value(origin, actions, weights).nan_to_num(0.0)  # [B, N]
             elite_value, index = value.topk(c.num_elites, dim=1)
-            elites = actions.gather(2, index[None, ..., None].expand(c.horizon, -1, -1, action_dim))
+            index = index[:, None, :, None].expand(-1, c.horizon, -1, action_dim)
+            elites = actions.gather(2, index)  # [B, H, num_elites, A]
             score = (c.temperature * (elite_value - elite_value[:, :1])).exp()
             score = score / score.sum(1, keepdim=True)  # [B, num_elites]
-            weight = score[None, ..., None]
+            weight = score[:, None, :, None]
             mean_t = (weight * elites).sum(2, keepdim=True) / (weight.sum(2, keepdim=True) + 1e-9)
             variance = (weight * (elites - mean_t).square()).sum(2, keepdim=True)
             std = (variance / (weight.sum(2, keepdim=True) + 1e-9)).sqrt()
@@ -112,51 +117,37 @@ class Planner:
 
         drawn = (score.log() + noise.gumbel(batch, c.num_elites)).argmax(1)
         rows = torch.arange(batch, device=z.device)
-        sequence = elites[:, rows, drawn]  # [H, B, A]
+        sequence = elites[rows, :, drawn]  # [B, H, A]
         if not eval_mode:
-            explored = sequence[:1] + std[:1, :, 0] * noise.normal(1, batch, action_dim)
-            sequence = torch.cat([explored, sequence[1:]])
+            explored = sequence[:, :1] + std[:, :1, 0] * noise.normal(1, batch, action_dim)[0, :, None]
+            sequence = torch.cat([explored, sequence[:, 1:]], 1)
         sequence = sequence.clamp(-1, 1)
         latents = [z]
-        for action in sequence:
-            latents.append(model.next(latents[-1], action, task))
+        for action in sequence.unbind(1):
+            latents.append(self.model.next(latents[-1], action, task))
         return Plan(
-            actions=sequence.transpose(0, 1),
+            actions=sequence,
             latents=torch.stack(latents, 1),
-            mean=mean_t[:, :, 0].transpose(0, 1),
-            std=std[:, :, 0].transpose(0, 1),
+            mean=mean_t[:, :, 0],
+            std=std[:, :, 0],
             value=elite_value[rows, drawn],
         )
 
-    def _policy_trajectories(self, z: Tensor, tasks: Tensor | None) -> Tensor:
-        """Action sequences `[H, B, num_pi_trajs, A]` that follow the policy prior."""
+    def _policy_trajectories(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """Action sequences `[B, H, num_pi_trajs, A]` that follow the policy prior."""
         c, model = self.config, self.model
-        action_dim = model.config.action_dim
-        noise = self.noise.normal(c.horizon, z.shape[0], c.num_pi_trajs, action_dim)
+        shape = (c.horizon, z.shape[0], c.num_pi_trajs, model.config.action_dim)
+        tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples
         z = z[:, None].expand(-1, c.num_pi_trajs, -1)
-        actions = []
-        for t in range(c.horizon):
-            actions.append(model.pi(z, tasks, noise[t]).action)
-            if t < c.horizon - 1:
-                z = model.next(z, actions[t], tasks)
-        return torch.stack(actions)
+        actions: list[Tensor] = []
+        for noise in self.noise.normal(*shape):
+            if actions:
+                z = model.next(z, actions[-1], tasks)
+            actions.append(model.pi(z, tasks, noise).action)
+        return torch.stack(actions, 1)
 
-    def estimate_value(self, z: Tensor, actions: Tensor, tasks: Tensor | None) -> Tensor:
-        """Predicted return `[B, N]` of `actions` `[H, B, N, A]` from `z` `[B, N, L]` (paper, eq. 6).
-
-        The mean of two random Q heads stands for what comes after the horizon. In an episodic model
-        nothing counts after the first latent that is predicted to be terminal.
-        """
-        model = self.model
-        total = torch.zeros_like(z[..., 0])
-        discount = torch.ones_like(total)
-        for action in actions:
-            total = total + discount * model.reward(z, action, tasks)
-            z = model.next(z, action, tasks)
-            discount = discount * self.discount
-            if model.config.episodic:
-                discount = discount * (model.termination(z, tasks) <= 0.5)
-        noise = self.noise.normal(*actions.shape[1:])
-        action = model.pi(z, tasks, noise).action
-        heads = self.noise.two_heads(model.config.num_q)
-        return total + discount * model.value(z, action, tasks, heads=heads).mean(0)
+    def estimate_value(self, origin: Origin, actions: Tensor, weights: Weights) -> Tensor:
+        """Predicted return `[B, N]` of `actions` `[B, H, N, A]`, by two random Q heads."""
+        noise = self.noise.normal(actions.shape[0], *actions.shape[2:])
+        heads = self.noise.two_heads(self.model.config.num_q)
+        return self.fast.score(origin, actions, noise, heads, weights)

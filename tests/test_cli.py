@@ -93,7 +93,7 @@ def test_main_receives_the_dataclass_itself(start):
         colour=Colour.blue,
         note="a b",
     )
-    assert type(config) is Config
+    assert type(config) is Config and type(config.sizes) is tuple
     assert hash(config)
     with pytest.raises(FrozenInstanceError):
         config.steps = 3

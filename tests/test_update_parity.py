@@ -1,4 +1,4 @@
-"""One gradient update against the original implementation's own (see fixtures/official/README.md)."""
+"""One gradient update against the original implementation's own numbers."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -89,9 +89,7 @@ def test_random_shift_moves_whole_images() -> None:
     padded = torch.nn.functional.pad(images.flatten(0, 1).float(), (3, 3, 3, 3), mode="replicate")
     found = []
     for pad, image in zip(padded, moved.flatten(0, 1).float(), strict=True):
-        crops = {
-            (dy, dx): pad[:, dy : dy + 16, dx : dx + 16] for dy in range(7) for dx in range(7)
-        }
+        crops = {(dy, dx): pad[:, dy : dy + 16, dx : dx + 16] for dy in range(7) for dx in range(7)}
         found.append([at for at, crop in crops.items() if torch.equal(crop, image)])
     assert all(len(at) == 1 for at in found)
     assert len({at[0] for at in found}) > 3, "every image moved alike"

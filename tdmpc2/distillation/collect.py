@@ -166,6 +166,7 @@ def _teacher(template: TDMPC2, rows: int, seed: int) -> TDMPC2:
         num_envs=rows,
         seed=seed,
         task=None if template.task is None else int(template.task[0]),
+        compute=planner.compute,
     )
 
 

@@ -1,5 +1,6 @@
 """The world outside: Gymnasium environments by task name, in the form that TD-MPC2 expects."""
 
 from .make import is_episodic, list_tasks, make_env, max_episode_steps
+from .padding import PadForModel
 
-__all__ = ["is_episodic", "list_tasks", "make_env", "max_episode_steps"]
+__all__ = ["PadForModel", "is_episodic", "list_tasks", "make_env", "max_episode_steps"]

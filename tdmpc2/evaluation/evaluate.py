@@ -18,17 +18,17 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..agent import TDMPC2, SpeculativeAgent
-from ..config import PlannerConfig, SpeculationConfig
+from ..agent import SpeculativeAgent
+from ..config import SpeculationConfig
 from ..corrector import BaseCorrector
-from ..envs import make_env
 from ..errors import ConfigError
 from ..files import atomic_write, read_json, write_json
 from ..mismatch import calibrate_threshold
-from ..world_model import WorldModel, fingerprint
+from ..teacher import Teacher
+from ..world_model import fingerprint
 from .metrics import summarise
 from .modes import BASELINE, EXECUTION_HORIZONS, corrected, standard_modes
-#from .report import print_table, write_report
+from .report import print_table, write_report
 from .rollout import Rollout, measure_latency, rollout
 
 
@@ -57,32 +57,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a teacher with its planning budget on a task, and its correctors."""
+    """What is evaluated: a teacher and its correctors."""
 
-    task: str
-    model: WorldModel
-    planner: PlannerConfig
-    discount: float
+    teacher: Teacher
     correctors: Mapping[str, BaseCorrector]
-    task_index: int | None = None  # of a multi-task model
-
-    def teacher(self, num_envs: int, seed: int) -> TDMPC2:
-        return TDMPC2(
-            self.model,
-            self.planner,
-            discount=self.discount,
-            num_envs=num_envs,
-            seed=seed,
-            task=self.task_index,
-        )
 
     def agent(self, mode: SpeculationConfig, num_envs: int, seed: int) -> SpeculativeAgent:
         corrector = self.correctors[mode.corrector] if mode.corrector else None
-        return SpeculativeAgent(self.teacher(num_envs, seed), mode, corrector)
-
-    def env(self) -> Any:
-        obs = "rgb" if self.model.config.pixels else "state"
-        return make_env(self.task, obs=obs)
+        return SpeculativeAgent(self.teacher.agent(num_envs, seed), mode, corrector)
 
     def rollout(
         self,
@@ -95,9 +77,9 @@ class Subject:
     ) -> Rollout:
         """Episodes of `mode` on `seeds`; the planner's noise begins from the first of them."""
         n = min(num_envs, len(seeds))
-        labeller = self.teacher(n, seeds[0]) if label else None
+        labeller = self.teacher.agent(n, seeds[0]) if label else None
         agent = self.agent(mode, n, seeds[0])
-        return rollout(agent, self.env, seeds, labeller=labeller, on_step=on_step)
+        return rollout(agent, self.teacher.env, seeds, labeller=labeller, on_step=on_step)
 
 
 def calibrate(
@@ -193,10 +175,10 @@ def evaluate(
     if set(seeds) & set(config.calibration_seeds):
         raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
     settings = {
-        "task": subject.task,
-        "teacher": fingerprint(subject.model),
+        "task": subject.teacher.task,
+        "teacher": subject.teacher.fingerprint,
         "correctors": {name: fingerprint(c) for name, c in subject.correctors.items()},
-        "planner": asdict(subject.planner),
+        "planner": asdict(subject.teacher.planner),
         "config": asdict(config),
     }
     if not _same_settings(out / "settings.json", settings):
@@ -209,7 +191,7 @@ def evaluate(
     )
     console.print("measuring the latency of single steps, all modes in turn")
     agents = {name: subject.agent(mode, 1, seeds[0]) for name, mode in modes.items()}
-    latency = measure_latency(agents, subject.env, seeds[0], config.latency_steps)
+    latency = measure_latency(agents, subject.teacher.env, seeds[0], config.latency_steps)
     summary = summarise(episodes, steps, latency)
     tables = {"episodes": episodes, "steps": steps, "latency": latency, "summary": summary}
     for name, table in tables.items():

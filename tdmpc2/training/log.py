@@ -1,8 +1,9 @@
-"""Where a training run writes what happened: CSV tables, TensorBoard, and W&B if it is asked for."""
+"""Where a training run writes what happened: CSV tables, TensorBoard, and W&B where asked for."""
 
 import csv
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,11 +40,14 @@ class Log:
     ):
         self._wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self._files = {name: open(folder / f"{name}.csv", "a+", newline="") for name in columns}
-        self._writers = {}
-        for name, file in self._files.items():
+        self._stack = ExitStack()
+        self._files, self._writers = {}, {}
+        for name, header in columns.items():
+            path = folder / f"{name}.csv"
+            file = self._stack.enter_context(path.open("a", newline=""))
             file.truncate((sizes or {}).get(name, 0))
-            self._writers[name] = csv.DictWriter(file, columns[name], lineterminator="\n")
+            self._files[name] = file
+            self._writers[name] = csv.DictWriter(file, header, lineterminator="\n")
             if not sizes:
                 self._writers[name].writeheader()
 
@@ -73,8 +77,7 @@ class Log:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
-            file.close()
+        self._stack.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
@@ -84,6 +87,6 @@ def _start_wandb(project: str, folder: Path, config: dict[str, Any] | None) -> A
     try:
         import wandb
     except ImportError as e:
-        raise ConfigError("wandb_project is set, but W&B is not installed: pip install wandb") from e
+        raise ConfigError("wandb_project is set, but wandb is not: pip install wandb") from e
     run_id = str(folder.resolve()).strip("/").replace("/", "-")[-64:]
     return wandb.init(project=project, dir=str(folder), config=config, id=run_id, resume="allow")

@@ -1,17 +1,18 @@
 """The replay buffer: whole episodes in a ring of rows, slices out, shards on disk.
 
-An episode of T steps takes T+1 rows, one for each observation; the last row has no action. Rows are
-numbered from the first ever written, and row `p` lies at `p % capacity`. In an example with capacity 10
-and episodes of 3, 2 and 4 steps, the third one runs over the end and pushes the first one out:
+An episode of T steps takes T+1 rows, one for each observation; the last row has no action. Rows
+are numbered from the first ever written, and row `p` lies at `p % capacity`. In an example with
+capacity 10 and episodes of 3, 2 and 4 steps, the third one wraps and pushes the first one out:
 
     at        0   1   2   3   4   5   6   7   8   9
     row      10  11   2   3   4   5   6   7   8   9
-    episode  c3  c4   -   -  b0  b1  b2  c0  c1  c2
+    holds    c3  c4   -   -  b0  b1  b2  c0  c1  c2
 
 A slice of H steps may start at every row that has H more of its episode after it; all of them are
 equally likely. On disk the buffer is a folder of shards, each with the episodes of one `save`.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,9 +102,7 @@ class Replay:
             return column.index_select(0, index.flatten()).view(*index.shape, *column.shape[1:])
 
         r, steps = self._rows, at[:-1]
-        return Batch(
-            take(r.obs, at), take(r.action, steps), take(r.reward, steps), take(r.terminated, steps)
-        )
+        return Batch(take(r.obs, at), take(r.action, steps), take(r.reward, steps), take(r.terminated, steps))
 
     def _grown(self, like: Episode, rows: int) -> Episode:
         """The storage, large enough for `rows` rows or for the capacity."""
@@ -121,7 +120,7 @@ class Replay:
         return self._rows
 
     def save(self, folder: Path, since: int) -> None:
-        """Write the episodes that start at row `since` or later as one new shard, if there are any."""
+        """Write the episodes that start at row `since` or later, if any, as one new shard."""
         starts = [s for s in self._starts if s >= since]
         if not starts or self._rows is None:
             return
@@ -135,7 +134,7 @@ class Replay:
     def forget(self, folder: Path) -> None:
         """Delete the shards of which every episode was pushed out."""
         shards = _shards(folder)
-        for (_, path), (next_first, _) in zip(shards, shards[1:], strict=False):
+        for (_, path), (next_first, _) in pairwise(shards):
             if self._starts and next_first <= self._starts[0]:
                 path.unlink()
 

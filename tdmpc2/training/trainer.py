@@ -1,7 +1,7 @@
-"""The published online algorithm: act, remember, one update a step; and how it is stopped and goes on.
+"""The published online algorithm: act, remember, one update a step; and how a run is resumed.
 
-A run is a folder. Its state is saved between episodes, where the simulator needs no saving because every
-episode begins from a seed of its own:
+A run is a folder. Its state is saved between episodes, where the simulator needs no saving because
+every episode begins from a seed of its own:
 
     checkpoint.safetensors   everything the future depends on, replaced whole
     replay/                  the episodes, in shards that are written once
@@ -34,7 +34,7 @@ from ..config import (
     part,
 )
 from ..envs import is_episodic, make_env, max_episode_steps
-from ..errors import CheckpointError, ConfigError, TDMPC2Error
+from ..errors import ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
 from ..world_model.checkpoint import save_world_model
 from ..world_model.model import WorldModel
@@ -48,7 +48,7 @@ TABLES = {
     "eval": ("step", "mean", "sd", "min", "max", "episodes", "seconds"),
 }
 # Settings that may differ when a run goes on: they do not change what was learnt so far.
-FREE_ON_RESUME = {"steps", "checkpoint_freq", "work_dir", "resume", "device", "threads", "wandb_project"}
+FREE_ON_RESUME = {*("steps", "checkpoint_freq", "work_dir", "resume", "device", "threads", "wandb_project")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +103,10 @@ class Trainer:
                 f"{length + 1} observations"
             )
         self.discount = discount_of(length)
-        self.seed_steps = config.seed_steps
-        if self.seed_steps is None:
-            self.seed_steps = max(1000, 5 * length)
+        default = max(1000, 5 * length)
+        self.seed_steps = default if config.seed_steps is None else config.seed_steps
         self.agent = TDMPC2(model, self.planner, discount=self.discount, seed=config.seed)
-        self.evaluated = TDMPC2(
-            model, self.planner, discount=self.discount, num_envs=config.eval_episodes
-        )
+        self.evaluated = TDMPC2(model, self.planner, discount=self.discount, num_envs=config.eval_episodes)
         noise = self.agent.planner.noise
         self.update = Update(model, part(UpdateConfig, config), self.discount, noise)
         self.replay = Replay(config.buffer_size, self.planner.horizon, config.seed)
@@ -162,7 +159,7 @@ class Trainer:
                     log.write("eval", row)
                     report(
                         f"step {self.step:,}: evaluation {row['mean']:.1f} "
-                        f"(sd {row['sd']:.1f}, {c.eval_episodes} episodes), {row['seconds']:.0f} s"
+                        f"(sd {row['sd']:.1f}, {c.eval_episodes} episodes), after {row['seconds']:.0f} s"
                     )
                 if evaluate or self.step // c.checkpoint_freq > begin // c.checkpoint_freq:
                     self._save(log.sync())
@@ -190,6 +187,11 @@ class Trainer:
             if due > 1:
                 report(f"step {self.step:,}: pretraining, {due:,} updates")
             infos += [self._learn() for _ in range(due)]
+            if due and not infos[-1].isfinite().all():
+                raise TDMPC2Error(
+                    f"training diverged at step {self.step} (a loss is not finite): lower lr; the "
+                    f"last checkpoint, if any, is {self.checkpoint}"
+                )
         actions, rewards, terminations = zip(*steps, strict=True)
         self.replay.add(
             Episode(
@@ -208,19 +210,19 @@ class Trainer:
             "length": len(steps),
             "seconds": round(time.monotonic() - start, 3),
         }
-        return row | self._mean_of(infos)
+        if infos:
+            row |= dict(zip(INFO, torch.stack(infos).mean(0).tolist(), strict=True))
+        return row
 
     def _act(self, obs: np.ndarray) -> np.ndarray:
         if self.updates:
             return self.agent.act(obs, eval_mode=False)
         generator = self.generators["noise"]
-        uniform = torch.rand(
-            self.agent.model.config.action_dim, generator=generator, device=generator.device
-        )
+        uniform = torch.rand(self.agent.model.config.action_dim, generator=generator, device=generator.device)
         return (2 * uniform - 1).cpu().numpy()
 
     def _updates_due(self) -> int:
-        """After a step: none while seeding, then all that were missed (the pretraining), then one."""
+        """After a step: none while seeding, then all that were missed (pretraining), then one."""
         if self.step <= self.seed_steps or not self.replay.num_slices:
             return 0
         return 1 if self.updates else max(self.seed_steps, 1)
@@ -232,23 +234,10 @@ class Trainer:
         self.updates += 1
         return torch.stack(list(self.update(batch).values()))
 
-    def _mean_of(self, infos: list[Tensor]) -> dict[str, float]:
-        """Means of what the updates of an episode returned, by name."""
-        if not infos:
-            return {}
-        means = dict(zip(INFO, torch.stack(infos).mean(0).tolist(), strict=True))
-        broken = [name for name, value in means.items() if not np.isfinite(value)]
-        if broken:
-            raise TDMPC2Error(
-                f"training diverged before step {self.step} ({broken[0]} is not finite): "
-                f"lower lr, or go on from the checkpoint in {self.folder} with resume=true"
-            )
-        return means
-
     def _evaluate(self) -> dict[str, float]:
         """Episodes without exploration, all at once; the best model so far becomes the teacher."""
-        start, c = time.monotonic(), self.config
-        # The same seeds every time: evaluations differ by what was learnt, and none depends on another.
+        c = self.config
+        # The same seeds every time: evaluations differ by what was learnt alone.
         self.evaluated.planner.noise.generator.manual_seed(c.seed)
         agent = SpeculativeAgent(self.evaluated, SpeculationConfig(execution_horizon=1))
         seeds = [self._seed_of("eval", i) for i in range(c.eval_episodes)]
@@ -338,7 +327,8 @@ class Trainer:
         widths = dict(MODEL_SIZES[size])
         shape, action = self.env.observation_space.shape, self.env.action_space.shape
         assert shape and action
-        config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env), **widths)
+        config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env))
+        config = replace(config, **widths)  # type: ignore[arg-type]
         if config.pixels:  # the convolutions end in 4 x 4 positions
             config = replace(config, latent_dim=16 * config.num_channels)
         return config
@@ -360,7 +350,7 @@ def _check(config: TrainConfig) -> None:
     for name in ("num_elites", "num_pi_trajs"):
         if not 0 <= getattr(config, name) <= config.num_samples:
             raise ConfigError(
-                f"{name}={getattr(config, name)}: must be from 0 to num_samples={config.num_samples}"
+                f"{name}={getattr(config, name)}: must be from 0 to num_samples, {config.num_samples}"
             )
     try:
         torch.zeros(1, device=config.device)

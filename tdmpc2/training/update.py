@@ -1,10 +1,10 @@
-"""One TD-MPC2 update: a gradient step on the world model, one on the policy prior, target heads follow.
+"""One TD-MPC2 update: a gradient step on the world model, one on the policy prior, new targets.
 
 Tensors are laid out time first, `[H, B, ...]`, so that every head runs once on all steps; only the
 latent dynamics have to be rolled out step by step (paper, sections 3.1 and 3.2).
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,11 +68,12 @@ class Update:
         apart = {id(p) for p in [*encoder, *self.policy_params]}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
         self.model_params = encoder + others
-        groups = [{"params": encoder, "lr": config.lr * config.enc_lr_scale}, {"params": others}]
+        groups: list[dict[str, Any]] = [
+            {"params": encoder, "lr": config.lr * config.enc_lr_scale},
+            {"params": others},
+        ]
         self.model_optim = torch.optim.Adam(groups, lr=config.lr, fused=True)
-        self.policy_optim = torch.optim.Adam(
-            self.policy_params, lr=config.lr, eps=1e-5, fused=True
-        )
+        self.policy_optim = torch.optim.Adam(self.policy_params, lr=config.lr, eps=1e-5, fused=True)
         self.q_scale = torch.ones((), device=encoder[0].device)
 
     def __call__(self, batch: Batch, *, dropout: bool = True) -> dict[str, Tensor]:
@@ -97,7 +98,8 @@ class Update:
         grad_norm = self._step(self.model_optim, self.model_params, total)
         policy = self._update_policy(zs.detach())
         with torch.no_grad():
-            targets, sources = list(model.target_q.parameters()), list(model.q.parameters())
+            targets: list[Tensor] = list(model.target_q.parameters())
+            sources: list[Tensor] = list(model.q.parameters())
             torch._foreach_lerp_(targets, sources, c.tau)
         model.eval()
         losses |= {"total_loss": total, "grad_norm": grad_norm, **policy}
@@ -111,6 +113,8 @@ class Update:
         action = model.pi(next_z, noise=self.noise.normal(*batch.action.shape)).action
         heads = self.noise.two_heads(model.config.num_q)
         value = model.value(next_z, action, target=True, heads=heads).amin(0)
+        # Divergence shall show in the losses, not as an index that two_hot cannot have.
+        value = value.nan_to_num()
         return next_z, batch.reward + self.discount * (1 - batch.terminated) * value
 
     def _update_policy(self, zs: Tensor) -> dict[str, Tensor]:
@@ -133,17 +137,17 @@ class Update:
         }
 
     def _update_scale(self, q: Tensor) -> None:
-        """Move the running scale towards the range between the 5th and 95th percentile of `q` `[B]`."""
+        """Move the running scale towards the range of `q` `[B]`, 5th to 95th percentile."""
         low, high = q.quantile(q.new_tensor([0.05, 0.95]))
         self.q_scale.lerp_((high - low).clamp(min=1.0), self.config.tau)
 
-    def _step(self, optim: torch.optim.Optimizer, params: list[Tensor], loss: Tensor) -> Tensor:
+    def _step(self, optim: torch.optim.Optimizer, params: list[nn.Parameter], loss: Tensor) -> Tensor:
         """One clipped gradient step; returns the norm of the gradient before clipping."""
         optim.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params, self.config.grad_clip_norm, foreach=True)
         optim.step()
-        # The fused step does not count as a change of the parameters; those who keep copies look there.
+        # A fused step does not count as a change, and the planner renews its copies by that count.
         torch.autograd.graph.increment_version(params)
         return norm
 

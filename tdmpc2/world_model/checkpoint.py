@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import WorldModelConfig
 from ..errors import CheckpointError
@@ -27,9 +27,41 @@ from .model import WorldModel
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "tdmpc2-world-model-1"
 
-# Of the published multi-task models; files in the old format do not say. (mt80: 50 Meta-World tasks.)
-MT30_ACTION_DIMS = tuple(int(d) for d in "666622111111222254466666642221")
-PUBLISHED_ACTION_DIMS = {30: MT30_ACTION_DIMS, 80: MT30_ACTION_DIMS + (4,) * 50}
+# The published 30-task set in its order, with each task's action dimensions; the 80-task set begins with
+# it and goes on with 50 Meta-World tasks of four. Files in the old format do not carry the masks.
+MT30 = {
+    "walker-stand": 6,
+    "walker-walk": 6,
+    "walker-run": 6,
+    "cheetah-run": 6,
+    "reacher-easy": 2,
+    "reacher-hard": 2,
+    "acrobot-swingup": 1,
+    "pendulum-swingup": 1,
+    "cartpole-balance": 1,
+    "cartpole-balance-sparse": 1,
+    "cartpole-swingup": 1,
+    "cartpole-swingup-sparse": 1,
+    "cup-catch": 2,
+    "finger-spin": 2,
+    "finger-turn-easy": 2,
+    "finger-turn-hard": 2,
+    "fish-swim": 5,
+    "hopper-stand": 4,
+    "hopper-hop": 4,
+    "walker-walk-backwards": 6,
+    "walker-run-backwards": 6,
+    "cheetah-run-backwards": 6,
+    "cheetah-run-front": 6,
+    "cheetah-run-back": 6,
+    "cheetah-jump": 6,
+    "hopper-hop-backwards": 4,
+    "reacher-three-easy": 2,
+    "reacher-three-hard": 2,
+    "cup-spin": 2,
+    "pendulum-spin": 1,
+}
+PUBLISHED_ACTION_DIMS = {30: tuple(MT30.values()), 80: (*MT30.values(), *(4,) * 50)}
 
 # The published names of our modules, in either format.
 PARTS = {
@@ -109,8 +141,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def fingerprint(model: WorldModel) -> str:
-    """SHA-256 (16 hex digits) of the weights that act: names a teacher whatever file it came in."""
+def published_task_index(task: str, num_tasks: int) -> int:
+    """Index of a task in a published multi-task model.
+
+    Raises:
+        CheckpointError: the model is none of the published ones, or does not know the task.
+    """
+    if num_tasks not in PUBLISHED_ACTION_DIMS or task not in MT30:
+        raise CheckpointError(
+            f"a multi-task checkpoint of {num_tasks} tasks does not say which of them is {task}: only the "
+            f"published 30- and 80-task models are known by name ({', '.join(MT30)})"
+        )
+    return list(MT30).index(task)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (16 hex digits) of the weights: names a network whatever file it came in."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -153,13 +153,16 @@ class WorldModel(nn.Module):
         scaled_entropy = -log_prob * (gaussian * dims / (log_prob + 1e-8))
         return PolicyOutput(action, mean.tanh(), log_std, -log_prob, scaled_entropy)
 
+    def task_embedding(self, task: Tensor) -> Tensor:
+        """Embeddings `[..., task_dim]` of tasks `[...]`, their norm limited to 1; multi-task models only."""
+        emb = self.task_emb[task]
+        norm = emb.detach().norm(dim=-1, keepdim=True)
+        return emb * torch.where(norm > EMBEDDING_MAX_NORM, EMBEDDING_MAX_NORM / (norm + 1e-7), 1.0)
+
     def _with_task(self, x: Tensor, task: Tensor | None) -> Tensor:
-        """Append the task embedding, its norm limited to 1, to the last axis of `x`."""
+        """Append the task embedding to the last axis of `x`."""
         if not self.config.num_tasks:
             return x
         if task is None:
             raise ValueError("a multi-task world model needs `task`, the index of the task")
-        emb = self.task_emb[task]
-        norm = emb.detach().norm(dim=-1, keepdim=True)
-        emb = emb * torch.where(norm > EMBEDDING_MAX_NORM, EMBEDDING_MAX_NORM / (norm + 1e-7), 1.0)
-        return torch.cat([x, emb.expand(*x.shape[:-1], -1)], -1)
+        return torch.cat([x, self.task_embedding(task).expand(*x.shape[:-1], -1)], -1)

@@ -1,0 +1,59 @@
+"""A function that is compiled when it is first called: what is said meanwhile, and what if it fails.
+
+PyTorch caches what the compiler makes on disk, so only the very first start takes long. One compilation
+serves a batch of one, a second one every larger batch.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+PATIENCE = 4.0  # seconds of compiling before it is mentioned
+
+
+class Compiled:
+    """`function`, compiled; eager where this machine cannot compile, after one line that says so.
+
+    Args:
+        function: its positional arguments are tensors, or tuples of tensors, whose first axis is the
+            batch, which may vary from call to call; its keyword arguments do not depend on the batch.
+        cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, cuda_graphs: bool = False):
+        self._function = function
+        self._compiled = torch.compile(function, mode="reduce-overhead" if cuda_graphs else None)
+        self._called: set[bool] = set()  # with a batch of one; with a larger one
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors: list[Tensor] = tree_leaves(args)
+        is_batch = tensors[0].shape[0] > 1
+        if is_batch:
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if is_batch in self._called:
+            return self._compiled(*args, **kwargs)
+        self._called.add(is_batch)
+        return self._first_call(args, kwargs)
+
+    def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        say = Console(stderr=True).print
+        name = self._function.__name__.strip("_")
+        line = f"compiling the planner ({name}); the result is kept for the next start"
+        timer = threading.Timer(PATIENCE, say, [line])
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as e:
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            say(f"planning without compilation, more slowly ({name}: {reason})")
+            self._compiled = self._function
+            return self._function(*args, **kwargs)
+        finally:
+            timer.cancel()

@@ -1,0 +1,195 @@
+"""What the planner asks of a world model: the value of whole batches of action sequences.
+
+`FastModel` computes what `WorldModel` would, with less work: only the two Q heads that were drawn are
+evaluated, and all samples start at the same latent, so its share of the first layer is computed
+once. What lies between two matrix products is float32, written so that the compiler makes one
+loop of it: in bfloat16, only what a matrix product reads and writes is rounded.
+
+Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from, samples of each.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import ComputeConfig
+from ..errors import ConfigError
+from ..world_model.model import WorldModel
+from ..world_model.two_hot import symexp
+from .compiled import Compiled
+from .weights import Layer, Layers, Weights, copy_weights, for_tasks, transposed
+
+LAYER_NORM_EPS = 1e-5  # PyTorch's default
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Origin(NamedTuple):
+    """Where plans start."""
+
+    z: Tensor  # [B, L], transposed (see weights.py), in the planning precision
+    task: Tensor  # [B, task_dim], embeddings; task_dim = 0 without tasks
+    mask: Tensor  # [B, A], zero where an action is padding
+
+
+class Rollout(NamedTuple):
+    """Where action sequences lead."""
+
+    total: Tensor | float  # [B, N], discounted reward on the way
+    discount: Tensor | float  # [B, N], of what comes after; zero where the episode has ended
+    z: Tensor  # [B, N, L], the last latent, transposed
+
+
+class FastModel:
+    """A world model for planning.
+
+    Args:
+        model: the world model; later changes of its weights are followed.
+        discount: per agent step.
+        compute: precision, and whether to compile.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+
+    def __init__(self, model: WorldModel, discount: float, compute: ComputeConfig):
+        if compute.precision not in PRECISIONS:
+            raise ConfigError(f"precision={compute.precision}: must be one of {', '.join(PRECISIONS)}")
+        self.model, self.config, self.discount = model, model.config, discount
+        self.dtype = PRECISIONS[compute.precision]
+        self._weights: Weights | None = None
+        self._version: list[tuple[int, int]] = []
+        self._score: Callable[..., Tensor] = self._eager_score
+        if compute.compile:
+            self._score = Compiled(self._eager_score, cuda_graphs=next(model.parameters()).is_cuda)
+
+    def score(
+        self, at: Origin, actions: Tensor, noise: Tensor, heads: Tensor, w: Weights
+    ) -> Tensor:
+        """Predicted returns `[B, N]` of action sequences (paper, eq. 6).
+
+        The mean of two Q heads stands for what comes after the horizon. In an episodic model nothing
+        counts after the first latent that is predicted to be terminal.
+
+        Args:
+            at: where they start, from `origin`.
+            actions: `[B, H, N, A]`.
+            noise: `[B, N, A]`, standard normal, of the policy's action at the horizon.
+            heads: `[2]`.
+            w: from `weights`.
+        """
+        return self._score(at, actions, noise, heads=heads, w=w)
+
+    def weights(self) -> Weights:
+        """The model's weights as they are now."""
+        version = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if self._weights is None or version != self._version:
+            self._weights, self._version = copy_weights(self.model, self.dtype), version
+        return self._weights
+
+    def origin(self, z: Tensor, task: Tensor | None = None) -> Origin:
+        """Latents `[B, L]`, of tasks `[B]` of a multi-task model, as `score` takes them."""
+        latent = transposed(z, self.config.simnorm_dim).to(self.dtype)
+        if task is None:
+            return Origin(latent, z[:, :0], z.new_ones(z.shape[0], self.config.action_dim))
+        return Origin(latent, self.model.task_embedding(task), self.model.action_masks[task])
+
+    def _eager_score(
+        self, at: Origin, actions: Tensor, noise: Tensor, *, heads: Tensor, w: Weights
+    ) -> Tensor:
+        w = for_tasks(w, at.task)
+        first, latent_dim = w.hidden[0], self.config.latent_dim
+        end = Rollout(0.0, 1.0, at.z)
+        for t, action in enumerate(actions.unbind(1)):
+            if t == 0:  # the latent is the same for all samples: one row of it will do
+                x = product(at.z[None, :, None], first.weight[:, :latent_dim]) + first.bias
+                x = x + product(action[None].to(self.dtype), first.weight[:, latent_dim:])
+            else:
+                x = linear(self._join(end.z, action), first)
+            end = self._step(end, x, w)
+        x = self._join(end.z, self._pi(end.z, noise, at.mask, w))
+        q = two_hot_mean(mlp(x, select(w.q, heads)), w.bins).mean(0)
+        return end.total + end.discount * q
+
+    def _join(self, z: Tensor, action: Tensor) -> Tensor:
+        """What networks of latent and action read: `[1, B, N, L + A]`."""
+        return torch.cat([z, action.to(self.dtype)], -1)[None]
+
+    def _step(self, at: Rollout, x: Tensor, w: Weights) -> Rollout:
+        """One step on. `x` `[2, B, N, mlp_dim]`: what the first layers make of latent and action."""
+        x = activate(x, w.hidden[0])
+        for layer in w.hidden[1:]:
+            x = activate(linear(x, layer), layer)
+        reward = two_hot_mean(linear(x[:1], w.reward)[0], w.bins)
+        logits = norm(linear(x[1:], w.dynamics), w.dynamics)[0]
+        z = logits.unflatten(-1, (self.config.simnorm_dim, -1)).softmax(-2).flatten(-2)
+        z, discount = z.to(self.dtype), at.discount * self.discount
+        if self.config.episodic:  # nothing counts after the first latent predicted to be terminal
+            discount = discount * (mlp(z[None], w.termination)[0, ..., 0] <= 0)
+        return Rollout(at.total + at.discount * reward, discount, z)
+
+    def _pi(self, z: Tensor, noise: Tensor, mask: Tensor, w: Weights) -> Tensor:
+        """The policy prior's actions `[B, N, A]` in `z` `[B, N, L]`."""
+        low, high = self.config.log_std_min, self.config.log_std_max
+        mean, log_std = mlp(z[None], w.policy)[0].chunk(2, -1)
+        log_std = low + 0.5 * (high - low) * (log_std.tanh() + 1)
+        return (mean + noise * log_std.exp()).tanh() * mask[:, None]
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`[h or 1, B, N, in]` times `[h, in, out]`, as float32 `[h, B, N, out]`."""
+    rows = x.expand(weight.shape[0], -1, -1, -1).flatten(1, 2)
+    return torch.bmm(rows, weight).unflatten(1, x.shape[1:3]).float()
+
+
+def linear(x: Tensor, layer: Layer) -> Tensor:
+    """`[h or 1, B, N, in]` to float32 `[h, B, N, out]`."""
+    return product(x, layer.weight) + layer.bias
+
+
+def norm(x: Tensor, layer: Layer) -> Tensor:
+    """LayerNorm over the last axis."""
+    centred = x - x.mean(-1, keepdim=True)
+    x = centred * (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+    return x * layer.scale + layer.shift  # type: ignore[operator]  # layers that are normed have them
+
+
+def mish(x: Tensor) -> Tensor:
+    """`x tanh(log(1 + e^x))` by one exponential and one division; beyond 20 it is `x` in float32."""
+    e = x.clamp(max=20.0).exp()
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def activate(x: Tensor, layer: Layer) -> Tensor:
+    """LayerNorm and Mish, then back to the planning precision."""
+    return mish(norm(x, layer)).to(layer.weight.dtype)
+
+
+def mlp(x: Tensor, layers: Layers) -> Tensor:
+    """`[h or 1, B, N, in]` to float32 `[h, B, N, out]`."""
+    for layer in layers[:-1]:
+        x = activate(linear(x, layer), layer)
+    return linear(x, layers[-1])
+
+
+def select(layers: Layers, heads: Tensor) -> Layers:
+    """Of layers side by side, those that `heads` names."""
+    return tuple(Layer(*(None if x is None else x[heads] for x in layer)) for layer in layers)
+
+
+def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """Logits `[..., num_bins]` to the scalars `[...]` that they stand for."""
+    p = (logits - logits.amax(-1, keepdim=True)).exp()
+    return symexp((p * bins).sum(-1) / p.sum(-1))
+
+
+def fastest(device: str | torch.device) -> ComputeConfig:
+    """The settings with which a device plans fastest."""
+    if torch.device(device).type == "cuda":
+        return ComputeConfig(precision="bfloat16", compile=True)
+    cpu = torch.cpu.get_capabilities()
+    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return ComputeConfig(precision="bfloat16" if has_bfloat16 else "float32", compile=True)

@@ -1,0 +1,114 @@
+"""The weights that planning needs, copied from a world model into the arrangement that is fastest.
+
+Networks that read the same input (reward and dynamics; the Q heads) are stacked on a leading axis `h`, so
+that one batched matrix product evaluates them.
+
+Latents are kept transposed: the entries of one simplex lie `L / simnorm_dim` apart instead of side by
+side, so that SimNorm is arithmetic on long vectors. With simplices of two, (a0 a1 b0 b1 c0 c1) is kept as
+(a0 b0 c0 a1 b1 c1). Whatever makes or reads a latent has its weights permuted to match.
+"""
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..world_model.layers import NormedLinear
+from ..world_model.model import WorldModel
+
+
+class Layer(NamedTuple):
+    """`h` linear layers side by side, each with the affine map of the LayerNorm that follows, if any."""
+
+    weight: Tensor  # [h, in, out], in the planning precision
+    bias: Tensor  # [h, 1, 1, out], float32 as is all below; [h, B, 1, out] by `for_tasks`
+    scale: Tensor | None = None  # [h, 1, 1, out]
+    shift: Tensor | None = None  # [h, 1, 1, out]
+    task: Tensor | None = None  # [h, task_dim, out], of a first layer: its weights for the task
+
+
+Layers = tuple[Layer, ...]
+
+
+class Weights(NamedTuple):
+    """What planning needs of a world model."""
+
+    hidden: Layers  # of reward and dynamics, h = 2
+    reward: Layer
+    dynamics: Layer
+    policy: Layers
+    q: Layers  # h = num_q
+    termination: Layers  # empty unless the model is episodic
+    bins: Tensor  # [num_bins], symlog units
+
+
+def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
+    """The weights of `model`, matrices in `dtype`."""
+    c = model.config
+    device = next(model.parameters()).device
+    order = transposed(torch.arange(c.latent_dim, device=device), c.simnorm_dim)
+
+    def networks(*stacked: nn.Module) -> Layers:
+        """The layers of networks side by side, all of which read latents."""
+        first, *others = (side_by_side(layers) for layers in zip(*stacked, strict=True))
+        task_end = c.latent_dim + c.task_dim
+        first = first._replace(
+            weight=torch.cat([first.weight[:, order], first.weight[:, task_end:]], 1),
+            task=first.weight[:, c.latent_dim : task_end].clone(),
+        )
+        return tuple(ready(layer) for layer in [first, *others])
+
+    def ready(layer: Layer) -> Layer:
+        return layer._replace(weight=layer.weight.to(dtype).contiguous())
+
+    last_dynamics = side_by_side(model.dynamics[-1:])
+    last_dynamics = Layer(*(None if x is None else x[..., order] for x in last_dynamics))
+    return Weights(
+        hidden=networks(model.reward_head[:-1], model.dynamics[:-1]),
+        reward=ready(side_by_side(model.reward_head[-1:])),
+        dynamics=ready(last_dynamics),
+        policy=networks(model.policy),
+        q=networks(model.q),
+        termination=networks(model.termination_head) if c.episodic else (),
+        bins=torch.linspace(c.vmin, c.vmax, c.num_bins, device=device),
+    )
+
+
+def for_tasks(w: Weights, embedding: Tensor) -> Weights:
+    """Weights for latents `[B, ...]` of tasks with these embeddings `[B, task_dim]`.
+
+    An embedding is the same for all samples: what a first layer makes of it becomes part of its bias.
+    """
+    if embedding.shape[1] == 0:
+        return w
+
+    def biased(layers: Layers) -> Layers:
+        share = (embedding @ layers[0].task)[:, :, None]  # [h, B, 1, out]
+        return layers[0]._replace(bias=layers[0].bias + share), *layers[1:]
+
+    return w._replace(
+        hidden=biased(w.hidden),
+        policy=biased(w.policy),
+        q=biased(w.q),
+        termination=biased(w.termination) if w.termination else (),
+    )
+
+
+def side_by_side(layers: Sequence[nn.Module]) -> Layer:
+    """Layers of one shape, stacked; a single one that has heads stands for as many layers."""
+
+    def stack(name: str) -> Tensor:
+        tensors = [attrgetter(name)(layer).detach() for layer in layers]
+        return tensors[0].clone() if layers[0].weight.dim() == 3 else torch.stack(tensors)
+
+    weight, bias = stack("weight").mT, stack("bias")[:, None, None]
+    if not isinstance(layers[0], NormedLinear):
+        return Layer(weight, bias)
+    return Layer(weight, bias, stack("ln.weight")[:, None, None], stack("ln.bias")[:, None, None])
+
+
+def transposed(z: Tensor, simnorm_dim: int) -> Tensor:
+    """Latents `[..., L]` with the entries of a simplex side by side, as latents are kept here."""
+    return z.unflatten(-1, (-1, simnorm_dim)).transpose(-1, -2).flatten(-2)

@@ -1,0 +1,86 @@
+"""A teacher on its task: what every script opens first, from which agents and environments are made."""
+
+from dataclasses import dataclass, replace
+
+import gymnasium as gym
+
+from .agent import TDMPC2, read_teacher
+from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
+from .envs import PadForModel, make_env, max_episode_steps
+from .errors import CheckpointError
+from .inference import fastest
+from .world_model import WorldModel, fingerprint
+from .world_model.checkpoint import published_task_index
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A world model, its planning budget, and the task that it plays."""
+
+    task: str
+    model: WorldModel
+    planner: PlannerConfig
+    discount: float  # per agent step, by the task's episode length
+    fingerprint: str  # of the weights
+    task_index: int | None  # in a multi-task model
+    compute: ComputeConfig  # how it plans, not what
+
+    def agent(self, num_envs: int = 1, seed: int = 0) -> TDMPC2:
+        """The teacher's own agent, which replans at every step."""
+        return TDMPC2(
+            self.model,
+            self.planner,
+            discount=self.discount,
+            num_envs=num_envs,
+            seed=seed,
+            task=self.task_index,
+            compute=self.compute,
+        )
+
+    def env(self) -> gym.Env:
+        """An environment of the task, in the shapes that the model takes."""
+        config = self.model.config
+        env = make_env(self.task, obs="rgb" if config.pixels else "state")
+        if self.task_index is None:
+            return env
+        return PadForModel(env, config.obs_shape[0], config.action_dim)
+
+
+def open_teacher(
+    task: str, checkpoint: str, budget: BudgetOverride, device: str = "cpu"
+) -> Teacher:
+    """Open a checkpoint for a task.
+
+    Args:
+        task: its name; for a published multi-task checkpoint it also says which of its tasks.
+        checkpoint: an original .pt file or a folder of ours.
+        budget: changes of the planning budget that the checkpoint comes with, and of how to compute.
+        device: to act on.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or was made for other observations or actions.
+        TaskError: there is no such task.
+    """
+    model, planner, _ = read_teacher(checkpoint, device)
+    compute = fastest(device)
+    if budget.precision is not None:
+        compute = replace(compute, precision=budget.precision)
+    if budget.compile is not None:
+        compute = replace(compute, compile=budget.compile)
+    config = model.config
+    index = published_task_index(task, config.num_tasks) if config.num_tasks else None
+    env = make_env(task, obs="rgb" if config.pixels else "state")
+    obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
+    assert obs_shape is not None
+    expected: tuple[tuple[int, ...], tuple[int, ...]]
+    expected = (config.obs_shape, (config.action_dim,))
+    if index is not None:
+        expected = (obs_shape, (config.action_dims[index],))
+    if (obs_shape, action_shape) != expected:
+        raise CheckpointError(
+            f"{checkpoint} was made for observations {config.obs_shape} and actions {expected[1]}, "
+            f"{task} has {obs_shape} and {action_shape}: it is of another task"
+        )
+    discount = discount_of(max_episode_steps(env))
+    env.close()
+    return Teacher(task, model, budget.apply(planner), discount, fingerprint(model), index, compute)
