@@ -6,13 +6,14 @@ the horizon, refits the Gaussian to the best of them (the elites), and finally d
 time, then the samples of each.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig
-from .inference import Origin, Weights, fast_model
+from .inference import FastModel, Origin, Weights
 from .world_model.model import WorldModel
 
 
@@ -53,6 +54,12 @@ def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
     return moved * (index < horizon)[..., None]
 
 
+@lru_cache(maxsize=4)
+def shared_fast_model(model: WorldModel, discount: float, compute: ComputeConfig) -> FastModel:
+    """One `FastModel` for all planners of a model, so that nothing is compiled or copied twice."""
+    return FastModel(model, discount, compute)
+
+
 class Planner:
     """MPPI over a world model.
 
@@ -73,7 +80,7 @@ class Planner:
         compute: ComputeConfig = EAGER,
     ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
-        self.compute, self.fast = compute, fast_model(model, discount, compute)
+        self.compute, self.fast = compute, shared_fast_model(model, discount, compute)
 
     @torch.no_grad()
     def plan(

@@ -3,4 +3,4 @@
 from .fast_model import FastModel, Origin, fastest
 from .weights import Weights
 
-__all__ = ["FastModel", "Origin", "Weights", "fast_model", "fastest"]
+__all__ = ["FastModel", "Origin", "Weights", "fastest"]

@@ -27,7 +27,10 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], *, cuda_graphs: bool = False):
         self._function = function
-        self._compiled = torch.compile(function, mode="reduce-overhead" if cuda_graphs else None)
+        if cuda_graphs:
+            self._compiled = torch.compile(function, mode="reduce-overhead")
+        else:  # trying at every start whether the compiler knows this CPU would take a second
+            self._compiled = torch.compile(function, options={"cpp.vec_isa_ok": True})
         self._called: set[bool] = set()  # with a batch of one; with a larger one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

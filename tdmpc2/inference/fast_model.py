@@ -9,7 +9,6 @@ Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
