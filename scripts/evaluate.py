@@ -51,7 +51,7 @@ def main(config: EvaluateConfig) -> None:
     episodes = result.episodes[["seed", "return", "length", "terminated"]]
     returns = episodes["return"]
     budget = asdict(teacher.planner)
-    table = Table(title=f"{config.task}, {config.checkpoint}")
+    table = Table(title=config.task)
     for name in ("seed", "return", "length"):
         table.add_column(name, justify="right")
     for episode in episodes.itertuples(index=False):

@@ -6,8 +6,6 @@ from .errors import TDMPC2Error
 from .version import __version__
 from .world_model import WorldModel, load_world_model
 
-
-
 __all__ = [
     "TDMPC2",
     "SpeculativeAgent",

@@ -160,7 +160,7 @@ def test_failing_rendering_names_what_to_install(monkeypatch: pytest.MonkeyPatch
 
     env = make_env("walker-walk")
     monkeypatch.setattr(env.unwrapped.physics, "render", broken)  # type: ignore[attr-defined]
-    with pytest.raises(EnvironmentFailure, match="(?s)MUJOCO_GL.*libegl1.*libosmesa6") as caught:
+    with pytest.raises(EnvironmentFailure, match=r"(?s)MUJOCO_GL.*libegl1.*libosmesa6") as caught:
         env.render()
     assert "\n" not in str(caught.value)
 
@@ -345,7 +345,7 @@ def test_a_simulation_that_blows_up_is_an_environment_failure() -> None:
     env = make_env("walker-walk")
     env.reset()
     env.step(np.zeros(6, np.float32))
-    with pytest.raises(EnvironmentFailure, match="walker-walk: .* at step 2: PhysicsError"):
+    with pytest.raises(EnvironmentFailure, match=r"walker-walk: .* at step 2: PhysicsError"):
         env.step(np.full(6, np.nan, np.float32))
     env.reset()
     env.step(np.zeros(6, np.float32))
@@ -356,8 +356,10 @@ def test_a_simulation_that_blows_up_is_an_environment_failure() -> None:
 
 @pytest.mark.parametrize(
     "task",
-    ["walker-walk", "cup-catch", "dog-run", "lqr-lqr-2-1", "Hopper-v5", "BipedalWalker-v3"]
-    + ["LunarLanderContinuous-v3"],
+    [
+        *("walker-walk", "cup-catch", "dog-run", "lqr-lqr-2-1"),
+        *("Hopper-v5", "BipedalWalker-v3", "LunarLanderContinuous-v3"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gymnasium_s_check_env_passes(task: str) -> None:

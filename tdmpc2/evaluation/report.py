@@ -69,16 +69,35 @@ def write_report(
     colours = dict(zip(summary["mode"], _cycle(len(summary)), strict=True))
     by_k = by_step_in_plan(steps)
     figures = [
-        (_returns(episodes, summary, colours), "Return by mode: every episode, mean, 95 % bootstrap interval."),
-        (_front(summary, colours), "What speculation saves and what it costs: up and to the left is better."),
-        (_by_k(by_k, "mismatch", "mismatch ‖z − ẑ‖", colours), "Mismatch by step in plan: mean "
-         "and quartiles; fallbacks count where they were decided."),
-        (_by_k(by_k, "delta_a", "correction ‖δa‖", colours), "Size of the correction by step in plan."),
-        (_by_k(by_k, "teacher_distance", "distance to the teacher's action", colours), "Distance of the "
-         "executed action to the mean of the plan that the teacher makes in the same state."),
-        (_by_k(by_k, "reward", "reward per step", colours), "Reward by step in plan."),
-        (_latency(latency, colours), "Time of one act call at batch 1: the share of calls that took at most so long."),
-    ]  # fmt: skip
+        (
+            _returns(episodes, summary, colours),
+            "Return by mode: every episode, mean, and 95 % bootstrap interval of the mean.",
+        ),
+        (
+            _front(summary, colours),
+            "What speculation saves and what it costs: up and to the left is better.",
+        ),
+        (
+            _by_k(by_k, "mismatch", "mismatch ‖z − ẑ‖", colours),
+            "Mismatch by step in plan: mean and quartiles; fallbacks count where they were decided.",
+        ),
+        (
+            _by_k(by_k, "delta_a", "correction ‖δa‖", colours),
+            "Size of the correction by step in plan: mean and quartiles.",
+        ),
+        (
+            _by_k(by_k, "teacher_distance", "distance to the teacher's action", colours),
+            "Distance of the executed action to the mean of the plan that the teacher makes there.",
+        ),
+        (
+            _by_k(by_k, "reward", "reward per step", colours),
+            "Reward by step in plan: mean and quartiles.",
+        ),
+        (
+            _latency(latency, colours),
+            "Time of one act call at batch 1: the share of calls that took at most so long.",
+        ),
+    ]
     template = Environment(
         loader=PackageLoader("tdmpc2", "evaluation"), autoescape=select_autoescape(default=True)
     ).get_template("report.html.j2")
@@ -122,12 +141,16 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
             "the agent replans at every step."
         )
     row = rows.loc[chosen]
+    kept = "an unknown share (the baseline's return is not positive)"
+    if np.isfinite(row.return_ratio):
+        kept = f"{row.return_ratio:.1%}"
+    if np.isfinite(row.return_ratio_low):
+        kept += f" (95 % interval {row.return_ratio_low:.1%} to {row.return_ratio_high:.1%})"
     return (
-        f"Chosen on the calibration seeds: {chosen}. On held-out seeds it keeps {row.return_ratio:.1%} of the "
-        f"baseline's return (95 % interval {row.return_ratio_low:.1%} to {row.return_ratio_high:.1%}) with planner "
-        f"calls in {row.planner_calls:.1%} of the steps; a median step takes {row.act_ms_median:.2f} ms instead of "
-        f"{rows.iloc[0].act_ms_median:.2f} ms, a mean step {row.act_ms_mean:.2f} ms instead of "
-        f"{rows.iloc[0].act_ms_mean:.2f} ms."
+        f"Chosen on the calibration seeds: {chosen}. On held-out seeds it keeps {kept} of the baseline's return "
+        f"with planner calls in {row.planner_calls:.1%} of the steps; a median step takes "
+        f"{row.act_ms_median:.2f} ms instead of {rows.iloc[0].act_ms_median:.2f} ms, a mean step "
+        f"{row.act_ms_mean:.2f} ms instead of {rows.iloc[0].act_ms_mean:.2f} ms."
     )
 
 
@@ -199,7 +222,7 @@ def _front(summary: pd.DataFrame, colours: Mapping[str, str]) -> str:
         axes.axhline(1.0, color="black", lw=0.8, ls=":")
         axes.set_xlabel("planner calls, % of steps")
         axes.set_ylabel("return, ratio to the baseline's")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        _legend(axes)
 
     return _svg(draw)
 
@@ -221,10 +244,7 @@ def _by_k(table: pd.DataFrame, name: str, label: str, colours: Mapping[str, str]
         axes.set_xlabel("step in plan k (0: planned from)")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        else:
-            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
+        _legend(axes)
 
     return _svg(draw)
 
@@ -238,6 +258,14 @@ def _latency(latency: pd.DataFrame, colours: Mapping[str, str]) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("time of one act call, ms (log scale)")
         axes.set_ylabel("calls, %")
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        _legend(axes)
 
     return _svg(draw)
+
+
+def _legend(axes: Axes) -> None:
+    """A legend beside the axes, or a word where nothing could be drawn."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")

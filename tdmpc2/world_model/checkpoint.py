@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import WorldModelConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..files import atomic_write, read_json, write_json
 from .model import WorldModel
 
@@ -134,8 +134,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     try:
         config = read_json(path)
         known = config["format"] == FORMAT
-    except Exception as e:
-        raise CheckpointError(f"{path} is damaged ({e}): restore it from where it came") from e
+    except (DataError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{path} is damaged: restore it from where it came") from e
     if not known:
         raise CheckpointError(f"{path} has format {config['format']!r}, this package reads {FORMAT!r}")
     return config
@@ -194,9 +194,9 @@ def _load_original(path: Path) -> WorldModel:
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         # Tensors on the meta device only describe an uninitialised copy.
-        if isinstance(name, str) and isinstance(value, Tensor) and value.device.type != "meta":
-            if ours := our_name(name):
-                renamed[ours] = value.float()
+        carries = isinstance(name, str) and isinstance(value, Tensor) and value.device.type != "meta"
+        if carries and (ours := our_name(name)):
+            renamed[ours] = value.float()
     try:
         config = _read_architecture(state, renamed)
     except (KeyError, IndexError, ValueError) as e:

@@ -6,6 +6,7 @@ An MLP here is `hidden layers of (linear, LayerNorm, Mish)` and a last layer tha
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def mlp(
     dims = [in_dim, *hidden]
     layers: list[nn.Module] = [
         NormedLinear(a, b, nn.Mish(), heads, dropout if i == 0 else 0.0)
-        for i, (a, b) in enumerate(zip(dims[:-1], dims[1:], strict=True))
+        for i, (a, b) in enumerate(pairwise(dims))
     ]
     layers.append(
         Linear(dims[-1], out_dim, heads)

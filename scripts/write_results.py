@@ -1,0 +1,112 @@
+"""Write the README's tables and figure from the raw results under `results/` and `pretrained/`.
+
+    python scripts/write_results.py
+
+Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evaluation/` folder, and
+`pretrained/TASK/evaluation` what `scripts/evaluate.py` wrote. Nothing in the README between marks such as
+`results` and `/results` is written by hand.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from tdmpc2.cli import run
+from tdmpc2.errors import DataError
+from tdmpc2.files import atomic_write, read_json
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is read and written."""
+
+    results: str = str(ROOT / "results")  # folder of a folder per task
+    pretrained: str = str(ROOT / "pretrained")  # folder of a folder per teacher
+    readme: str = str(ROOT / "README.md")
+    figure: str = str(ROOT / "docs" / "front.svg")
+
+
+def main(settings: Settings) -> None:
+    tasks = sorted(p.parent for p in Path(settings.results).glob("*/summary.csv"))
+    if not tasks:
+        raise DataError(f"no results in {settings.results}: run scripts/accelerate.py first")
+    readme = Path(settings.readme)
+    content = between(readme.read_text(), "results", "".join(section(folder) for folder in tasks))
+    content = between(content, "teachers", teachers(Path(settings.pretrained)))
+    with atomic_write(readme) as tmp:
+        tmp.write_text(content)
+    draw(tasks, Path(settings.figure))
+    print(f"{len(tasks)} tasks written to {readme} and {settings.figure}", file=sys.stderr)
+
+
+def between(content: str, mark: str, text: str) -> str:
+    """`content` with `text` between the marks of that name."""
+    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    content, count = pattern.subn(lambda m: m[1] + text + m[2], content)
+    if count != 1:
+        raise DataError(f"the README lacks the marks <!-- {mark} --> and <!-- /{mark} -->")
+    return content
+
+
+def teachers(folder: Path) -> str:
+    """A table of the shipped teachers in Markdown."""
+    lines = ["| teacher | agent steps | return, mean of 10 | sd | planning budget |"]
+    lines.append("| --- | ---: | ---: | ---: | --- |")
+    for path in sorted(folder.glob("*/evaluation/evaluation.json")):
+        result, config = read_json(path), read_json(path.parents[1] / "config.json")
+        budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(**result["planner"])
+        cells = [path.parents[1].name, f"{config['step']:,}", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
+        lines.append(f"| {' | '.join([*cells, budget])} |")
+    return "\n".join(lines) + "\n"
+
+
+def section(folder: Path) -> str:
+    """One task's table in Markdown, with where its numbers come from."""
+    summary, about = pd.read_csv(folder / "summary.csv"), read_json(folder / "provenance.json")
+    chosen = read_json(folder / "chosen.json")["mode"]
+    lines = [f"**{folder.name}**, {summary['episodes'].iloc[0]} held-out episodes a mode", ""]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    for row in summary.itertuples():
+        name = f"**{row.mode}** (chosen)" if row.mode == chosen else row.mode
+        ratio = f"{row.return_ratio:.3f} [{row.return_ratio_low:.3f}, {row.return_ratio_high:.3f}]"
+        cells = [name, f"{row.return_mean:.1f}", ratio, f"{100 * row.planner_calls:.1f} %"]
+        cells += [f"{row.act_ms_median:.2f} ms", f"{row.act_ms_mean:.2f} ms"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}.", "", ""]
+    return "\n".join(lines)
+
+
+def draw(tasks: list[Path], path: Path) -> None:
+    """Return ratio against planner calls, one panel a task."""
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(7 * len(tasks), 4.2), squeeze=False, layout="constrained"
+    )
+    for axes, folder in zip(panels[0], tasks, strict=True):
+        for i, row in enumerate(pd.read_csv(folder / "summary.csv").itertuples()):
+            x = 100 * row.planner_calls
+            axes.plot(x, row.return_ratio, "osDv^<>PX*hp"[i % 12], ms=9, label=row.mode, color=f"C{i % 10}")
+            axes.plot([x, x], [row.return_ratio_low, row.return_ratio_high], color=f"C{i % 10}")
+        axes.axhline(1.0, color="black", lw=0.8, ls=":")
+        axes.set(title=folder.name, xlabel="planner calls, % of steps")
+        axes.set_ylabel("return, ratio to replanning at every step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, format="svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(Settings, main)

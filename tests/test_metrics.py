@@ -1,0 +1,99 @@
+"""The statistics of the report, against cases worked out by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tdmpc2.errors import DataError
+from tdmpc2.evaluation.metrics import by_step_in_plan, paired_ratio, summarise
+
+
+def episodes_of(**returns: list[float]) -> pd.DataFrame:
+    rows = [
+        {
+            "mode": mode,
+            "seed": 100 + i,
+            "return": value,
+            "length": 10,
+            "terminated": False,
+            "planner_calls": 10 if mode == "baseline" else 4,
+            "fallbacks": 0 if mode == "baseline" else 1,
+        }
+        for mode, values in returns.items()
+        for i, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
+STEPS = pd.DataFrame(
+    {
+        "mode": ["baseline", "fast", "fast", "fast"],
+        "seed": 100,
+        "t": [0, 0, 1, 2],
+        "kind": ["planned", "planned", "corrected", "fallback"],
+        "k": [0, 0, 1, 2],
+        "mismatch": [np.nan, np.nan, 0.5, 2.0],
+        "delta_a": [0.0, 0.0, 0.4, 0.0],
+        "reward": [1.0, 1.0, 0.0, 0.0],
+        "teacher_distance": [np.nan, np.nan, np.nan, np.nan],
+    }
+)
+
+
+def test_summary_of_a_small_case() -> None:
+    episodes = episodes_of(baseline=[100.0, 200.0, 100.0, 200.0], fast=[90.0, 99.0, 100.0, 101.0])
+    latency = pd.DataFrame({"mode": ["baseline"] * 2 + ["fast"] * 2, "act_ms": [10.0, 30.0, 1.0, 3.0]})
+    fast = summarise(episodes, STEPS, latency).set_index("mode").loc["fast"]
+    assert fast.return_mean == pytest.approx(97.5)
+    assert fast.return_median == pytest.approx(99.5)
+    assert fast.return_iqm == pytest.approx(99.5)  # the middle two of four
+    assert fast.return_worst5 == 90.0
+    assert fast.failure_rate == pytest.approx(0.25), "99 of 200 fails, 101 of 200 does not"
+    assert fast.planner_calls == pytest.approx(0.4)
+    assert fast.fallbacks == pytest.approx(0.1)
+    assert fast.delta_a == pytest.approx(0.4), "planned steps and fallbacks have no correction"
+    assert fast.return_ratio == pytest.approx(390 / 600)
+    assert (fast.act_ms_median, fast.latency_ratio) == pytest.approx((2.0, 0.1))
+
+
+def test_order_of_seeds_does_not_matter_but_pairing_does() -> None:
+    episodes = episodes_of(baseline=[1.0, 50.0, 100.0], fast=[1.0, 50.0, 100.0])
+    shuffled = episodes.sample(frac=1, random_state=1).sort_values("mode", kind="stable")
+    fast = summarise(shuffled, STEPS, None).set_index("mode").loc["fast"]
+    # Returns differ wildly between seeds, but never from the baseline's: no uncertainty is left.
+    assert (fast.return_ratio_low, fast.return_ratio_high) == pytest.approx((1.0, 1.0))
+    swapped = episodes_of(baseline=[1.0, 50.0, 100.0], fast=[100.0, 50.0, 1.0])
+    fast = summarise(swapped, STEPS, None).set_index("mode").loc["fast"]
+    assert fast.return_ratio_high - fast.return_ratio_low > 1
+
+
+def test_unpaired_seeds_are_refused() -> None:
+    episodes = episodes_of(baseline=[1.0, 2.0], fast=[1.0, 2.0, 3.0])
+    with pytest.raises(DataError, match="same seeds"):
+        summarise(episodes, STEPS, None)
+    broken = episodes_of(baseline=[1.0, 2.0], fast=[1.0, np.nan])
+    with pytest.raises(DataError, match="not a number"):
+        summarise(broken, STEPS, None)
+
+
+def test_a_ratio_to_nothing_is_not_a_number() -> None:
+    assert np.isnan(paired_ratio(np.ones(3), np.zeros(3))).all()
+    ratio, low, high = paired_ratio(np.array([2.0]), np.array([1.0]))
+    assert ratio == 2.0 and np.isnan([low, high]).all(), "one episode has no interval"
+
+
+def test_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for i in range(200):
+        baseline = rng.normal(100, 10, 20)
+        _, low, high = paired_ratio(0.9 * baseline + rng.normal(0, 5, 20), baseline, i)
+        covered += low <= 0.9 <= high
+    assert 0.86 <= covered / 200 <= 0.99
+
+
+def test_by_step_in_plan_leaves_out_what_is_not_defined() -> None:
+    table = by_step_in_plan(STEPS).set_index(["mode", "k"])
+    assert table.loc[("fast", 1), "mismatch"] == 0.5
+    assert table.loc[("fast", 0), "mismatch_n"] == 0
+    assert list(table.loc["fast"].index) == [0, 1, 2]
