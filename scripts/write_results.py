@@ -9,7 +9,7 @@ Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evalu
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +22,7 @@ import pandas as pd
 from tdmpc2.cli import run
 from tdmpc2.errors import DataError
 from tdmpc2.files import atomic_write, read_json
+from tdmpc2.training.trainer import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
@@ -68,7 +69,19 @@ def teachers(folder: Path) -> str:
         budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(**result["planner"])
         cells = [path.parents[1].name, f"{config['step']:,}", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
         lines.append(f"| {' | '.join([*cells, budget])} |")
-    return "\n".join(lines) + "\n"
+    commands = [command(path.parent) for path in sorted(folder.glob("*/train_config.json"))]
+    return "\n".join([*lines, "", "Made by", "", "```sh", *commands, "```", ""])
+
+
+def command(folder: Path) -> str:
+    """The training command of a teacher: its settings where they are not the defaults."""
+    settings = read_json(folder / "train_config.json")
+    given = [
+        f"{f.name}={settings[f.name]}"
+        for f in sorted(fields(TrainConfig), key=lambda f: f.name != "task")
+        if f.name not in ("work_dir", "resume") and settings.get(f.name, f.default) != f.default
+    ]
+    return " ".join(["python scripts/train.py", *given])
 
 
 def section(folder: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig
+from .errors import ConfigError
 from .inference import FastModel, Origin, Weights
 from .world_model.model import WorldModel
 
@@ -54,6 +55,18 @@ def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
     return moved * (index < horizon)[..., None]
 
 
+def check_budget(config: PlannerConfig) -> None:
+    """Raise ConfigError for a planning budget that cannot be."""
+    for name in ("horizon", "iterations", "num_samples", "num_elites"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
+    for name in ("num_elites", "num_pi_trajs"):
+        if not 0 <= getattr(config, name) <= config.num_samples:
+            raise ConfigError(
+                f"{name}={getattr(config, name)}: must be from 0 to num_samples, {config.num_samples}"
+            )
+
+
 @lru_cache(maxsize=4)
 def shared_fast_model(model: WorldModel, discount: float, compute: ComputeConfig) -> FastModel:
     """One `FastModel` for all planners of a model, so that nothing is compiled or copied twice."""
@@ -79,6 +92,7 @@ class Planner:
         noise: NoiseSource,
         compute: ComputeConfig = EAGER,
     ):
+        check_budget(config)
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
         self.compute, self.fast = compute, shared_fast_model(model, discount, compute)
 

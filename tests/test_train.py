@@ -26,6 +26,7 @@ TINY_MODEL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_q
 TINY = dict(
     model_size=0, num_samples=8, num_elites=4, num_pi_trajs=2, iterations=1, batch_size=8,
     steps=140, seed_steps=30, eval_freq=60, eval_episodes=2, checkpoint_freq=50, seed=3,
+    compile=False,
 )  # fmt: skip
 EPISODE = 20
 # A real simulator with terminations and short episodes, registered as a user would do it.

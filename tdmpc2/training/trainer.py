@@ -26,6 +26,7 @@ from ..agent import TDMPC2, SpeculativeAgent
 from ..cli import provenance, save_config
 from ..config import (
     MODEL_SIZES,
+    ComputeConfig,
     PlannerConfig,
     SpeculationConfig,
     UpdateConfig,
@@ -69,6 +70,7 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     resume: bool = False  # go on with the run in work_dir
     device: str = "cpu"
     threads: int | None = None  # of torch; None: its own choice
+    compile: bool = True  # the planner, in float32
     wandb_project: str = ""
 
 
@@ -105,8 +107,17 @@ class Trainer:
         self.discount = discount_of(length)
         default = max(1000, 5 * length)
         self.seed_steps = default if config.seed_steps is None else config.seed_steps
-        self.agent = TDMPC2(model, self.planner, discount=self.discount, seed=config.seed)
-        self.evaluated = TDMPC2(model, self.planner, discount=self.discount, num_envs=config.eval_episodes)
+        compute = ComputeConfig(compile=config.compile)
+        self.agent = TDMPC2(
+            model, self.planner, discount=self.discount, seed=config.seed, compute=compute
+        )
+        self.evaluated = TDMPC2(
+            model,
+            self.planner,
+            discount=self.discount,
+            num_envs=config.eval_episodes,
+            compute=compute,
+        )
         noise = self.agent.planner.noise
         self.update = Update(model, part(UpdateConfig, config), self.discount, noise)
         self.replay = Replay(config.buffer_size, self.planner.horizon, config.seed)
@@ -344,14 +355,9 @@ class Trainer:
 
 def _check(config: TrainConfig) -> None:
     """Raise ConfigError for a number that no run can have."""
-    for name in ("steps", "batch_size", "eval_freq", "eval_episodes", "checkpoint_freq", "horizon"):
+    for name in ("steps", "batch_size", "eval_freq", "eval_episodes", "checkpoint_freq"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
-    for name in ("num_elites", "num_pi_trajs"):
-        if not 0 <= getattr(config, name) <= config.num_samples:
-            raise ConfigError(
-                f"{name}={getattr(config, name)}: must be from 0 to num_samples, {config.num_samples}"
-            )
     try:
         torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as e:
