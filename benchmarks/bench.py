@@ -118,9 +118,9 @@ def start_up(config: BenchConfig) -> Iterator[Record]:
 def random_model(size: int) -> WorldModel:
     """A model of that size whose heads say something: they are zero in a new one."""
     torch.manual_seed(0)
-    model = WorldModel(WorldModelConfig((OBS_DIM,), ACTION_DIM, **MODEL_SIZES[size]))
-    for head in (model.reward_head, model.q):
-        torch.nn.init.normal_(head[-1].weight, std=0.02)
+    model = WorldModel(WorldModelConfig((OBS_DIM,), ACTION_DIM, **MODEL_SIZES[size]))  # type: ignore[arg-type]
+    for last in (model.reward_head[-1], model.q[-1]):
+        torch.nn.init.normal_(last.weight, std=0.02)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
 

@@ -1,6 +1,6 @@
 """The main job: a TD-MPC2 checkpoint and a task in, an accelerated agent and the evidence for it out.
 
-    python scripts/accelerate.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup
+python scripts/accelerate.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup
 """
 
 from rich.console import Console

@@ -66,7 +66,9 @@ def teachers(folder: Path) -> str:
     lines.append("| --- | ---: | ---: | ---: | --- |")
     for path in sorted(folder.glob("*/evaluation/evaluation.json")):
         result, config = read_json(path), read_json(path.parents[1] / "config.json")
-        budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(**result["planner"])
+        budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(
+            **result["planner"]
+        )
         cells = [path.parents[1].name, f"{config['step']:,}", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
         lines.append(f"| {' | '.join([*cells, budget])} |")
     commands = [command(path.parent) for path in sorted(folder.glob("*/train_config.json"))]

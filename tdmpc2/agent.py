@@ -349,9 +349,7 @@ def load_agent(
 
     Args and raises as `load_teacher`.
     """
-    teacher = load_teacher(
-        path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute
-    )
+    teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     saved = read_config(path) if Path(path).is_dir() else {}
     if "speculation" not in saved:
         return teacher

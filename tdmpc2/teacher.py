@@ -46,9 +46,7 @@ class Teacher:
         return PadForModel(env, config.obs_shape[0], config.action_dim)
 
 
-def open_teacher(
-    task: str, checkpoint: str, budget: BudgetOverride, device: str = "cpu"
-) -> Teacher:
+def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str = "cpu") -> Teacher:
     """Open a checkpoint for a task.
 
     Args:

@@ -141,9 +141,7 @@ def test_pixels_are_the_last_three_frames(rendering: None) -> None:
         obs = env.step(np.ones(1, np.float32))[0]
         frames.append(physics.render(64, 64, camera_id=0))
     assert not np.array_equal(frames[-1], frames[-2])
-    np.testing.assert_array_equal(
-        obs, np.concatenate([frame.transpose(2, 0, 1) for frame in frames[-3:]])
-    )
+    np.testing.assert_array_equal(obs, np.concatenate([frame.transpose(2, 0, 1) for frame in frames[-3:]]))
 
 
 def test_states_can_be_rendered_for_videos(rendering: None) -> None:
@@ -240,9 +238,7 @@ def test_a_wrong_name_gets_the_nearest_right_ones(wrong: str, right: str) -> Non
         ("gymnasium:NoSuch-v0", "state", TaskError, "NoSuch"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    task: str, obs: str, error: type[Exception], message: str
-) -> None:
+def test_what_does_not_fit_is_refused(task: str, obs: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         make_env(task, obs=obs)
     assert "\n" not in str(caught.value)

@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from tdmpc2.errors import DataError
-from tdmpc2.evaluation.metrics import by_step_in_plan, paired_ratio, summarise
+from tdmpc2.evaluation.metrics import by_step_in_plan, mean_interval, paired_ratio, summarise
 
 
 def episodes_of(**returns: list[float]) -> pd.DataFrame:
@@ -97,3 +98,64 @@ def test_by_step_in_plan_leaves_out_what_is_not_defined() -> None:
     assert table.loc[("fast", 1), "mismatch"] == 0.5
     assert table.loc[("fast", 0), "mismatch_n"] == 0
     assert list(table.loc["fast"].index) == [0, 1, 2]
+
+
+def test_interval_of_a_small_case_worked_out_by_hand() -> None:
+    # Two seeds have three pairs of resamples: (1, 1), (1, 2) and (2, 2), with probability 1/4, 1/2, 1/4;
+    # with so few, the interval goes to the outermost.
+    ratio, low, high = paired_ratio(np.array([50.0, 300.0]), np.array([100.0, 300.0]))
+    assert (ratio, low, high) == pytest.approx((350 / 400, 0.5, 1.0))
+    low, high = mean_interval(np.array([1.0, 3.0]))
+    assert (low, high) == pytest.approx((1.0, 3.0))
+
+
+def test_interval_of_a_mean_is_that_of_student() -> None:
+    values = np.random.default_rng(1).normal(100, 10, 30)
+    expected = stats.t.interval(0.95, 29, values.mean(), stats.sem(values))
+    assert mean_interval(values) == pytest.approx(expected, abs=0.3)
+    assert mean_interval(values) == mean_interval(values), "the same seed, the same interval"
+
+
+@pytest.mark.filterwarnings("error")
+def test_interval_is_not_taken_from_the_resamples_that_happen_to_be_positive() -> None:
+    ratio, low, high = paired_ratio(np.array([10.0, -1.0, 2.0]), np.array([10.0, -1.0, -2.0]))
+    assert ratio == pytest.approx(11 / 7) and np.isnan([low, high]).all()
+
+
+def test_failures_where_returns_are_negative() -> None:
+    episodes = episodes_of(baseline=[-100.0, -100.0, 100.0, 0.0], fast=[-140.0, -160.0, -1.0, 0.0])
+    fast = summarise(episodes, STEPS, None).set_index("mode").loc["fast"]
+    assert fast.failure_rate == 0.5, "-160 is worse than -100 by more than half of 100, -140 is not"
+    assert np.isnan([fast.return_ratio, fast.return_ratio_low, fast.return_ratio_high]).all()
+
+
+def test_worst_five_percent() -> None:
+    for n, expected in ((19, 0.0), (39, 0.0), (40, 0.5)):
+        values = [float(v) for v in range(n)][::-1]
+        assert summarise(episodes_of(baseline=values), STEPS.head(1), None).return_worst5[0] == expected
+
+
+def test_no_average_hides_a_number_that_is_missing() -> None:
+    episodes = episodes_of(baseline=[1.0, 2.0], fast=[1.0, 2.0])
+    latency = pd.DataFrame({"mode": ["baseline", "fast"], "act_ms": [1.0, np.nan]})
+    with pytest.raises(DataError, match="act_ms"):
+        summarise(episodes, STEPS, latency)
+    with pytest.raises(DataError, match="no latency of fast"):
+        summarise(episodes, STEPS, latency.head(1))
+    with pytest.raises(DataError, match="delta_a"):
+        summarise(episodes, STEPS.assign(delta_a=np.nan), None)
+    with pytest.raises(DataError, match="no steps of fast"):
+        summarise(episodes, STEPS[STEPS["mode"] == "baseline"], None)
+    with pytest.raises(DataError, match="no episodes"):
+        summarise(episodes.head(0), STEPS, None)
+
+
+def test_a_fallback_counts_where_it_was_seen_and_where_it_acted() -> None:
+    steps = STEPS.assign(teacher_distance=[0.1, 0.2, 0.9, 0.4], reward=[1.0, 1.0, 0.0, 0.5])
+    table = by_step_in_plan(steps).set_index(["mode", "k"])
+    assert table.loc[("fast", 2), "mismatch"] == 2.0
+    assert table.loc[("fast", 2), ["steps", "delta_a_n"]].tolist() == [0, 0]
+    assert table.loc[("fast", 0), "steps"] == 2, "the planned step and the fallback's"
+    assert table.loc[("fast", 0), "teacher_distance"] == pytest.approx(0.3)
+    assert table.loc[("fast", 0), "reward"] == pytest.approx(0.75)
+    assert table.loc[("fast", 1), "delta_a"] == pytest.approx(0.4)

@@ -186,9 +186,7 @@ def evaluate(
     modes = calibrate(subject, config, out / "calibration", console)
     chosen = choose(subject, modes, config, out / "calibration" / "modes", console)
     write_json(out / "chosen.json", {"mode": chosen, "speculation": asdict(modes[chosen])})
-    episodes, steps = run_modes(
-        subject, modes, config, seeds, out / "modes", console, config.label_episodes
-    )
+    episodes, steps = run_modes(subject, modes, config, seeds, out / "modes", console, config.label_episodes)
     console.print("measuring the latency of single steps, all modes in turn")
     agents = {name: subject.agent(mode, 1, seeds[0]) for name, mode in modes.items()}
     latency = measure_latency(agents, subject.teacher.env, seeds[0], config.latency_steps)

@@ -1,8 +1,13 @@
 """From raw episodes and steps to the numbers of a report; all functions are pure.
 
 Every mode faced the same initial states, so ratios to the baseline, the first mode, are paired: the
-bootstrap resamples seeds, and a seed brings its episode of both modes along.
+bootstrap resamples seeds, and a seed brings its episode of both modes along. An interval covers the luck
+of the episodes, not that of training teacher and corrector again, and no interval knows of a rare
+failure that none of the seeds showed.
 """
+
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -10,7 +15,8 @@ from scipy import stats
 
 from ..errors import DataError
 
-RESAMPLES = 10_000
+RESAMPLES = 9_999
+CONFIDENCE = 0.95
 
 
 def summarise(
@@ -25,48 +31,55 @@ def summarise(
         rng_seed: of the bootstrap.
 
     Returns:
-        `planner_calls` and `fallbacks` are fractions of the steps; `return_worst5` is the mean of the
-        worst 5 % of the episodes, at least one; `failure_rate` the share of episodes with less than
-        half of the baseline's return on the same seed; `delta_a` the mean size of the correction over
-        the steps after a plan's first. `return_ratio` and its 95 % interval are NaN where the
-        baseline's mean return is not positive, for there a ratio says nothing.
+        `return_low` and `return_high` are the 95 % interval of `return_mean`; `return_worst5` is the mean
+        of the worst 5 % of the episodes, at least one; `failure_rate` the share of episodes that fall
+        short of the baseline's on the same seed by more than half of it (of its size, where it is
+        negative); `planner_calls` and `fallbacks` are fractions of the steps; `delta_a` is the mean size
+        of the correction over the steps after a plan's first, NaN where a mode has none. `return_ratio`
+        with its 95 % interval is as `paired_ratio` has it, NaN where the baseline's mean return is not
+        positive, for there a ratio says nothing. Latencies are in ms, their ratios to the baseline's.
 
     Raises:
-        DataError: the modes did not face the same seeds, or a return is not a number.
+        DataError: the modes did not face the same seeds, or a number that must be there is not.
     """
-    if not np.isfinite(episodes["return"]).all():
-        raise DataError("an episode's return is not a number: the results are damaged, run it again")
     modes = list(dict.fromkeys(episodes["mode"]))
-    by_mode = {mode: episodes[episodes["mode"] == mode].set_index("seed") for mode in modes}
-    baseline = by_mode[modes[0]]
+    _check("episodes", episodes, modes, ["return", "length", "planner_calls", "fallbacks"])
+    _check("steps", steps, modes, ["delta_a"])
+    if latency is not None:
+        _check("latency", latency, modes, ["act_ms"])
+    baseline = episodes[episodes["mode"] == modes[0]].set_index("seed")
+    reference = baseline["return"].to_numpy(float)
     rows = []
-    for mode, own in by_mode.items():
+    for mode in modes:
+        own = episodes[episodes["mode"] == mode].set_index("seed")
         if not own.index.is_unique or set(own.index) != set(baseline.index):
             raise DataError(f"{mode} and {modes[0]} did not face the same seeds: run both again")
         own = own.loc[baseline.index]
-        returns = own["return"].to_numpy()
-        ratio, low, high = paired_ratio(returns, baseline["return"].to_numpy(), rng_seed)
-        mine = steps[steps["mode"] == mode]
-        worst = np.sort(returns)[: max(1, int(0.05 * len(returns)))]
+        returns = own["return"].to_numpy(float)
+        low, high = mean_interval(returns, rng_seed)
+        ratio, ratio_low, ratio_high = paired_ratio(returns, reference, rng_seed)
+        later = (steps["mode"] == mode) & steps["kind"].isin(["corrected", "open_loop"])
         row = {
             "mode": mode,
             "episodes": len(returns),
             "return_mean": returns.mean(),
+            "return_low": low,
+            "return_high": high,
             "return_median": np.median(returns),
             "return_iqm": stats.trim_mean(returns, 0.25),
-            "return_worst5": worst.mean(),
-            "failure_rate": (returns < 0.5 * baseline["return"].to_numpy()).mean(),
+            "return_worst5": np.sort(returns)[: max(1, len(returns) // 20)].mean(),
+            "failure_rate": (returns < reference - 0.5 * np.abs(reference)).mean(),
             "termination_rate": own["terminated"].mean(),
             "planner_calls": own["planner_calls"].sum() / own["length"].sum(),
             "fallbacks": own["fallbacks"].sum() / own["length"].sum(),
-            "delta_a": mine.loc[mine["kind"].isin(["corrected", "open_loop"]), "delta_a"].mean(),
+            "delta_a": steps.loc[later, "delta_a"].mean(),
             "return_ratio": ratio,
-            "return_ratio_low": low,
-            "return_ratio_high": high,
+            "return_ratio_low": ratio_low,
+            "return_ratio_high": ratio_high,
         }
         if latency is not None:
-            times = latency.loc[latency["mode"] == mode, "act_ms"].to_numpy()
-            first = latency.loc[latency["mode"] == modes[0], "act_ms"].to_numpy()
+            times = latency.loc[latency["mode"] == mode, "act_ms"].to_numpy(float)
+            first = latency.loc[latency["mode"] == modes[0], "act_ms"].to_numpy(float)
             row |= {
                 "act_ms_median": np.median(times),
                 "act_ms_p95": np.quantile(times, 0.95),
@@ -79,9 +92,7 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def paired_ratio(
-    returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0
-) -> tuple[float, float, float]:
+def paired_ratio(returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0) -> tuple[float, float, float]:
     """Ratio of mean returns to the baseline's with its 95 % paired bootstrap interval.
 
     Args:
@@ -90,39 +101,95 @@ def paired_ratio(
         rng_seed: of the resampling.
 
     Returns:
-        Ratio, lower and upper end (percentile method); NaN where the baseline's mean, or a resampled
-        one, is not positive, and for the ends where there is one episode only.
+        Ratio, lower and upper end. All NaN where the baseline's mean is not positive; the ends alone
+        where a resampled mean of it is not, or where there is one episode only.
     """
     if baseline.mean() <= 0:
         return np.nan, np.nan, np.nan
-    ratio = returns.mean() / baseline.mean()
-    if len(returns) < 2:
-        return ratio, np.nan, np.nan
-    index = np.random.default_rng(rng_seed).integers(len(returns), size=(RESAMPLES, len(returns)))
-    below = baseline[index].sum(1)
-    if (below <= 0).any():
-        return ratio, np.nan, np.nan
-    low, high = np.quantile(returns[index].sum(1) / below, [0.025, 0.975])
-    return ratio, low, high
+    ratio = float(returns.mean() / baseline.mean())
+
+    def statistic(own: np.ndarray, base: np.ndarray, axis: int = -1) -> np.ndarray:
+        below = base.sum(axis)
+        # NaN, which no quantile survives: the interval is refused, not taken from the good resamples.
+        return own.sum(axis) / np.where(below > 0, below, np.nan)
+
+    return ratio, *_interval((returns, baseline), statistic, rng_seed)
+
+
+def mean_interval(values: np.ndarray, rng_seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of `values` `[n]`; NaN where n is 1."""
+    return _interval((values,), np.mean, rng_seed)
+
+
+def _interval(
+    samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], rng_seed: int
+) -> tuple[float, float]:
+    """Bootstrap interval of `statistic(*samples)`, the samples `[n]` resampled together.
+
+    Percentiles, moved outwards for small n to where Student's t has them (Hesterberg 2015, "What teachers
+    should know about the bootstrap", section 5.3): plain percentiles, and BCa's as well, cover the truth
+    in about 90 % of the cases with 10 episodes and 93 % with 20; these in about 94 % and 95 %.
+    """
+    n = len(samples[0])
+    if n < 2:
+        return np.nan, np.nan
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)
+    level = 1 - 2 * stats.norm.sf(t * np.sqrt(n / (n - 1)))
+    with warnings.catch_warnings():
+        # Told where the ends are NaN, which they are on purpose, and tells of a method not used here.
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        ends = stats.bootstrap(
+            samples,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            confidence_level=level,
+            method="percentile",
+            rng=np.random.default_rng(rng_seed),
+        ).confidence_interval
+    return float(ends.low), float(ends.high)
 
 
 def by_step_in_plan(steps: pd.DataFrame) -> pd.DataFrame:
-    """Means by mode and step in plan of what is defined there; NaN steps are left out and counted.
+    """What happened by mode and step in plan k; steps where a value is NaN are left out and counted.
 
-    Fallbacks stand at the step where the mismatch was seen.
+    A mismatch counts at the k where it was seen, also when it led to a fallback: otherwise the largest
+    would be missing. What a fallback then executed is the first step of a new plan, so its reward,
+    correction and distance to the teacher count at k = 0.
+
+    Args:
+        steps: columns `mode, kind, k, mismatch, delta_a, reward, teacher_distance`.
 
     Returns:
-        Columns `mode, k, steps` and for `mismatch`, `delta_a`, `reward`, `teacher_distance` the mean,
-        the quartiles (`_q25`, `_q75`) and the number of values (`_n`).
+        Columns `mode, k, steps` (executed there) and for `mismatch`, `delta_a`, `reward` and
+        `teacher_distance` the mean, the quartiles (`_q25`, `_q75`) and the number of values (`_n`);
+        modes in the order of `steps`, k ascending.
     """
-    names = ["mismatch", "delta_a", "reward", "teacher_distance"]
-    grouped = steps.groupby(["mode", "k"], sort=False)
-    table = grouped.size().rename("steps").to_frame()
-    for name in names:
-        table[name] = grouped[name].mean()
-        table[f"{name}_q25"] = grouped[name].quantile(0.25)
-        table[f"{name}_q75"] = grouped[name].quantile(0.75)
-        table[f"{name}_n"] = grouped[name].count()
+    executed = steps.assign(k=steps["k"].mask(steps["kind"] == "fallback", 0))
+    table = steps.groupby(["mode", "k"], sort=False)[[]].first()
+    table["steps"] = executed.groupby(["mode", "k"]).size()
+    table["steps"] = table["steps"].fillna(0).astype(int)
+    for name in ["mismatch", "delta_a", "reward", "teacher_distance"]:
+        values = (steps if name == "mismatch" else executed).groupby(["mode", "k"])[name]
+        table[name] = values.mean()
+        table[f"{name}_q25"] = values.quantile(0.25)
+        table[f"{name}_q75"] = values.quantile(0.75)
+        table[f"{name}_n"] = values.count()
+        table[f"{name}_n"] = table[f"{name}_n"].fillna(0).astype(int)
     order = {mode: i for i, mode in enumerate(dict.fromkeys(steps["mode"]))}
     table = table.reset_index()
-    return table.sort_values(["mode", "k"], key=lambda c: c.map(order) if c.name == "mode" else c)
+    table = table.sort_values(["mode", "k"], key=lambda c: c.map(order) if c.name == "mode" else c)
+    return table.reset_index(drop=True)
+
+
+def _check(name: str, table: pd.DataFrame, modes: list[str], columns: list[str]) -> None:
+    """Refuse a table without rows of every mode, or with a NaN where an average would swallow it."""
+    missing = [mode for mode in modes if mode not in set(table["mode"])]
+    if missing or not modes:
+        raise DataError(f"no {name} of {', '.join(missing) or 'any mode'}: run the evaluation again")
+    for column in columns:
+        if not np.isfinite(table[column].to_numpy(float)).all():
+            raise DataError(
+                f"the {name} hold a {column} that is not a number: the results are damaged, run it again"
+            )

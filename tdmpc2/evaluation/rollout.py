@@ -66,9 +66,7 @@ def rollout(
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
             name = Kind(kind[i]).name.lower()
-            steps.append(
-                (row_seed[i], t[i], name, k[i], drift[i], delta[i], float(reward), distance[i])
-            )
+            steps.append((row_seed[i], t[i], name, k[i], drift[i], delta[i], float(reward), distance[i]))
             t[i] += 1
             if terminated:
                 terminated_seeds.add(row_seed[i])

@@ -46,8 +46,7 @@ class Compiled:
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         say = Console(stderr=True).print
-        name = self._function.__name__.strip("_")
-        line = f"compiling the planner ({name}); the result is kept for the next start"
+        line = "compiling the planner; the result is kept for the next start"
         timer = threading.Timer(PATIENCE, say, [line])
         timer.daemon = True
         timer.start()
@@ -55,7 +54,7 @@ class Compiled:
             return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            say(f"planning without compilation, more slowly ({name}: {reason})")
+            say(f"planning without compilation, more slowly: {reason}")
             self._compiled = self._function
             return self._function(*args, **kwargs)
         finally:

@@ -64,9 +64,7 @@ class FastModel:
         if compute.compile:
             self._score = Compiled(self._eager_score, cuda_graphs=next(model.parameters()).is_cuda)
 
-    def score(
-        self, at: Origin, actions: Tensor, noise: Tensor, heads: Tensor, w: Weights
-    ) -> Tensor:
+    def score(self, at: Origin, actions: Tensor, noise: Tensor, heads: Tensor, w: Weights) -> Tensor:
         """Predicted returns `[B, N]` of action sequences (paper, eq. 6).
 
         The mean of two Q heads stands for what comes after the horizon. In an episodic model nothing
@@ -176,7 +174,7 @@ def mlp(x: Tensor, layers: Layers) -> Tensor:
 
 def select(layers: Layers, heads: Tensor) -> Layers:
     """Of layers side by side, those that `heads` names."""
-    return tuple(Layer(*(None if x is None else x[heads] for x in layer)) for layer in layers)
+    return tuple(layer.each(lambda x: x[heads]) for layer in layers)
 
 
 def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:

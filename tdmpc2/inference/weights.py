@@ -8,9 +8,9 @@ side, so that SimNorm is arithmetic on long vectors. With simplices of two, (a0 
 (a0 b0 c0 a1 b1 c1). Whatever makes or reads a latent has its weights permuted to match.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class Layer(NamedTuple):
     scale: Tensor | None = None  # [h, 1, 1, out]
     shift: Tensor | None = None  # [h, 1, 1, out]
     task: Tensor | None = None  # [h, task_dim, out], of a first layer: its weights for the task
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Layer":
+        """All of it changed in one way."""
+        return Layer(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
 
 Layers = tuple[Layer, ...]
@@ -50,7 +54,7 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
     device = next(model.parameters()).device
     order = transposed(torch.arange(c.latent_dim, device=device), c.simnorm_dim)
 
-    def networks(*stacked: nn.Module) -> Layers:
+    def networks(*stacked: Iterable[nn.Module]) -> Layers:
         """The layers of networks side by side, all of which read latents."""
         first, *others = (side_by_side(layers) for layers in zip(*stacked, strict=True))
         task_end = c.latent_dim + c.task_dim
@@ -63,12 +67,10 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
     def ready(layer: Layer) -> Layer:
         return layer._replace(weight=layer.weight.to(dtype).contiguous())
 
-    last_dynamics = side_by_side(model.dynamics[-1:])
-    last_dynamics = Layer(*(None if x is None else x[..., order] for x in last_dynamics))
     return Weights(
-        hidden=networks(model.reward_head[:-1], model.dynamics[:-1]),
-        reward=ready(side_by_side(model.reward_head[-1:])),
-        dynamics=ready(last_dynamics),
+        hidden=networks([*model.reward_head][:-1], [*model.dynamics][:-1]),
+        reward=ready(side_by_side([model.reward_head[-1]])),
+        dynamics=ready(side_by_side([model.dynamics[-1]]).each(lambda x: x[..., order])),
         policy=networks(model.policy),
         q=networks(model.q),
         termination=networks(model.termination_head) if c.episodic else (),
@@ -85,7 +87,7 @@ def for_tasks(w: Weights, embedding: Tensor) -> Weights:
         return w
 
     def biased(layers: Layers) -> Layers:
-        share = (embedding @ layers[0].task)[:, :, None]  # [h, B, 1, out]
+        share = (embedding @ cast(Tensor, layers[0].task))[:, :, None]  # [h, B, 1, out]
         return layers[0]._replace(bias=layers[0].bias + share), *layers[1:]
 
     return w._replace(
@@ -101,8 +103,9 @@ def side_by_side(layers: Sequence[nn.Module]) -> Layer:
 
     def stack(name: str) -> Tensor:
         tensors = [attrgetter(name)(layer).detach() for layer in layers]
-        return tensors[0].clone() if layers[0].weight.dim() == 3 else torch.stack(tensors)
+        return tensors[0].clone() if has_heads else torch.stack(tensors)
 
+    has_heads = cast(Tensor, layers[0].weight).dim() == 3
     weight, bias = stack("weight").mT, stack("bias")[:, None, None]
     if not isinstance(layers[0], NormedLinear):
         return Layer(weight, bias)

@@ -49,7 +49,9 @@ TABLES = {
     "eval": ("step", "mean", "sd", "min", "max", "episodes", "seconds"),
 }
 # Settings that may differ when a run goes on: they do not change what was learnt so far.
-FREE_ON_RESUME = {*("steps", "checkpoint_freq", "work_dir", "resume", "device", "threads", "wandb_project")}
+FREE_ON_RESUME = {
+    *("steps", "checkpoint_freq", "work_dir", "resume", "device", "threads", "compile", "wandb_project")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +110,7 @@ class Trainer:
         default = max(1000, 5 * length)
         self.seed_steps = default if config.seed_steps is None else config.seed_steps
         compute = ComputeConfig(compile=config.compile)
-        self.agent = TDMPC2(
-            model, self.planner, discount=self.discount, seed=config.seed, compute=compute
-        )
+        self.agent = TDMPC2(model, self.planner, discount=self.discount, seed=config.seed, compute=compute)
         self.evaluated = TDMPC2(
             model,
             self.planner,

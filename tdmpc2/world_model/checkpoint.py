@@ -117,9 +117,7 @@ def save_world_model(folder: str | Path, model: WorldModel, **entries: Any) -> N
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as tmp:
         save_file(state, tmp)
-    write_json(
-        folder / CONFIG, {"format": FORMAT, "world_model": asdict(model.config), **entries}
-    )
+    write_json(folder / CONFIG, {"format": FORMAT, "world_model": asdict(model.config), **entries})
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

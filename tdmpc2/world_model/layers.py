@@ -100,9 +100,7 @@ def mlp(
         for i, (a, b) in enumerate(pairwise(dims))
     ]
     layers.append(
-        Linear(dims[-1], out_dim, heads)
-        if last is None
-        else NormedLinear(dims[-1], out_dim, last, heads)
+        Linear(dims[-1], out_dim, heads) if last is None else NormedLinear(dims[-1], out_dim, last, heads)
     )
     return nn.Sequential(*layers)
 

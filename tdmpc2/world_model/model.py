@@ -111,7 +111,7 @@ class WorldModel(nn.Module):
         x = torch.cat([self._with_task(z, task), action], -1)
         q = self.target_q if target else self.q
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        params = dict(q.named_parameters())
+        params: dict[str, Tensor] = dict(q.named_parameters())
         if detach:
             params = {name: p.detach() for name, p in params.items()}
         if heads is not None:
@@ -132,9 +132,7 @@ class WorldModel(nn.Module):
         logits = self.value_logits(z, action, task, target=target, heads=heads)
         return two_hot_inv(logits, self.config)
 
-    def pi(
-        self, z: Tensor, task: Tensor | None = None, noise: Tensor | None = None
-    ) -> PolicyOutput:
+    def pi(self, z: Tensor, task: Tensor | None = None, noise: Tensor | None = None) -> PolicyOutput:
         """Policy prior: a squashed Gaussian; `noise` `[..., A]` is standard normal, None its mean."""
         c = self.config
         mean, log_std = self.policy(self._with_task(z, task)).chunk(2, -1)

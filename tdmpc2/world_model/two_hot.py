@@ -31,9 +31,7 @@ def two_hot(x: Tensor, config: WorldModelConfig) -> Tensor:
 
 def two_hot_inv(logits: Tensor, config: WorldModelConfig) -> Tensor:
     """Logits `[..., num_bins]` to the scalars `[...]` that they stand for."""
-    bins = torch.linspace(
-        config.vmin, config.vmax, config.num_bins, device=logits.device, dtype=logits.dtype
-    )
+    bins = torch.linspace(config.vmin, config.vmax, config.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
 

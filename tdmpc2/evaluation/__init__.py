@@ -1,0 +1,1 @@
+"""How teachers and correctors are judged: modes, rollouts, metrics and the report."""

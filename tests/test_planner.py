@@ -1,0 +1,210 @@
+"""The planner against the plain reference planner, with the same noise; compiled and bfloat16 against it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdmpc2.config import ComputeConfig, PlannerConfig, WorldModelConfig
+from tdmpc2.errors import ConfigError
+from tdmpc2.inference import FastModel, fastest
+from tdmpc2.inference.compiled import Compiled
+from tdmpc2.planner import NoiseSource, Plan, Planner
+from tdmpc2.world_model import WorldModel, load_world_model
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from reference import reference_plan
+
+DISCOUNT = 0.97
+BUDGET = PlannerConfig(horizon=2, iterations=3, num_samples=40, num_elites=6, num_pi_trajs=5)
+SMALL = dict(enc_dim=16, mlp_dim=24, latent_dim=32, num_q=5, num_bins=21)
+KINDS = {
+    "plain": WorldModelConfig((5,), 3, **SMALL),
+    "episodic": WorldModelConfig((5,), 3, **SMALL, episodic=True),
+    "multi-task": WorldModelConfig((5,), 3, **SMALL, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
+    "both": WorldModelConfig((5,), 3, **SMALL, episodic=True, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
+}
+
+
+class RecordedNoise:
+    """Draws noise for a batch, and hands out the same again, for one row of it, from `row`."""
+
+    def __init__(self, seed: int):
+        self.source = NoiseSource(seed)
+        self.drawn: list[Tensor] = []
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._record(self.source.normal(*shape))
+
+    def gumbel(self, *shape: int) -> Tensor:
+        return self._record(self.source.gumbel(*shape))
+
+    def two_heads(self, num_q: int) -> Tensor:
+        return self._record(self.source.two_heads(num_q))
+
+    def _record(self, noise: Tensor) -> Tensor:
+        self.drawn.append(noise)
+        return noise
+
+    def row(self, b: int) -> "Replayed":
+        return Replayed(b, list(self.drawn))
+
+
+class Replayed:
+    def __init__(self, row: int, drawn: list[Tensor]):
+        self.row, self.drawn = row, drawn
+
+    def normal(self, *shape: int) -> Tensor:
+        noise = self.drawn.pop(0)  # [H, B, N, A] or [B, N, A]
+        return noise[:, self.row] if noise.dim() == 4 else noise[self.row]
+
+    def gumbel(self, *shape: int) -> Tensor:
+        return self.drawn.pop(0)[self.row]
+
+    def two_heads(self, num_q: int) -> Tensor:
+        return self.drawn.pop(0)
+
+
+def random_model(kind: str) -> WorldModel:
+    """Weights of such a size that values differ, and that about half of all latents are terminal."""
+    torch.manual_seed(1)
+    model = WorldModel(KINDS[kind]).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "ln." not in name:
+            p.normal_(0, 0.3)
+    for network in (model.reward_head, model.q):
+        network[-1].weight.normal_(0, 0.05)
+    if model.config.episodic:
+        z, task, _ = latents(model, 99)
+        logits = model.termination_logits(z, task)
+        model.termination_head[-1].bias.sub_(logits.median())
+    return model
+
+
+def latents(model: WorldModel, batch: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Latents, tasks and a warm start."""
+    generator = torch.Generator().manual_seed(batch)
+    task = torch.arange(batch) % model.config.num_tasks if model.config.num_tasks else None
+    obs = torch.randn(batch, *model.config.obs_shape, generator=generator)
+    mean = torch.rand(batch, BUDGET.horizon, model.config.action_dim, generator=generator) - 0.5
+    return model.encode(obs, task), task, mean
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_reference_planner_row_by_row(kind: str, batch: int) -> None:
+    model, noise = random_model(kind), RecordedNoise(seed=2)
+    z, task, mean = latents(model, batch)
+    plan = Planner(model, BUDGET, DISCOUNT, noise).plan(z, mean, task=task)  # type: ignore[arg-type]
+    for b in range(batch):
+        replayed = noise.row(b)
+        expected = reference_plan(
+            model, BUDGET, DISCOUNT, replayed, z[b], mean[b], None if task is None else task[b]
+        )
+        assert not replayed.drawn, "noise was left over"
+        got = (plan.actions[b], plan.mean[b], plan.std[b], plan.value[b])
+        for name, x, y in zip(expected._fields, got, expected, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    if task is not None:
+        padding = model.action_masks[task][:, None] == 0
+        assert (plan.mean.masked_select(padding) == 0).all()
+
+
+def test_termination_matters_in_the_episodic_test_model() -> None:
+    model = random_model("episodic")
+    z, _, _ = latents(model, 64)
+    ended = model.termination(model.next(z, torch.rand(64, 3) * 2 - 1)) > 0.5
+    assert 0.1 < ended.float().mean() < 0.9
+
+
+def test_exploration_moves_the_first_action_alone() -> None:
+    model = random_model("plain")
+    z, _, mean = latents(model, 2)
+    plans = [
+        Planner(model, BUDGET, DISCOUNT, NoiseSource(3)).plan(z, mean, eval_mode=eval_mode)
+        for eval_mode in (True, False)
+    ]
+    assert not torch.equal(plans[0].actions[:, 0], plans[1].actions[:, 0])
+    assert torch.equal(plans[0].actions[:, 1:], plans[1].actions[:, 1:])
+    assert (plans[1].actions.abs() <= 1).all()
+    for plan in plans:
+        z_next = model.next(plan.latents[:, 0], plan.actions[:, 0])
+        torch.testing.assert_close(plan.latents[:, 1], z_next)
+
+
+def test_compiled_equals_eager_and_compiles_twice_whatever_the_batch() -> None:
+    model = random_model("both")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def plan(batch: int, compute: ComputeConfig) -> Plan:
+        z, task, mean = latents(model, batch)
+        return Planner(model, BUDGET, DISCOUNT, NoiseSource(4), compute).plan(z, mean, task=task)
+
+    for batch in (2, 5, 1, 3, 16):
+        compiled, eager = plan(batch, ComputeConfig(compile=True)), plan(batch, ComputeConfig())
+        for x, y in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def score(fast: FastModel, batch: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    c = fast.config
+    z = fast.model.encode(torch.randn(batch, *c.obs_shape, generator=generator))
+    actions = torch.rand(batch, 3, 200, c.action_dim, generator=generator) * 2 - 1
+    noise = torch.randn(batch, 200, c.action_dim, generator=generator)
+    return fast.score(fast.origin(z), actions, noise, torch.tensor([0, 1]), fast.weights())
+
+
+def test_bfloat16_values_are_close() -> None:
+    official = Path(__file__).parent / "fixtures" / "official" / "state_small.pt"
+    model = load_world_model(official)
+    exact, rounded = (
+        score(FastModel(model, 0.99, ComputeConfig(precision))) for precision in ("float32", "bfloat16")
+    )
+    assert exact.dtype == rounded.dtype == torch.float32
+    error = (exact - rounded).square().mean().sqrt()
+    assert 0 < error < 0.1 * exact.std(1).mean()
+    top, top_rounded = (set(x[0].topk(20).indices.tolist()) for x in (exact, rounded))
+    assert len(top & top_rounded) >= 14
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_planning_follows_the_weights_of_a_model_in_training(precision: str) -> None:
+    model = random_model("plain").requires_grad_(True)
+    fast = FastModel(model, 0.99, ComputeConfig(precision))
+    with torch.no_grad():
+        before = score(fast)
+    assert fast.weights() is fast.weights(), "nothing changed, nothing to copy"
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model.reward(model.encode(torch.ones(2, 5)), torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after, fresh = score(fast), score(FastModel(model, 0.99, ComputeConfig(precision)))
+    assert torch.equal(after, fresh)
+    assert not torch.equal(after, before)
+
+
+def test_without_a_compiler_it_plans_all_the_same_and_says_so(capsys, monkeypatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/c++"))
+    function = Compiled(lambda x: x.cos() + 41.375)  # nothing that a cache could hold
+    x = torch.zeros(3, 2)
+    for _ in range(2):
+        assert torch.equal(function(x), torch.full((3, 2), 42.375))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) >= 1 and said[0].startswith("planning without compilation")
+
+
+def test_unknown_precision_is_refused_and_the_fastest_settings_are_known_ones() -> None:
+    model = random_model("plain")
+    with pytest.raises(ConfigError, match="float32"):
+        FastModel(model, 0.99, ComputeConfig("float16"))
+    for device in ("cpu", "cuda"):
+        assert fastest(device).compile
+        FastModel(model, 0.99, fastest(device))
