@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .config import (
+    COMPILED,
     EAGER,
     ComputeConfig,
     PlannerConfig,
@@ -33,7 +34,6 @@ from .config import (
 )
 from .corrector import BaseCorrector, CorrectorInput, load_corrector
 from .errors import ConfigError, ObservationError
-from .inference import fastest
 from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, read_config
@@ -293,7 +293,7 @@ def load_teacher(
     num_envs: int = 1,
     seed: int = 0,
     task: int | None = None,
-    compute: ComputeConfig | None = None,
+    compute: ComputeConfig = COMPILED,
 ) -> TDMPC2:
     """The teacher of a checkpoint: an original `.pt` file or a folder of ours.
 
@@ -305,7 +305,7 @@ def load_teacher(
         num_envs: rows of the batch.
         seed: of the planner's noise.
         task: index of the task, for a multi-task model.
-        compute: precision of planning, and whether to compile; None: what is fastest on the device.
+        compute: precision of planning, and whether to compile.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, foreign or unsafe.
@@ -318,7 +318,7 @@ def load_teacher(
         num_envs=num_envs,
         seed=seed,
         task=task,
-        compute=compute or fastest(device),
+        compute=compute,
     )
 
 
@@ -343,7 +343,7 @@ def load_agent(
     num_envs: int = 1,
     seed: int = 0,
     task: int | None = None,
-    compute: ComputeConfig | None = None,
+    compute: ComputeConfig = COMPILED,
 ) -> "TDMPC2 | SpeculativeAgent":
     """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
 

@@ -66,13 +66,16 @@ class PlannerConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the planner computes, not what: `tdmpc2.inference.fastest` knows what suits a device."""
+    """How the planner computes, not what."""
 
     precision: str = "float32"  # of matrix products in planning, or "bfloat16"
     compile: bool = False  # takes tens of seconds at the first start of all, a few afterwards
 
 
 EAGER = ComputeConfig()
+# What scripts and `load_agent` use. Not bfloat16, though it plans about twice as fast: it costs the shipped
+# teacher some of its return (`results/bfloat16`).
+COMPILED = ComputeConfig(compile=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +86,8 @@ class BudgetOverride:
     iterations: int | None = None
     num_elites: int | None = None
     num_pi_trajs: int | None = None
-    precision: str | None = None  # float32 or bfloat16; None: what the device plans fastest with
-    compile: bool | None = None  # None: yes
+    precision: str = COMPILED.precision  # or bfloat16: faster, less exact
+    compile: bool = COMPILED.compile
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
         names = ("num_samples", "iterations", "num_elites", "num_pi_trajs")

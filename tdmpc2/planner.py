@@ -159,7 +159,7 @@ class Planner:
         c, model = self.config, self.model
         shape = (c.horizon, z.shape[0], c.num_pi_trajs, model.config.action_dim)
         tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples
-        z = z[:, None].expand(-1, c.num_pi_trajs, -1)
+        z = z[:, None].repeat(1, c.num_pi_trajs, 1)
         actions: list[Tensor] = []
         for noise in self.noise.normal(*shape):
             if actions:

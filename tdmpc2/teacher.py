@@ -1,6 +1,6 @@
 """A teacher on its task: what every script opens first, from which agents and environments are made."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import gymnasium as gym
 
@@ -8,7 +8,6 @@ from .agent import TDMPC2, read_teacher
 from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps
 from .errors import CheckpointError
-from .inference import fastest
 from .world_model import WorldModel, fingerprint
 from .world_model.checkpoint import published_task_index
 
@@ -60,11 +59,7 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
         TaskError: there is no such task.
     """
     model, planner, _ = read_teacher(checkpoint, device)
-    compute = fastest(device)
-    if budget.precision is not None:
-        compute = replace(compute, precision=budget.precision)
-    if budget.compile is not None:
-        compute = replace(compute, compile=budget.compile)
+    compute = ComputeConfig(precision=budget.precision, compile=budget.compile)
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
     env = make_env(task, obs="rgb" if config.pixels else "state")
