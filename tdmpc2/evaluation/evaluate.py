@@ -203,6 +203,7 @@ def evaluate(
         "calibration_seeds": f"{config.calibration_seeds[0]} to {config.calibration_seeds[-1]}",
         "thresholds": {name: mode.threshold for name, mode in modes.items() if mode.threshold},
     }
+    write_json(out / "provenance.json", provided)
     report = write_report(out, episodes, steps, latency, summary, provided)
     print_table(summary, console)
     console.print(f"chosen on the calibration seeds: {chosen}; report: {report}")
