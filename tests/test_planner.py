@@ -135,20 +135,23 @@ def test_exploration_moves_the_first_action_alone() -> None:
         torch.testing.assert_close(plan.latents[:, 1], z_next)
 
 
-def test_compiled_equals_eager_and_compiles_twice_whatever_the_batch() -> None:
-    model = random_model("both")
+def test_compiled_equals_eager_and_compiles_twice_whatever_the_batch(monkeypatch, capsys) -> None:
+    models = random_model("both"), random_model("both")
+    monkeypatch.setattr("tdmpc2.inference.compiled.PATIENCE", 0.0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
-    def plan(batch: int, compute: ComputeConfig) -> Plan:
+    def plan(model: WorldModel, batch: int, compute: ComputeConfig) -> Plan:
         z, task, mean = latents(model, batch)
         return Planner(model, BUDGET, DISCOUNT, NoiseSource(4), compute).plan(z, mean, task=task)
 
     for batch in (2, 5, 1, 3, 16):
-        compiled, eager = plan(batch, ComputeConfig(compile=True)), plan(batch, ComputeConfig())
+        compiled = plan(models[batch % 2], batch, ComputeConfig(compile=True))
+        eager = plan(models[0], batch, ComputeConfig())
         for x, y in zip(compiled, eager, strict=True):
             torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert "compiling the planner" in capsys.readouterr().err
 
 
 def score(fast: FastModel, batch: int = 4) -> Tensor:

@@ -72,12 +72,13 @@ class Subject:
         seeds: Sequence[int],
         num_envs: int,
         *,
-        label: bool = False,
+        label_episodes: int = 0,
         on_step: Callable[[int], None] = lambda done: None,
     ) -> Rollout:
         """Episodes of `mode` on `seeds`; the planner's noise begins from the first of them."""
         n = min(num_envs, len(seeds))
-        labeller = self.teacher.agent(n, seeds[0]) if label else None
+        labelled = min(label_episodes, n)
+        labeller = self.teacher.agent(labelled, seeds[0]) if labelled else None
         agent = self.agent(mode, n, seeds[0])
         return rollout(agent, self.teacher.env, seeds, labeller=labeller, on_step=on_step)
 
@@ -117,7 +118,8 @@ def run_modes(
         seeds: of the episodes.
         out: folder for the raw results, one folder a mode inside.
         console: where progress is shown.
-        label_episodes: the first so many episodes measure the distance to the teacher's action.
+        label_episodes: the first so many episodes, of those that run at once, measure the distance to the
+            teacher's action.
     """
     with _progress(console) as progress:
         results = {
@@ -230,16 +232,12 @@ def _run_mode(
     if _same_settings(folder / "settings.json", asdict(mode)):
         progress.update(bar, completed=len(seeds))
         return Rollout(pd.read_csv(folder / "episodes.csv"), pd.read_csv(folder / "steps.csv"))
-    parts, done = [], 0
-    labelled, others = seeds[:label_episodes], seeds[label_episodes:]
-    for part, label in ((labelled, True), (others, False)):
-        if part:
-            on_step = lambda n, done=done: progress.update(bar, completed=done + n)  # noqa: E731
-            parts.append(subject.rollout(mode, part, config.num_envs, label=label, on_step=on_step))
-            done += len(part)
-    result = Rollout(
-        pd.concat([r.episodes for r in parts], ignore_index=True),
-        pd.concat([r.steps for r in parts], ignore_index=True),
+    result = subject.rollout(
+        mode,
+        seeds,
+        config.num_envs,
+        label_episodes=label_episodes,
+        on_step=lambda done: progress.update(bar, completed=done),
     )
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "episodes.csv", result.episodes)

@@ -33,8 +33,9 @@ def rollout(
         agent: its rows take the seeds in turn; a row that ends its episode begins the next one.
         env_of: makes one environment.
         seeds: of the episodes' initial states.
-        labeller: a teacher that plans at every state, to measure how far the executed action is from
-            its own (the mean of its plan's distribution); that column is NaN without one.
+        labeller: a teacher that plans at every state of the first `labeller.num_envs` episodes, to measure
+            how far the executed action is from its own (the mean of its plan's distribution); that column is
+            NaN elsewhere.
         on_step: called after every step of the batch with the number of episodes that have ended.
 
     Returns:
@@ -48,9 +49,11 @@ def rollout(
     row_seed = [waiting.pop() for _ in range(n)]
     obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, row_seed, strict=True)])
     agent.reset()
+    labelled = 0 if labeller is None else labeller.num_envs
     if labeller is not None:
         labeller.reset()
     running, t = np.ones(n, dtype=bool), np.zeros(n, dtype=int)
+    in_first = np.ones(n, dtype=bool)  # the row is in its first episode
     steps: list[tuple] = []
     terminated_seeds: set[int] = set()
     while running.any():
@@ -59,19 +62,22 @@ def rollout(
         assert info is not None
         distance = np.full(n, np.nan)
         if labeller is not None:
-            label = labeller.plan(labeller.encode(obs)).mean[:, 0].cpu().numpy()
-            distance = np.linalg.norm(action - label, axis=-1)
+            label = labeller.plan(labeller.encode(obs[:labelled])).mean[:, 0].cpu().numpy()
+            distance[:labelled] = np.linalg.norm(action[:labelled] - label, axis=-1)
         kind, k, drift, delta = (x.tolist() for x in info)
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
             name = Kind(kind[i]).name.lower()
+            if not in_first[i]:
+                distance[i] = np.nan
             steps.append((row_seed[i], t[i], name, k[i], drift[i], delta[i], float(reward), distance[i]))
             t[i] += 1
             if terminated:
                 terminated_seeds.add(row_seed[i])
             if terminated or truncated:
                 ended[i] = True
+                in_first[i] = False
                 if waiting:
                     row_seed[i], t[i] = waiting.pop(), 0
                     obs[i], _ = envs[i].reset(seed=row_seed[i])
@@ -79,8 +85,8 @@ def rollout(
                     running[i] = False
         if ended.any():
             agent.reset(torch.from_numpy(ended))
-            if labeller is not None:
-                labeller.reset(torch.from_numpy(ended))
+            if not in_first[:labelled].any():
+                labeller = None
         on_step(len(seeds) - len(waiting) - int(running.sum()))
     for env in envs:
         env.close()

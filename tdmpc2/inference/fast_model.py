@@ -187,6 +187,6 @@ def fastest(device: str | torch.device) -> ComputeConfig:
     """The settings with which a device plans fastest."""
     if torch.device(device).type == "cuda":
         return ComputeConfig(precision="bfloat16", compile=True)
-    cpu = torch.cpu.get_capabilities()
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return ComputeConfig(precision="bfloat16" if has_bfloat16 else "float32", compile=True)
