@@ -56,6 +56,11 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     collected = range(c.collect_seed, c.collect_seed + c.episodes + c.rounds * c.round_episodes)
     if set(collected) & (set(c.calibration_seeds) | set(c.eval_seeds)):
         raise ConfigError("collection seeds overlap those of calibration or evaluation")
+    for name in ("episodes", "round_episodes", "calibration_episodes", "eval_episodes", "latency_steps"):
+        if getattr(c, name) < 1:
+            raise ConfigError(f"{name}={getattr(c, name)}: must be at least 1")
+    if not 0 < c.quantile <= 1:
+        raise ConfigError(f"quantile={c.quantile}: must be above 0 and at most 1")
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
     settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
@@ -83,7 +88,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
 
     def train(folder: Path) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
-            data = load_shards(out / "data", teacher.fingerprint)
+            data = load_shards(out / "data", teacher.fingerprint).to(c.device)
             trained = train_corrector(teacher.model, data, c, folder)
             errors = {name: t.validation._asdict() for name, t in trained.items()}
             write_json(folder / "done.json", errors)
@@ -109,6 +114,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         out,
         teacher.model,
         task=c.task,
+        task_index=teacher.task_index,
         discount=teacher.discount,
         planner=asdict(teacher.planner),
         speculation=read_json(out / "evaluation" / "chosen.json")["speculation"],

@@ -229,7 +229,7 @@ class SpeculativeAgent:
         z = self.teacher.encode(obs)
         due = k >= self.config.execution_horizon
         drift = mismatch(z, self._z_pred).masked_fill(due, torch.nan)
-        fallback = drift > self._threshold
+        fallback = ~due & ~(drift <= self._threshold)  # a mismatch that is no number is too large
         replan = due | fallback
         k_seen = torch.where(fallback, k, torch.where(due, 0, k))
         if replan.any():
@@ -349,8 +349,9 @@ def load_agent(
 
     Args and raises as `load_teacher`.
     """
-    teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     saved = read_config(path) if Path(path).is_dir() else {}
+    task = saved.get("task_index") if task is None else task
+    teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     if "speculation" not in saved:
         return teacher
     config = SpeculationConfig(**saved["speculation"])

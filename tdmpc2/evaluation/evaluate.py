@@ -78,7 +78,7 @@ class Subject:
         """Episodes of `mode` on `seeds`; the planner's noise begins from the first of them."""
         n = min(num_envs, len(seeds))
         labelled = min(label_episodes, n)
-        labeller = self.teacher.agent(labelled, seeds[0]) if labelled else None
+        labeller = self.teacher.agent(labelled, seeds[0] + 1_000_003) if labelled else None
         agent = self.agent(mode, n, seeds[0])
         return rollout(agent, self.teacher.env, seeds, labeller=labeller, on_step=on_step)
 

@@ -49,9 +49,7 @@ TABLES = {
     "eval": ("step", "mean", "sd", "min", "max", "episodes", "seconds"),
 }
 # Settings that may differ when a run goes on: they do not change what was learnt so far.
-FREE_ON_RESUME = {
-    *("steps", "checkpoint_freq", "work_dir", "resume", "device", "threads", "compile", "wandb_project")
-}
+FREE_ON_RESUME = {*("steps", "checkpoint_freq", "work_dir", "resume", "threads", "compile", "wandb_project")}
 
 
 @dataclass(frozen=True, kw_only=True)

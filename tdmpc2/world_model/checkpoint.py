@@ -258,6 +258,8 @@ def _build(config: WorldModelConfig, state: dict[str, Tensor], path: Path) -> Wo
                 f"{path} is not a complete TD-MPC2 checkpoint: {name} should have shape "
                 f"{expected.get(name, 'none (unknown)')} and has {found.get(name, 'none (missing)')}"
             )
+    if broken := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise CheckpointError(f"{path} is damaged: {broken[0]} holds values that are not finite")
     model = WorldModel(config)
     model.load_state_dict(state)
     return model
