@@ -169,7 +169,7 @@ def print_table(summary: pd.DataFrame, console: Console) -> None:
     for _, row in summary.iterrows():
         cells = _row(row)
         table.add_row(*(Text(cells[name]) for name in IN_TERMINAL))  # Text: a bracket is no markup
-    console.print(table)
+    console.print(table, width=max(console.width, 110), crop=False)  # a narrow terminal wraps, loses nothing
 
 
 def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
