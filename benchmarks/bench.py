@@ -151,18 +151,15 @@ def main(config: BenchConfig) -> None:
 
 
 def table(records: list[Record]) -> Table:
-    """The records, for people."""
-    out = Table(
-        *("name", "size", "batch", "device", "dtype", "ms", "GFLOP", "GFLOP/s", "ceiling"),
-        *("times ceiling", "times faster"),
-    )
+    """The records, for people: `limit` is the ceiling, `faster` the speedup over the reference."""
+    out = Table("name", "size", "B", "dtype", "ms", "GFLOP", "GFLOP/s", "limit", "/ limit", "faster")
     for r in records:
         achieved = None if r.flops is None else r.flops / r.seconds / 1e9
         limit = None if r.ceiling_flops_per_s is None else r.ceiling_flops_per_s / 1e9
         flops = None if r.flops is None else r.flops / 1e9
         numbers = (r.seconds * 1e3, flops, achieved, limit, r.ratio_to_ceiling, r.speedup_over_reference)
         cells = ("" if x is None else f"{x:.{0 if x >= 100 else 2}f}" for x in numbers)
-        out.add_row(r.name, f"{r.size}M", str(r.batch), r.device, r.dtype, *cells)
+        out.add_row(r.name, f"{r.size}M", str(r.batch), r.dtype, *cells)
     return out
 
 
