@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format
+.PHONY: demo test bench lint format
 
 demo: .venv/.installed  ## the main job on a shipped teacher
 	$(BIN)/python scripts/accelerate.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
@@ -10,6 +10,9 @@ demo: .venv/.installed  ## the main job on a shipped teacher
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/bench.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
