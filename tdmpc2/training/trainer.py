@@ -33,6 +33,7 @@ from ..config import (
     WorldModelConfig,
     discount_of,
     part,
+    published_budget,
 )
 from ..envs import is_episodic, make_env, max_episode_steps
 from ..errors import ConfigError, TDMPC2Error
@@ -95,9 +96,9 @@ class Trainer:
         self.env = make_env(config.task, config.seed, config.obs)
         model = WorldModel(self._architecture()).to(config.device).eval()
         self.planner = part(PlannerConfig, config)
-        if model.config.action_dim >= 20 and self.planner.iterations == PlannerConfig.iterations:
-            # As published: two more iterations than the default for large action spaces.
-            self.planner = replace(self.planner, iterations=self.planner.iterations + 2)
+        if self.planner.iterations == PlannerConfig.iterations:
+            published = published_budget(model.config.action_dim)
+            self.planner = replace(self.planner, iterations=published.iterations)
         length = max_episode_steps(self.env)
         if config.buffer_size <= length:
             raise ConfigError(
