@@ -1,7 +1,7 @@
 """A function that is compiled when it is first called: what is said meanwhile, and what if it fails.
 
-PyTorch caches what the compiler makes on disk, so only the very first start takes long. One compilation
-serves a batch of one, a second one every larger batch.
+PyTorch caches what the compiler makes on disk, so only the very first start takes long. Where the batch
+varies, one compilation serves a batch of one, a second one every larger batch.
 """
 
 import threading
@@ -13,20 +13,40 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..config import ComputeConfig
+from ..errors import ConfigError
+
 PATIENCE = 4.0  # seconds of compiling before it is mentioned
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(compute: ComputeConfig) -> torch.dtype:
+    """The dtype that matrix products are computed in; ConfigError where there is no such precision."""
+    if compute.precision not in PRECISIONS:
+        raise ConfigError(f"precision={compute.precision}: must be one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[compute.precision]
 
 
 class Compiled:
     """`function`, compiled; eager where this machine cannot compile, after one line that says so.
 
     Args:
-        function: its positional arguments are tensors, or tuples of tensors, whose first axis is the
-            batch, which may vary from call to call; its keyword arguments do not depend on the batch.
+        function: what is compiled.
+        what: it is, for people.
+        batch_varies: from call to call; it is then the first axis of all positional arguments, which are
+            tensors or tuples of tensors, and keyword arguments do not depend on it.
         cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only.
     """
 
-    def __init__(self, function: Callable[..., Any], *, cuda_graphs: bool = False):
-        self._function = function
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        what: str = "the planner",
+        batch_varies: bool = True,
+        cuda_graphs: bool = False,
+    ):
+        self._function, self._what, self._batch_varies = function, what, batch_varies
         if cuda_graphs:
             self._compiled = torch.compile(function, mode="reduce-overhead")
         else:  # trying at every start whether the compiler knows this CPU would take a second
@@ -34,8 +54,8 @@ class Compiled:
         self._called: set[bool] = set()  # with a batch of one; with a larger one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors: list[Tensor] = tree_leaves(args)
-        is_batch = tensors[0].shape[0] > 1
+        tensors: list[Tensor] = tree_leaves(args) if self._batch_varies else []
+        is_batch = bool(tensors) and tensors[0].shape[0] > 1
         if is_batch:
             for tensor in tensors:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -46,7 +66,7 @@ class Compiled:
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         say = Console(stderr=True).print
-        line = "compiling the planner; the result is kept for the next start"
+        line = f"compiling {self._what}; the result is kept for the next start"
         timer = threading.Timer(PATIENCE, say, [line])
         timer.daemon = True
         timer.start()
@@ -54,7 +74,7 @@ class Compiled:
             return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as e:
             reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            say(f"planning without compilation, more slowly: {reason}")
+            say(f"{self._what} stays uncompiled, and slower: {reason}")
             self._compiled = self._function
             return self._function(*args, **kwargs)
         finally:

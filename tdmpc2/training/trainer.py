@@ -71,7 +71,8 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     resume: bool = False  # go on with the run in work_dir
     device: str = "cpu"
     threads: int | None = None  # of torch; None: its own choice
-    compile: bool = True  # the planner, in float32
+    compile: bool = True  # the planner, in float32, and the update
+    update_precision: str = "float32"  # of the hidden layers' products in an update, or bfloat16
     wandb_project: str = ""
 
 
@@ -118,7 +119,13 @@ class Trainer:
             compute=compute,
         )
         noise = self.agent.planner.noise
-        self.update = Update(model, part(UpdateConfig, config), self.discount, noise)
+        self.update = Update(
+            model,
+            part(UpdateConfig, config),
+            self.discount,
+            noise,
+            ComputeConfig(config.update_precision, config.compile),
+        )
         self.replay = Replay(config.buffer_size, self.planner.horizon, config.seed)
         self.generators = {"noise": noise.generator, "replay": self.replay.generator}
         self.step = self.episode = self.updates = self.saved_rows = 0

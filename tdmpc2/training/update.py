@@ -2,6 +2,9 @@
 
 Tensors are laid out time first, `[H, B, ...]`, so that every head runs once on all steps; only the
 latent dynamics have to be rolled out step by step (paper, sections 3.1 and 3.2).
+
+Three functions do the work, and can be compiled: TD targets, world-model losses, and what the policy
+prior is judged by.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -10,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import UpdateConfig
-from ..world_model.model import WorldModel
+from ..config import EAGER, ComputeConfig, UpdateConfig
+from ..inference import Compiled, dtype_of
+from ..world_model.model import PolicyOutput, WorldModel
 from ..world_model.two_hot import soft_cross_entropy, two_hot_inv
 
 SHIFT = 3  # pixels by which the augmentation moves an image at most
@@ -58,10 +62,26 @@ class Update:
         discount: per agent step.
         noise: of the policy's samples and of the choice of Q heads. Dropout and the augmentation of
             pixels draw from torch's global generator.
+        compute: whether to compile, and whether hidden layers multiply in bfloat16; weights and
+            optimisers are float32 in either case.
     """
 
-    def __init__(self, model: WorldModel, config: UpdateConfig, discount: float, noise: Noise):
+    def __init__(
+        self,
+        model: WorldModel,
+        config: UpdateConfig,
+        discount: float,
+        noise: Noise,
+        compute: ComputeConfig = EAGER,
+    ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
+        self.dtype = dtype_of(compute)
+        self._targets, self._losses, self._judged = td_targets, world_model_losses, judge_policy
+        if compute.compile:
+            self._targets, self._losses, self._judged = (
+                Compiled(f, what="the update", batch_varies=False)
+                for f in (td_targets, world_model_losses, judge_policy)
+            )
         model.requires_grad_(True).target_q.requires_grad_(False)
         self.policy_params = list(model.policy.parameters())
         encoder = list(model.encoder.parameters())
@@ -87,8 +107,10 @@ class Update:
         if model.config.pixels:
             batch = batch._replace(obs=random_shift(batch.obs))
 
-        next_z, target = self._targets(batch)
-        losses, zs = world_model_losses(model, batch, next_z, target, c.rho)
+        noise, heads = self.noise.normal(*batch.action.shape), self.noise.two_heads(model.config.num_q)
+        with self._autocast():
+            next_z, target = self._targets(model, batch, noise, heads, self.discount)
+            losses, zs = self._losses(model, batch, next_z, target, c.rho)
         total = (
             c.consistency_coef * losses["consistency_loss"]
             + c.reward_coef * losses["reward_loss"]
@@ -105,25 +127,12 @@ class Update:
         losses |= {"total_loss": total, "grad_norm": grad_norm, **policy}
         return {name: value.detach() for name, value in losses.items()}
 
-    @torch.no_grad()
-    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Latents `[H, B, L]` of the observations arrived in, and TD targets `[H, B]`."""
-        model = self.model
-        next_z = model.encode(batch.obs[1:])
-        action = model.pi(next_z, noise=self.noise.normal(*batch.action.shape)).action
-        heads = self.noise.two_heads(model.config.num_q)
-        value = model.value(next_z, action, target=True, heads=heads).amin(0)
-        # Divergence shall show in the losses, not as an index that two_hot cannot have.
-        value = value.nan_to_num()
-        return next_z, batch.reward + self.discount * (1 - batch.terminated) * value
-
     def _update_policy(self, zs: Tensor) -> dict[str, Tensor]:
         """Ascend the Q values and the entropy at the predicted latents `zs` `[H+1, B, L]`."""
         model, c = self.model, self.config
-        pi = model.pi(zs, noise=self.noise.normal(*zs.shape[:-1], model.config.action_dim))
-        heads = self.noise.two_heads(model.config.num_q)
-        logits = model.value_logits(zs, pi.action, detach=True, heads=heads)
-        q = two_hot_inv(logits, model.config).mean(0)
+        noise = self.noise.normal(*zs.shape[:-1], model.config.action_dim)
+        with self._autocast():
+            q, pi = self._judged(model, zs, noise, self.noise.two_heads(model.config.num_q))
         self._update_scale(q[0].detach())
         gain = c.entropy_coef * pi.scaled_entropy + q / self.q_scale
         loss = -(_rho(c.rho, gain) * gain.mean(1)).mean()
@@ -135,6 +144,11 @@ class Update:
             "pi_scaled_entropy": pi.scaled_entropy.mean(),
             "pi_scale": self.q_scale.clone(),
         }
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.dtype != torch.float32
+        # Without the cache, whose copies of the weights would outlive a change of them.
+        return torch.autocast(self.q_scale.device.type, self.dtype, enabled, cache_enabled=False)
 
     def _update_scale(self, q: Tensor) -> None:
         """Move the running scale towards the range of `q` `[B]`, 5th to 95th percentile."""
@@ -150,6 +164,37 @@ class Update:
         # A fused step does not count as a change, and the planner renews its copies by that count.
         torch.autograd.graph.increment_version(params)
         return norm
+
+
+@torch.no_grad()
+def td_targets(
+    model: WorldModel, batch: Batch, noise: Tensor, heads: Tensor, discount: float
+) -> tuple[Tensor, Tensor]:
+    """Latents `[H, B, L]` of the observations arrived in, and TD targets `[H, B]` of the Q heads.
+
+    Args:
+        model: the world model.
+        batch: what really happened.
+        noise: `[H, B, A]`, standard normal, of the policy's actions there.
+        heads: `[2]`, whose smaller value counts.
+        discount: per agent step.
+    """
+    next_z = model.encode(batch.obs[1:])
+    action = model.pi(next_z, noise=noise).action
+    value = model.value(next_z, action, target=True, heads=heads).amin(0)
+    # Divergence shall show in the losses, not as an index that two_hot cannot have.
+    value = value.nan_to_num()
+    return next_z, batch.reward + discount * (1 - batch.terminated) * value
+
+
+def judge_policy(model: WorldModel, zs: Tensor, noise: Tensor, heads: Tensor) -> tuple[Tensor, PolicyOutput]:
+    """The mean `[T, B]` of two Q heads of the policy prior's actions in `zs` `[T, B, L]`, and the prior.
+
+    Gradients reach the policy alone, not the Q heads' parameters.
+    """
+    pi = model.pi(zs, noise=noise)
+    logits = model.value_logits(zs, pi.action, detach=True, heads=heads)
+    return two_hot_inv(logits, model.config).mean(0), pi
 
 
 def world_model_losses(

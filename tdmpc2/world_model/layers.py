@@ -3,14 +3,54 @@
 An MLP here is `hidden layers of (linear, LayerNorm, Mish)` and a last layer that is either plain or
 (linear, LayerNorm, SimNorm). With `heads=h` every parameter has a leading axis `h` and the output
 `[..., out]` becomes `[h, ..., out]`: an ensemble is one batched matrix product, not a loop.
+
+Under `torch.autocast` the products of hidden layers are rounded, and nothing else: norms, activations and
+what a plain last layer says of rewards and values stay float32.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Mish(nn.Module):
+    """`x tanh(log(1 + e^x))`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mish(x)
+
+
+def mish(x: Tensor) -> Tensor:
+    """Mish; where it is compiled, by one exponential and one division, several times faster."""
+    if not torch.compiler.is_compiling():
+        return F.mish(x)
+    e = x.clamp(max=20.0).exp()  # beyond 20, Mish is `x` in float32
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+@torch.library.custom_op("tdmpc2::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """What to multiply `x` by: 0 with probability `p`, else 1 / (1 - p), for every entry on its own.
+
+    The distances from one zero to the next are geometrically distributed, and few where `p` is small:
+    drawing them is much faster than drawing every entry.
+    """
+    enough = int(x.numel() * p + 10 * math.sqrt(x.numel() * p) + 10)  # ten standard deviations above
+    zeros = torch.empty(enough, dtype=torch.double, device=x.device).geometric_(p).cumsum(0).long() - 1
+    # One entry more takes all that lie beyond the end: their number need not be known.
+    mask = torch.full((x.numel() + 1,), 1 / (1 - p), device=x.device)
+    mask[zeros.clamp(max=x.numel())] = 0
+    return mask[:-1].view(x.shape)
+
+
+@dropout_mask.register_fake
+def _(x: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class SimNorm(nn.Module):
@@ -36,6 +76,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*lead, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.float()  # a product under autocast is not
         if self.weight.dim() == 1:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
         return F.layer_norm(x, x.shape[-1:]) * self.weight[:, None] + self.bias[:, None]
@@ -52,6 +93,10 @@ class Linear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 2:
             return F.linear(x, self.weight, self.bias)
         x = x.expand(self.weight.shape[0], *x.shape[-2:])
@@ -75,9 +120,9 @@ class NormedLinear(Linear):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
+        x = self.product(x)
         if self.training and self.dropout > 0:
-            x = F.dropout(x, self.dropout)
+            x = x * dropout_mask(x.detach(), self.dropout)
         return self.activation(self.ln(x))
 
 
@@ -96,7 +141,7 @@ def mlp(
     """
     dims = [in_dim, *hidden]
     layers: list[nn.Module] = [
-        NormedLinear(a, b, nn.Mish(), heads, dropout if i == 0 else 0.0)
+        NormedLinear(a, b, Mish(), heads, dropout if i == 0 else 0.0)
         for i, (a, b) in enumerate(pairwise(dims))
     ]
     layers.append(
