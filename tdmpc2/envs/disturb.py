@@ -1,0 +1,98 @@
+"""A world that is not as the teacher knows it: pushes, noisy sensors, other masses, other friction.
+
+What happens to an episode follows from its seed alone, so that all modes of execution are disturbed alike.
+"""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from ..errors import ConfigError, TaskError
+from .guard import Array, Env
+
+PUSH_EVERY = 50  # agent steps from one push to the next, on average
+PUSH_STEPS = 5  # agent steps that a push lasts
+GRAVITY = 9.81  # m/s^2
+KINDS = {
+    "push": "force on a random body, in weights of everything that moves",
+    "obs_noise": "standard deviation of what is added to every entry of an observation",
+    "mass": "factor on masses and inertias",
+    "friction": "factor on sliding friction",
+}
+
+
+class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
+    """A MuJoCo environment from `make_env` under one disturbance.
+
+    Args:
+        env: the environment; its model is changed for good.
+        kind: one of KINDS.
+        strength: in the units that KINDS gives.
+
+    Raises:
+        ConfigError: there is no such kind, or the strength is negative.
+        TaskError: the environment is not one of MuJoCo's, or observes pixels.
+    """
+
+    def __init__(self, env: Env, kind: str, strength: float) -> None:
+        super().__init__(env)
+        if kind not in KINDS or strength < 0:
+            raise ConfigError(f"disturbance {kind} {strength}: choose one of {', '.join(KINDS)}, at least 0")
+        if env.observation_space.dtype != np.float32:
+            raise TaskError("disturbances exist for states, not for pixels")
+        base: Any = env.unwrapped
+        simulation = getattr(base, "physics", base)
+        if not (hasattr(simulation, "model") and hasattr(simulation, "data")):
+            raise TaskError(f"{env.get_wrapper_attr('task')}: only MuJoCo tasks can be disturbed")
+        self._model, self._data = simulation.model, simulation.data
+        self.kind, self.strength = kind, strength
+        if kind == "mass":
+            self._model.body_mass[:] *= strength
+            self._model.body_inertia[:] *= strength
+        elif kind == "friction":
+            self._model.geom_friction[:, 0] *= strength
+        # Bodies without mass and the world itself cannot be pushed.
+        masses, joints = np.array(self._model.body_mass), np.array(self._model.body_dofnum)
+        self._bodies = np.flatnonzero((masses > 0) & (joints > 0))
+        self._weight = GRAVITY * masses[self._bodies].sum()
+        self._rng = np.random.default_rng(0)
+        self._push_ends = 0  # steps that the running push still lasts
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        if seed is not None:
+            self._rng = np.random.default_rng([seed, 1])
+        self._stop_push()
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._seen(obs), info
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        if self.kind == "push":
+            self._push()
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._seen(obs), float(reward), terminated, truncated, info
+
+    def _push(self) -> None:
+        """Begin, go on with, or end a push. What is drawn does not depend on how the episode goes."""
+        begins, body = self._rng.random() < 1 / PUSH_EVERY, self._rng.choice(self._bodies)
+        direction = self._rng.normal(size=3)
+        if begins:
+            self._stop_push()
+            force = self.strength * self._weight * direction / np.linalg.norm(direction)
+            self._data.xfrc_applied[body, :3] = force
+            self._push_ends = PUSH_STEPS
+        elif self._push_ends:
+            self._push_ends -= 1
+            if not self._push_ends:
+                self._stop_push()
+
+    def _stop_push(self) -> None:
+        self._data.xfrc_applied[:] = 0.0
+        self._push_ends = 0
+
+    def _seen(self, obs: Array) -> Array:
+        if self.kind != "obs_noise":
+            return obs
+        return (obs + self.strength * self._rng.normal(size=obs.shape)).astype(np.float32)

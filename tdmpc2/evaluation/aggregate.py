@@ -1,0 +1,92 @@
+"""Over tasks: one table of every task and setting, and what holds for all tasks together."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from .metrics import CONFIDENCE, RESAMPLES
+
+ALL = "all"  # the task under which what holds for all tasks stands
+CHOSEN = "chosen"  # the setting that stands for each task's chosen mode
+COLUMNS = [
+    *("task", "setting", "chosen", "episodes", "return_mean", "return_ratio", "return_ratio_low"),
+    *("return_ratio_high", "planner_calls", "fallbacks", "act_ms_median", "act_ms_p99"),
+]
+
+
+class TaskResults(NamedTuple):
+    """What the evaluation of one task left behind."""
+
+    summary: pd.DataFrame  # a row a mode, the baseline first
+    episodes: pd.DataFrame  # columns `mode, seed, return, length, planner_calls, fallbacks`
+    latency: pd.DataFrame  # columns `mode, act_ms`
+    chosen: str  # a mode
+
+
+def speculation_table(tasks: Mapping[str, TaskResults]) -> pd.DataFrame:
+    """A row for every task and mode, then for task `all` every mode that all tasks have, and `chosen`."""
+    rows = [
+        {**row, "task": task, "setting": row["mode"], "chosen": row["mode"] == results.chosen}
+        for task, results in tasks.items()
+        for row in results.summary.to_dict("records")
+    ]
+    first = next(iter(tasks.values())).summary["mode"]
+    shared = [mode for mode in first if all(mode in set(r.summary["mode"]) for r in tasks.values())]
+    for setting in [*shared, CHOSEN]:
+        modes = {task: r.chosen if setting == CHOSEN else setting for task, r in tasks.items()}
+        rows.append({"task": ALL, "setting": setting, "chosen": setting == CHOSEN, **pooled(tasks, modes)})
+    return pd.DataFrame(rows)[COLUMNS]
+
+
+def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[str, float]:
+    """One mode for each task, all tasks together.
+
+    The return ratio is the interquartile mean over all episodes of all tasks, each divided by the mean of its
+    task's baseline; its interval resamples seeds within each task, an episode bringing the baseline's
+    along (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", with pairs). Planner
+    calls and fallbacks are means over the tasks, latencies quantiles of all steps measured.
+    """
+    returns, counts, times = [], [], []
+    for task, mode in modes.items():
+        r = tasks[task]
+        own = r.episodes[r.episodes["mode"] == mode].set_index("seed")
+        baseline = r.episodes[r.episodes["mode"] == r.summary["mode"].iloc[0]].set_index("seed")
+        pair = np.stack([own["return"], baseline["return"].loc[own.index]])
+        returns.append(pair)  # [2, n]
+        counts.append([own[name].sum() / own["length"].sum() for name in ("planner_calls", "fallbacks")])
+        times.append(r.latency.loc[r.latency["mode"] == mode, "act_ms"])
+    planner_calls, fallbacks = np.mean(counts, 0)
+    low, high = stratified_interval(returns)
+    latency = pd.concat(times)
+    return {
+        "episodes": sum(pair.shape[1] for pair in returns),
+        "return_mean": np.nan,  # of several tasks it says nothing
+        "return_ratio": float(interquartile_mean_ratio([pair[:, None] for pair in returns])[0]),
+        "return_ratio_low": low,
+        "return_ratio_high": high,
+        "planner_calls": planner_calls,
+        "fallbacks": fallbacks,
+        "act_ms_median": latency.median(),
+        "act_ms_p99": latency.quantile(0.99),
+    }
+
+
+def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
+    """The interquartile mean `[R]` of normalised returns; of each task `[2, R, n]`, a mode's and the baseline's."""
+    ratios = [own / baseline.mean(-1, keepdims=True) for own, baseline in returns]
+    return stats.trim_mean(np.concatenate(ratios, -1), 0.25, axis=-1)
+
+
+def stratified_interval(returns: list[np.ndarray], rng_seed: int = 0) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the interquartile mean ratio; each task's `[2, n]`, resampled apart."""
+    rng = np.random.default_rng(rng_seed)
+    resampled = []
+    for pair in returns:
+        n = pair.shape[1]
+        resampled.append(pair[:, rng.integers(n, size=(RESAMPLES, n))])  # [2, RESAMPLES, n]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(interquartile_mean_ratio(resampled), [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,89 @@
+"""Over tasks: the pooled row is what its parts say, and its interval covers what it should."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tdmpc2.evaluation.aggregate import (
+    ALL,
+    CHOSEN,
+    COLUMNS,
+    TaskResults,
+    interquartile_mean_ratio,
+    speculation_table,
+    stratified_interval,
+)
+from tdmpc2.evaluation.metrics import summarise
+
+
+def task_results(scale: float, ratio: float, chosen: str, extra: str = "") -> TaskResults:
+    """Twelve episodes a mode; the mode `fast` has `ratio` of the baseline's return and calls 10 %."""
+    seeds = np.arange(12)
+    base = scale * (100 + seeds)
+    modes = {"baseline": (base, 500), "fast": (ratio * base, 50)}
+    if extra:
+        modes[extra] = (base, 250)
+    episodes = pd.concat(
+        pd.DataFrame(
+            {
+                "mode": mode,
+                "seed": seeds,
+                "return": returns,
+                "length": 500,
+                "terminated": False,
+                "planner_calls": calls,
+                "fallbacks": calls // 50,
+            }
+        )
+        for mode, (returns, calls) in modes.items()
+    )
+    steps = pd.DataFrame({"mode": list(modes), "kind": "planned", "k": 0, "delta_a": 0.0})
+    latency = pd.DataFrame({"mode": list(modes), "act_ms": [20.0, 2.0, 5.0][: len(modes)]})
+    return TaskResults(summarise(episodes, steps, latency), episodes, latency, chosen)
+
+
+def test_table() -> None:
+    table = speculation_table(
+        {"a": task_results(1.0, 0.9, "fast"), "b": task_results(7.0, 1.0, "baseline", extra="only_b")}
+    )
+    assert list(table.columns) == COLUMNS
+    assert len(table) == 2 + 3 + 3  # only_b is not a mode of all tasks
+    all_tasks = table[table["task"] == ALL].set_index("setting")
+    assert list(all_tasks.index) == ["baseline", "fast", CHOSEN]
+    assert all_tasks.loc["baseline", "return_ratio"] == pytest.approx(1.0, abs=0.01)
+    fast = all_tasks.loc["fast"]
+    assert fast["planner_calls"] == pytest.approx(0.1) and fast["fallbacks"] == pytest.approx(0.002)
+    assert 0.9 < fast["return_ratio"] < 1.0 and fast["episodes"] == 24
+    # The chosen setting takes `fast` on a alone, where it loses a tenth.
+    assert all_tasks.loc[CHOSEN, "planner_calls"] == pytest.approx(0.55)
+    assert all_tasks.loc[CHOSEN, "act_ms_median"] == pytest.approx(11.0)
+    assert table.set_index(["task", "setting"]).loc[("a", "fast"), "chosen"]
+
+
+def test_pairs_stay_together() -> None:
+    """Seeds that are hard for both modes do not widen the interval."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(200, 1000, 40)
+    low, high = stratified_interval([np.stack([base, base])])
+    apart_low, apart_high = stratified_interval([np.stack([rng.permutation(base), base])])
+    assert high - low < 0.5 * (apart_high - apart_low)
+
+
+def test_interval_covers() -> None:
+    """Of 95 % intervals, about that share holds the true ratio, here of symmetric noise around 0.95."""
+    rng, inside = np.random.default_rng(1), 0
+    for i in range(60):
+        tasks = []
+        for scale in (1.0, 50.0):
+            base = scale * rng.normal(100, 2, 20)
+            tasks.append(np.stack([0.95 * scale * rng.normal(100, 2, 20), base]))
+        low, high = stratified_interval(tasks, rng_seed=i)
+        inside += low <= 0.95 <= high
+    assert 48 <= inside <= 60
+
+
+def test_outliers_count_less_than_in_a_mean() -> None:
+    base = np.full(20, 100.0)
+    own = base.copy()
+    own[:4] = 0.0  # a fifth of the episodes fail
+    assert interquartile_mean_ratio([np.stack([own, base])[:, None]])[0] == 1.0
