@@ -75,7 +75,11 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
 
 
 def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
-    """The interquartile mean `[R]` of normalised returns; of each task `[2, R, n]`, a mode's and the baseline's."""
+    """The interquartile mean `[R]` of normalised returns.
+
+    Args:
+        returns: of each task `[2, R, n]`, a mode's and the baseline's.
+    """
     ratios = [own / baseline.mean(-1, keepdims=True) for own, baseline in returns]
     return stats.trim_mean(np.concatenate(ratios, -1), 0.25, axis=-1)
 

@@ -169,7 +169,8 @@ def print_table(summary: pd.DataFrame, console: Console) -> None:
     for _, row in summary.iterrows():
         cells = _row(row)
         table.add_row(*(Text(cells[name]) for name in IN_TERMINAL))  # Text: a bracket is no markup
-    console.print(table, width=max(console.width, 110), crop=False)  # a narrow terminal wraps, loses nothing
+    # A console of its own, for Rich cuts what is wider than the terminal; which wraps, and loses nothing.
+    Console(file=console.file, width=max(console.width, 110)).print(table)
 
 
 def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
