@@ -41,9 +41,7 @@ def main(settings: Settings) -> None:
         correctors[name] = load_corrector(s.corrector, teacher.fingerprint, s.device)
         behaviour = replace(behaviour, corrector=name)
     paths = collect(
-        teacher.agent(),
-        s.task,
-        teacher.env,
+        teacher,
         s.out,
         episodes=s.episodes,
         seed=s.seed,

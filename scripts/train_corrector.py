@@ -1,7 +1,7 @@
 """Train correctors on collected data, and print their validation error beside two references.
 
     python scripts/train_corrector.py checkpoint=pretrained/cartpole-swingup \
-        data=data/cartpole-swingup out=correctors/cartpole-swingup architecture=both
+        data=data/cartpole-swingup out=correctors/cartpole-swingup architecture=all
 """
 
 from dataclasses import dataclass

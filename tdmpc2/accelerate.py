@@ -21,10 +21,10 @@ from rich.console import Console
 from .cli import provenance
 from .config import BudgetOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
-from .distillation import TEACHER, CorrectorTrainConfig, collect, load_shards, train_corrector
+from .distillation import TEACHER, CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
-from .evaluation.evaluate import EvaluationConfig, Subject, evaluate
-from .evaluation.modes import EXECUTION_HORIZONS
+from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, evaluate
+from .evaluation.modes import DISTILLED, HORIZONS
 from .files import read_json, write_json
 from .teacher import Teacher, open_teacher
 from .world_model import save_world_model
@@ -53,14 +53,13 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     """
     c = config
     out = Path(c.out or f"accelerated/{c.task}")
+    check(c)
+    check_evaluation(c)
+    if c.episodes < 3 or c.round_episodes < 1:
+        raise ConfigError("episodes must be at least 3, for training, validation and test; round_episodes 1")
     collected = range(c.collect_seed, c.collect_seed + c.episodes + c.rounds * c.round_episodes)
     if set(collected) & (set(c.calibration_seeds) | set(c.eval_seeds)):
         raise ConfigError("collection seeds overlap those of calibration or evaluation")
-    for name in ("episodes", "round_episodes", "calibration_episodes", "eval_episodes", "latency_steps"):
-        if getattr(c, name) < 1:
-            raise ConfigError(f"{name}={getattr(c, name)}: must be at least 1")
-    if not 0 < c.quantile <= 1:
-        raise ConfigError(f"quantile={c.quantile}: must be above 0 and at most 1")
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
     settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
@@ -75,9 +74,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         correctors: Mapping[str, BaseCorrector] | None = None,
     ) -> None:
         collect(
-            teacher.agent(),
-            c.task,
-            teacher.env,
+            teacher,
             out / "data" / folder,
             episodes=episodes,
             seed=first,
@@ -90,8 +87,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
             trained = train_corrector(teacher.model, data, c, folder)
-            errors = {name: t.validation._asdict() for name, t in trained.items()}
-            write_json(folder / "done.json", errors)
+            write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
 
@@ -102,8 +98,9 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         correctors = train(out / "rounds" / str(r + 1))
         behaviours = [
             SpeculationConfig(execution_horizon=horizon, corrector=n)
-            for horizon in EXECUTION_HORIZONS[::-1]
+            for horizon in HORIZONS[::-1]
             for n in correctors
+            if n != DISTILLED
         ]
         first = c.collect_seed + c.episodes + r * c.round_episodes
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
@@ -139,7 +136,9 @@ def evaluate_correctors(
     networks = {n: load_corrector(folder / n, teacher.fingerprint, device) for n in found}
     validation = []
     for name in found:
-        errors = read_header(folder / name)["validation"]
+        errors = read_header(folder / name).get("errors")
+        if errors is None:
+            raise CheckpointError(f"the training of {folder / name} did not end: train it again")
         mean = {key: sum(values) / len(values) for key, values in errors.items()}
         validation.append(
             {

@@ -15,9 +15,10 @@ and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's
 """
 
 import math
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,13 +34,14 @@ from .config import (
     published_budget,
 )
 from .corrector import BaseCorrector, CorrectorInput, load_corrector
-from .errors import ConfigError, ObservationError
+from .errors import CheckpointError, ConfigError, ObservationError
 from .mismatch import mismatch
-from .planner import NoiseSource, Plan, Planner, warm_start
+from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, read_config
 from .world_model.model import WorldModel
 
 Array = TypeVar("Array", np.ndarray, Tensor)
+Config = TypeVar("Config", PlannerConfig, SpeculationConfig)
 
 
 class Kind(IntEnum):
@@ -167,7 +169,7 @@ class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
     Args:
-        teacher: plans, and tells the number of rows.
+        teacher: plans, and tells the number of rows; it becomes the agent's own.
         config: the mode of execution.
         corrector: corrects the steps after the first; None executes them as planned.
     """
@@ -184,6 +186,10 @@ class SpeculativeAgent:
         self.plan_length = horizon if config.plan_length is None else config.plan_length
         if not 0 <= self.plan_length <= horizon:
             raise ConfigError(f"plan_length={config.plan_length}: must be from 0 to the horizon, {horizon}")
+        if config.iterations is not None:
+            planner = teacher.planner
+            planner.config = replace(planner.config, iterations=config.iterations)
+            check_budget(planner.config)
         self.teacher, self.config, self.corrector = teacher, config, corrector
         self._threshold = math.inf if config.threshold is None else config.threshold
         n, model = teacher.num_envs, teacher.model
@@ -331,9 +337,18 @@ def read_teacher(
     """
     model = load_world_model(path, device)
     saved = read_config(path) if Path(path).is_dir() else {}
-    budget = saved.get("planner")
-    planner = PlannerConfig(**budget) if budget else published_budget(model.config.action_dim)
+    planner = published_budget(model.config.action_dim)
+    if "planner" in saved:
+        planner = _saved(PlannerConfig, saved["planner"], path)
     return model, planner, saved.get("discount", discount_of(500))
+
+
+def _saved(cls: type[Config], settings: Any, path: str | Path) -> Config:
+    """A config as a folder has it; CheckpointError where it has settings that there are not."""
+    try:
+        return cls(**settings)
+    except TypeError as e:
+        raise CheckpointError(f"{path}: its config.json does not fit this version: {e}") from e
 
 
 def load_agent(
@@ -354,7 +369,7 @@ def load_agent(
     teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     if "speculation" not in saved:
         return teacher
-    config = SpeculationConfig(**saved["speculation"])
+    config = _saved(SpeculationConfig, saved["speculation"], path)
     corrector = None
     if config.corrector:
         folder = Path(path) / "correctors" / config.corrector

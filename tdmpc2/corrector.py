@@ -107,6 +107,14 @@ class TwoTowerCorrector(BaseCorrector):
         return self.gate(hidden).sigmoid() * self.update(hidden)
 
 
+class DistilledPolicy(TwoTowerCorrector):
+    """The same network without a plan, for comparison: its action depends on the real latent alone."""
+
+    def forward(self, x: CorrectorInput) -> Tensor:
+        nothing = torch.zeros_like(x.planned)
+        return super().forward(CorrectorInput(x.z, x.z, nothing, torch.zeros_like(x.k), x.valid))
+
+
 class TemporalTransformerCorrector(BaseCorrector):
     """A small transformer over the last `config.window` steps, each a token of `width / 2` entries.
 
@@ -172,6 +180,7 @@ class Block(nn.Module):
 ARCHITECTURES: Mapping[str, type[BaseCorrector]] = {
     "two_tower": TwoTowerCorrector,
     "temporal": TemporalTransformerCorrector,
+    "distilled": DistilledPolicy,
 }
 
 

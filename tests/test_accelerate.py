@@ -1,24 +1,42 @@
 """The whole main job on a short task of a user's own, with a tiny teacher; and what ends it."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 import tdmpc2
+from tdmpc2.accelerate import AccelerateConfig
+from tdmpc2.accelerate import accelerate as run_job
+from tdmpc2.agent import Kind, load_teacher
+from tdmpc2.config import EAGER, SpeculationConfig
+from tdmpc2.corrector import load_corrector
+from tdmpc2.errors import CheckpointError, ConfigError
+from tdmpc2.world_model import fingerprint
 
 ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
-MODES = ["baseline", "naive_3", "naive_6", "two_tower_3", "two_tower_6", "temporal_3", "temporal_6", "prior"]
+LENGTHS = ("3", "6", "12", "24", "until")
+MODES = [
+    *("baseline", "half_budget", "naive_3", "naive_6"),
+    *(f"{corrector}_{length}" for corrector in ("two_tower", "temporal") for length in LENGTHS),
+    *("distilled", "prior"),
+]
 SMALL = [
-    *("num_samples=16", "iterations=1", "num_elites=4", "num_pi_trajs=4"),
+    *("num_samples=16", "iterations=2", "num_elites=4", "num_pi_trajs=4"),
     *("compile=false", "precision=float32"),
-    *("episodes=2", "rounds=1", "round_episodes=4", "num_envs=4"),
-    *("updates=2", "batch_size=8", "validate_every=1", "width=32", "window=3"),
+    *("episodes=3", "rounds=1", "round_episodes=4", "num_envs=4"),
+    *("rollout_steps=4", "updates=2", "batch_size=8", "validate_every=1", "width=32", "window=3"),
     *("eval_episodes=3", "calibration_episodes=2", "label_episodes=1", "latency_steps=12"),
 ]
 ENVIRONMENT = '''
@@ -72,7 +90,8 @@ def accelerate(workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
 def finished(workdir: Path) -> Path:
     result = accelerate(workdir, "out=done")
     assert result.returncode == 0, result.stderr
-    assert all(mode in result.stdout for mode in MODES), "the table in the terminal shows all modes"
+    rows = {line.split()[0] for line in result.stdout.splitlines() if "[" in line}
+    assert set(MODES) <= rows, "the table in the terminal shows all modes"
     return workdir / "done"
 
 
@@ -97,21 +116,56 @@ def test_the_evidence_is_complete(finished: Path) -> None:
     assert set(json.loads((evaluation / "chosen.json").read_text())) == {"mode", "speculation"}
 
 
-def test_the_folder_opens_as_an_agent(finished: Path) -> None:
+def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
+    """Whatever mode was chosen; here it is made one with a corrector, and acts as that corrector says."""
     agent = tdmpc2.load_agent(finished)
     assert isinstance(agent, tdmpc2.SpeculativeAgent)
-    agent.reset()
-    assert agent.act(np.zeros(24, dtype=np.float32)).shape == (6,)
+    chosen = json.loads((finished / "evaluation/chosen.json").read_text())["speculation"]
+    assert asdict(agent.config) == chosen
+
+    folder = shutil.copytree(finished, tmp_path / "agent")
+    config = json.loads((folder / "config.json").read_text())
+    mode = SpeculationConfig(execution_horizon=3, corrector="temporal")
+    config["speculation"] = asdict(mode)
+    (folder / "config.json").write_text(json.dumps(config))
+    agent = tdmpc2.load_agent(folder, compute=EAGER)
+    assert isinstance(agent, tdmpc2.SpeculativeAgent)
+    teacher = load_teacher(finished, compute=EAGER)
+    corrector = load_corrector(finished / "correctors/temporal", fingerprint(teacher.model))
+    twin = tdmpc2.SpeculativeAgent(teacher, mode, corrector)
+    for obs in np.random.default_rng(0).normal(size=(7, 24)).astype(np.float32):
+        assert np.array_equal(agent.act(obs), twin.act(obs))
+    assert agent.info is not None and agent.info.kind.item() == Kind.PLANNED  # 0, 3 and 6 are
+
+    del config["speculation"]["corrector"]
+    config["speculation"]["exeuction_horizon"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="exeuction_horizon"):
+        tdmpc2.load_agent(folder)
 
 
-def test_a_finished_run_is_not_run_again_and_a_killed_one_goes_on(finished: Path, workdir: Path) -> None:
+def test_a_finished_run_is_not_run_again(finished: Path, workdir: Path) -> None:
     data = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors") if p.name != "model.safetensors"}
-    before = pd.read_csv(finished / "evaluation/episodes.csv")
-    for path in (finished / "evaluation/modes/temporal_6").iterdir():
-        path.unlink()  # as if it had been killed in the last mode
     assert accelerate(workdir, "out=done").returncode == 0
     assert {p: p.stat().st_mtime_ns for p in data} == data
-    pd.testing.assert_frame_equal(pd.read_csv(finished / "evaluation/episodes.csv"), before)
+
+
+@pytest.mark.parametrize("seen", ["data/round-1", "evaluation/modes/naive_3"])
+def test_kill_9_and_go_on(finished: Path, workdir: Path, seen: str) -> None:
+    """Killed once that is there, and started again, it has the results of a run that was not."""
+    out = workdir / f"killed-{Path(seen).name}"
+    command = [sys.executable, str(ROOT / "scripts/accelerate.py"), "task=short_task:Short-v0"]
+    command += [f"checkpoint={TEACHER}", *SMALL, f"out={out}"]
+    process = subprocess.Popen(command, cwd=workdir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / seen).exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "config.json").exists()
+    assert accelerate(workdir, f"out={out}").returncode == 0
+    for name in ("episodes.csv", "steps.csv", "chosen.json"):
+        assert (out / "evaluation" / name).read_bytes() == (finished / "evaluation" / name).read_bytes()
 
 
 def one_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -133,6 +187,25 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
     one_line(script("accelerate", workdir, "task=walker-walk", teacher, "epsiodes=3"), "episodes")
     overlap = script("accelerate", workdir, "task=walker-walk", teacher, "collect_seed=20000", "out=b")
     one_line(overlap, "overlap")
+    assert not (workdir / "a").exists() and not (workdir / "b").exists()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"width": 33},
+        {"held_out_every": 1},
+        {"architecture": "three_tower"},
+        {"label_episodes": 5, "num_envs": 4},
+        {"quantile": 0.0},
+        {"episodes": 2},
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(mistake: dict[str, Any], tmp_path: Path) -> None:
+    config = AccelerateConfig(task="walker-walk", checkpoint=str(TEACHER), out=str(tmp_path / "a"), **mistake)
+    with pytest.raises(ConfigError, match=next(iter(mistake))):
+        run_job(config, Console())
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_simulator_that_fails_is_named(workdir: Path) -> None:

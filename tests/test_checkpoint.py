@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tdmpc2
+from tdmpc2.agent import load_teacher
 from tdmpc2.config import MODEL_SIZES, WorldModelConfig
 from tdmpc2.errors import CheckpointError
 from tdmpc2.world_model import WorldModel, fingerprint, load_world_model, save_world_model
@@ -120,3 +121,17 @@ def test_load_agent_opens_a_plain_checkpoint() -> None:
     agent = tdmpc2.load_agent(OFFICIAL / "state_small.pt")
     assert isinstance(agent, tdmpc2.TDMPC2)
     assert agent.planner.config.num_samples == 512
+
+
+def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
+    """Of another version, or edited: one line, whichever part it is."""
+    model = load_world_model(OFFICIAL / "state_small.pt")
+    save_world_model(tmp_path, model, planner={"horizont": 3})
+    with pytest.raises(CheckpointError, match="horizont"):
+        load_teacher(tmp_path)
+    save_world_model(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["world_model"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        load_world_model(tmp_path)

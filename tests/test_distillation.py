@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tdmpc2 import load_world_model
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
-from tdmpc2.config import CorrectorConfig, PlannerConfig, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, build_corrector, load_corrector
+from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
+from tdmpc2.corrector import BaseCorrector, build_corrector, load_corrector, read_header
 from tdmpc2.distillation import (
     TEACHER,
     CorrectorTrainConfig,
@@ -27,8 +27,9 @@ from tdmpc2.distillation import (
 )
 from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts
 from tdmpc2.distillation.losses import correction_loss, unroll
-from tdmpc2.errors import ConfigError, DataError
+from tdmpc2.errors import ConfigError, DataError, TDMPC2Error
 from tdmpc2.planner import Plan
+from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import WorldModel, fingerprint
 
 OBS, ACTION, HORIZON = 24, 6, 3
@@ -61,9 +62,18 @@ def model() -> WorldModel:
     return load_world_model(path)
 
 
+class Drifting(Teacher):
+    """A teacher on that system."""
+
+    env_class: type[Drift] = Drift
+
+    def env(self) -> gym.Env:
+        return self.env_class()
+
+
 @pytest.fixture(scope="module")
-def teacher(model: WorldModel) -> TDMPC2:
-    return TDMPC2(model, BUDGET, num_envs=1)
+def teacher(model: WorldModel) -> Drifting:
+    return Drifting("drift", model, BUDGET, 0.99, fingerprint(model), None, EAGER)
 
 
 def make_corrector(model: WorldModel, architecture: str) -> BaseCorrector:
@@ -96,8 +106,16 @@ def make_recording(
         label = answer(latent)
     ends = torch.zeros(n, dtype=torch.uint8)
     ends[torch.tensor(lengths).cumsum(0) - 1] = 1
+    first, last = episode_bounds(ends)
     recording = Recording(
-        latent, plan, torch.stack(predicted, 1), label, *episode_bounds(ends), fingerprint(model)
+        latent=latent,
+        plan_actions=plan,
+        plan_latents=torch.stack(predicted, 1),
+        teacher_action=label,
+        first=first,
+        last=last,
+        seed=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        teacher=fingerprint(model),
     )
     return recording, obs
 
@@ -106,9 +124,9 @@ def make_recording(
 
 
 @pytest.fixture(scope="module")
-def shards(teacher: TDMPC2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(teacher: Drifting, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    collect(teacher, "drift", Drift, folder, episodes=5, seed=40, num_envs=2)
+    collect(teacher, folder, episodes=5, seed=40, num_envs=2)
     return folder
 
 
@@ -149,7 +167,7 @@ def test_load_shards_reads_all_folders_within(shards: Path, model: WorldModel) -
 
 
 def test_damaged_and_foreign_shards_are_refused(
-    shards: Path, tmp_path: Path, model: WorldModel, teacher: TDMPC2
+    shards: Path, tmp_path: Path, model: WorldModel, teacher: Drifting
 ) -> None:
     name = "shard-00000040.safetensors"
     content = (shards / name).read_bytes()
@@ -165,16 +183,16 @@ def test_damaged_and_foreign_shards_are_refused(
             load_shards(tmp_path, fingerprint(model))
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="damaged"):  # nor is it taken for collected
-        collect(teacher, "drift", Drift, tmp_path, episodes=2, seed=40, num_envs=2)
+        collect(teacher, tmp_path, episodes=2, seed=40, num_envs=2)
     save_file(load_file(shards / name), tmp_path / name, metadata={"older-data-0": "{}"})
     with pytest.raises(DataError, match="schema"):
         load_shards(tmp_path, fingerprint(model))
 
 
-def test_shards_of_different_budgets_do_not_mix(teacher: TDMPC2, shards: Path, tmp_path: Path) -> None:
+def test_shards_of_different_budgets_do_not_mix(teacher: Drifting, shards: Path, tmp_path: Path) -> None:
     bigger = PlannerConfig(**{**vars(BUDGET), "num_samples": 24})
-    collect(teacher, "drift", Drift, tmp_path / "a", episodes=1)
-    collect(TDMPC2(teacher.model, bigger), "drift", Drift, tmp_path / "b", episodes=1)
+    collect(teacher, tmp_path / "a", episodes=1)
+    collect(replace(teacher, planner=bigger), tmp_path / "b", episodes=1)
     with pytest.raises(DataError, match="planner"):
         load_shards(tmp_path, fingerprint(teacher.model))
 
@@ -186,7 +204,7 @@ class KilledError(Exception):
     pass
 
 
-def test_resumed_collecting_equals_uninterrupted(teacher: TDMPC2, tmp_path: Path) -> None:
+def test_resumed_collecting_equals_uninterrupted(teacher: Drifting, tmp_path: Path) -> None:
     corrector = make_corrector(teacher.model, "temporal")
     options: dict[str, Any] = {
         "episodes": 5,
@@ -194,7 +212,7 @@ def test_resumed_collecting_equals_uninterrupted(teacher: TDMPC2, tmp_path: Path
         "behaviours": [SpeculationConfig(3, corrector="c"), TEACHER],
         "correctors": {"c": corrector},
     }
-    collect(teacher, "drift", Drift, tmp_path / "whole", **options)
+    collect(teacher, tmp_path / "whole", **options)
 
     steps = 0
 
@@ -206,27 +224,29 @@ def test_resumed_collecting_equals_uninterrupted(teacher: TDMPC2, tmp_path: Path
                 raise KilledError
             return super().step(action)
 
+    dying = replace(teacher)
+    object.__setattr__(dying, "env_class", Dying)
     killed = tmp_path / "killed"
     with pytest.raises(KilledError):
-        collect(teacher, "drift", Dying, killed, **options)
+        collect(dying, killed, **options)
     before = {p.name: p.read_bytes() for p in killed.iterdir()}
     assert 1 <= len(before) < 3
-    paths = collect(teacher, "drift", Drift, killed, **options)
+    paths = collect(teacher, killed, **options)
     assert len(paths) == 3
     for path in paths:
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     assert before.items() <= {p.name: p.read_bytes() for p in killed.iterdir()}.items()
 
     with pytest.raises(DataError, match="behaviours"):  # other settings, same folder
-        collect(teacher, "drift", Drift, killed, episodes=5, num_envs=2)
+        collect(teacher, killed, episodes=5, num_envs=2)
     corrector.update.weight.data *= 2  # type: ignore[union-attr, operator]
     with pytest.raises(DataError, match="behaviours"):  # the same settings, another corrector
-        collect(teacher, "drift", Drift, killed, **options)
+        collect(teacher, killed, **options)
 
 
-def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: TDMPC2, tmp_path: Path) -> None:
+def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drifting, tmp_path: Path) -> None:
     naive = SpeculationConfig(execution_horizon=2)
-    (path,) = collect(teacher, "drift", Drift, tmp_path, episodes=2, num_envs=2, behaviours=[TEACHER, naive])
+    (path,) = collect(teacher, tmp_path, episodes=2, num_envs=2, behaviours=[TEACHER, naive])
     tensors, _ = read_shard(path)
     first, _ = episode_bounds(tensors["episode_end"])
     plans, action = tensors["plan_actions"], tensors["action"]
@@ -236,30 +256,53 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: TDMP
         assert torch.equal(action[i], expected)
 
 
-def test_impossible_collecting_is_refused(teacher: TDMPC2, tmp_path: Path) -> None:
+def test_impossible_collecting_is_refused(teacher: Drifting, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such corrector"):
         behaviours = [SpeculationConfig(corrector="two_tower")]
-        collect(teacher, "drift", Drift, tmp_path, episodes=1, behaviours=behaviours)
+        collect(teacher, tmp_path, episodes=1, behaviours=behaviours)
     with pytest.raises(ConfigError, match="positive"):
-        collect(teacher, "drift", Drift, tmp_path, episodes=0)
+        collect(teacher, tmp_path, episodes=0)
 
 
 # --- stretches
 
 
-def test_episode_bounds_and_split() -> None:
-    ends = torch.tensor([0, 0, 1, 2, 0, 1], dtype=torch.uint8)
-    first, last = episode_bounds(ends)
+def test_episode_bounds() -> None:
+    first, last = episode_bounds(torch.tensor([0, 0, 1, 2, 0, 1], dtype=torch.uint8))
     assert first.tolist() == [0, 0, 0, 3, 4, 4]
     assert last.tolist() == [2, 2, 2, 3, 5, 5]
-    blank = torch.zeros(6, 1)
-    recording = Recording(blank, blank, blank, blank, first, last, "")
-    train, held_out = split_starts(recording, 5)
-    assert train.tolist() == [0, 1] and held_out.tolist() == [4]  # last steps start nothing
-    train, held_out = split_starts(recording, 2)
-    assert train.tolist() == [0, 1, 4] and held_out.tolist() == []
-    with pytest.raises(DataError, match="one episode"):
-        split_starts(recording._replace(first=first[:3], last=last[:3]), 5)
+
+
+def test_split(model: WorldModel) -> None:
+    data, _ = make_recording(model, [3, 1, 4, 2, 2, 3, 3])  # seeds 0 to 6
+    train, validation, test = (share.tolist() for share in split_starts(data, 5))
+    assert test == [0, 1, 12, 13]  # seeds 0 and 5; an episode's last step starts nothing
+    assert validation == [15, 16]  # seed 6; seed 1 is one step long
+    assert train == [4, 5, 6, 8, 10]
+    # Where no seed would be held out, two are all the same.
+    shares = split_starts(data._replace(seed=data.seed * 10 + 2), 5)
+    assert [share.tolist() for share in shares] == [[8, 10, 12, 13, 15, 16], [4, 5, 6], [0, 1]]
+    with pytest.raises(DataError, match="2 episodes"):
+        few, _ = make_recording(model, [3, 3])
+        split_starts(few, 5)
+
+
+def test_later_data_leaves_the_split(teacher: Drifting, tmp_path: Path) -> None:
+    """Rounds sort before the teacher's own episodes, and still move nobody from one share to another."""
+    collect(teacher, tmp_path / "teacher", episodes=6, seed=40)
+    seeds = [set(s.tolist()) for s in shares_by_seed(tmp_path, teacher)]
+    collect(teacher, tmp_path / "round-1", episodes=6, seed=46)
+    later = [set(s.tolist()) for s in shares_by_seed(tmp_path, teacher)]
+    assert all(before <= after for before, after in zip(seeds, later, strict=True))
+    assert sum(map(len, later)) == 12
+    collect(teacher, tmp_path / "again", episodes=1, seed=47)
+    with pytest.raises(DataError, match="another shard holds too"):
+        load_shards(tmp_path, teacher.fingerprint)
+
+
+def shares_by_seed(folder: Path, teacher: Drifting) -> list[Tensor]:
+    data = load_shards(folder, teacher.fingerprint)
+    return [data.seed[share].unique() for share in split_starts(data, 5)]
 
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
@@ -374,67 +417,92 @@ def test_training_beats_the_plan_on_held_out_episodes(
         architecture=architecture, updates=60, batch_size=32, rollout_steps=3, width=32, window=3,
         num_heads=2, validate_every=20, lr=1e-2,
     )  # fmt: skip
-    trained = train_corrector(model, data, config, tmp_path)
-    validation = trained[architecture].validation
-    assert len(validation.corrector) == len(validation.plan) == len(validation.prior) == 3
-    assert sum(validation.corrector) < 0.5 * sum(validation.plan)
-    assert sum(validation.corrector) < 0.5 * sum(validation.prior)
+    trained = train_corrector(model, data, config, tmp_path)[architecture]
+    errors = trained.errors
+    assert len(errors.corrector) == len(errors.plan) == len(errors.prior) == 3
+    assert sum(errors.corrector) < 0.5 * sum(errors.plan)
+    assert sum(errors.corrector) < 0.5 * sum(errors.prior)
     # The file on disk is that corrector.
     loaded = load_corrector(tmp_path / architecture, fingerprint(model))
-    for name, weight in trained[architecture].corrector.state_dict().items():
+    for name, weight in trained.corrector.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name])
+    assert read_header(tmp_path / architecture)["errors"] == errors._asdict()
     with open(tmp_path / architecture / "train.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["update"] for row in rows] == ["20", "40", "60"]
-    mean = sum(validation.corrector) / 3
-    assert min(float(row["validation_error"]) for row in rows) == pytest.approx(mean)
+        assert [row["update"] for row in csv.DictReader(file)] == ["20", "40", "60"]
     printed = capsys.readouterr().out
-    assert f"{mean:.4f}" in printed and "policy prior" in printed
+    assert f"{sum(errors.corrector) / 3:.4f}" in printed and "policy prior" in printed
 
 
-def test_validation_references_are_those_of_plan_and_prior(model: WorldModel, tmp_path: Path) -> None:
-    data, _ = make_recording(model, [4, 4])
+def test_reported_errors_are_those_of_the_test_episodes(model: WorldModel, tmp_path: Path) -> None:
+    data, _ = make_recording(model, [4, 5, 6])  # seed 0 is for the test
     config = CorrectorTrainConfig(architecture="two_tower", updates=1, rollout_steps=2, width=16, num_heads=2)
-    validation = train_corrector(model, data, config, tmp_path)["two_tower"].validation
+    errors = train_corrector(model, data, config, tmp_path)["two_tower"].errors
 
     def distance(action: Tensor, steps: slice) -> float:
         return float((action - data.teacher_action[steps]).square().sum(-1).mean())
 
-    ahead = [slice(5, 8), slice(6, 8)]  # of starts 4, 5, 6, those inside at k = 1 and k = 2
-    plan = [distance(data.plan_actions[4:7, 1], ahead[0])]
-    plan.append(distance(data.plan_actions[4:6, 2], ahead[1]))
-    assert validation.plan == pytest.approx(plan)
+    ahead = [slice(1, 4), slice(2, 4)]  # of starts 0, 1, 2, those inside at k = 1 and k = 2
+    plan = [distance(data.plan_actions[0:3, 1], ahead[0])]
+    plan.append(distance(data.plan_actions[0:2, 2], ahead[1]))
+    assert errors.plan == pytest.approx(plan)
     prior = [distance(model.pi(data.latent[s]).mean, s) for s in ahead]
-    assert validation.prior == pytest.approx(prior)
+    assert errors.prior == pytest.approx(prior)
 
 
 def test_training_stops_early_and_keeps_the_best(model: WorldModel, tmp_path: Path) -> None:
-    data, _ = make_recording(model, [6, 6])  # random labels: nothing to learn but noise
+    data, _ = make_recording(model, [30] * 5, answer)
+    label = torch.rand(150, ACTION, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    noisy = torch.arange(150)[:, None] >= 60  # all training episodes: the longer, the more is learnt by heart
+    data = data._replace(teacher_action=torch.where(noisy, label, data.teacher_action))
     config = CorrectorTrainConfig(
         architecture="two_tower", updates=400, batch_size=16, rollout_steps=2, width=32,
-        num_heads=2, validate_every=10, patience=2, lr=1e-2,
+        num_heads=2, validate_every=5, patience=2, lr=1e-2,
     )  # fmt: skip
-    validation = train_corrector(model, data, config, tmp_path)["two_tower"].validation
+    trained = train_corrector(model, data, config, tmp_path)["two_tower"]
     with open(tmp_path / "two_tower" / "train.csv") as file:
         errors = [float(row["validation_error"]) for row in csv.DictReader(file)]
-    assert len(errors) < 40
-    assert sum(validation.corrector) / 2 == pytest.approx(min(errors))
+    assert 3 <= len(errors) < 80
     assert errors.index(min(errors)) == len(errors) - 3
     again = train_corrector(model, data, config, tmp_path / "again")["two_tower"]
-    assert again.validation == validation  # the seed decides
+    assert again.errors == trained.errors  # the seed decides
     other = train_corrector(model, data, replace(config, seed=1), tmp_path / "other")["two_tower"]
-    assert other.validation != validation
+    assert other.errors != trained.errors
+
+
+def test_what_is_worse_than_the_plan_is_not_kept(model: WorldModel, tmp_path: Path) -> None:
+    """Where the plan is the teacher's answer already, the untrained corrector is the best."""
+    data, _ = make_recording(model, [30] * 5)
+    label = data.plan_actions[:, 1].roll(1, 0)  # right at k = 1, as planned one step before
+    config = CorrectorTrainConfig(
+        architecture="two_tower", updates=3, rollout_steps=1, width=32, validate_every=1, lr=1.0
+    )
+    errors = train_corrector(model, data._replace(teacher_action=label), config, tmp_path)["two_tower"].errors
+    assert errors.corrector == errors.plan == [pytest.approx(0.0, abs=1e-12)]
+
+
+def test_divergence_is_named_and_leaves_no_old_corrector(model: WorldModel, tmp_path: Path) -> None:
+    data, _ = make_recording(model, [6] * 5)
+    config = CorrectorTrainConfig(architecture="two_tower", updates=2, rollout_steps=2, width=32, num_heads=2)
+    train_corrector(model, data, config, tmp_path)
+    assert "errors" in read_header(tmp_path / "two_tower")
+    broken = data._replace(teacher_action=torch.full_like(data.teacher_action, torch.nan))
+    with pytest.raises(TDMPC2Error, match="diverged"):
+        train_corrector(model, broken, config, tmp_path)
+    assert "errors" not in read_header(tmp_path / "two_tower"), "not taken for a corrector that is done"
 
 
 def test_impossible_training_is_refused(model: WorldModel, tmp_path: Path) -> None:
-    data, _ = make_recording(model, [4, 4])
+    data, _ = make_recording(model, [4, 4, 4])
     for config, message in (
         (CorrectorTrainConfig(architecture="three_tower"), "three_tower"),
-        (CorrectorTrainConfig(updates=0), "positive"),
-        (CorrectorTrainConfig(held_out_every=1), "at least 2"),
+        (CorrectorTrainConfig(updates=0), "updates=0"),
+        (CorrectorTrainConfig(held_out_every=2), "at least 3"),
+        (CorrectorTrainConfig(width=33), "width=33"),
+        (CorrectorTrainConfig(lr=0.0), "lr"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_corrector(model, data, config, tmp_path)
-    data, _ = make_recording(model, [8])
-    with pytest.raises(DataError, match="one episode"):
+    assert not list(tmp_path.iterdir())
+    data, _ = make_recording(model, [8, 8, 1])
+    with pytest.raises(DataError, match="2 episodes"):
         train_corrector(model, data, CorrectorTrainConfig(), tmp_path)

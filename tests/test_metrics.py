@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from tdmpc2.errors import DataError
-from tdmpc2.evaluation.metrics import by_step_in_plan, mean_interval, paired_ratio, summarise
+from tdmpc2.evaluation.metrics import by_step_in_plan, holds_up, mean_interval, paired_ratio, summarise
 
 
 def episodes_of(**returns: list[float]) -> pd.DataFrame:
@@ -159,3 +159,20 @@ def test_a_fallback_counts_where_it_was_seen_and_where_it_acted() -> None:
     assert table.loc[("fast", 0), "teacher_distance"] == pytest.approx(0.3)
     assert table.loc[("fast", 0), "reward"] == pytest.approx(0.75)
     assert table.loc[("fast", 1), "delta_a"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_holds_up(sign: float) -> None:
+    """1.5 % lost hold up, 4 % do not: by the ratio, or where returns are negative by the difference."""
+    seeds = np.arange(10)
+    base = sign * (100 + 0.1 * seeds)
+    modes = {"baseline": base, "good": base - 1.5, "bad": base - 4.0}
+    episodes = pd.concat(
+        pd.DataFrame(
+            {"mode": mode, "seed": seeds, "return": returns, "length": 5, "terminated": False,
+             "planner_calls": 5, "fallbacks": 0}
+        )
+        for mode, returns in modes.items()
+    )  # fmt: skip
+    steps = pd.DataFrame({"mode": list(modes), "kind": "planned", "k": 0, "delta_a": 0.0})
+    assert holds_up(summarise(episodes, steps, None), 0.98).tolist() == [True, True, False]

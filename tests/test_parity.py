@@ -114,6 +114,10 @@ def test_plan(name: str, kind: str, form: str, tmp_path: Path, monkeypatch) -> N
     z = model.encode(x["obs"][None], task)
     plan = planner.plan(z, start, task=task)
     torch.testing.assert_close(torch.stack(values)[:, 0, :, None], x["values"], atol=1e-4, rtol=1e-3)
+    # The elites' weights, from which mean and action are made.
+    c, elite = planner.config, values[-1][0].topk(planner.config.num_elites).values
+    score = torch.softmax(c.temperature * elite, 0)
+    torch.testing.assert_close(score, x["score"], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(plan.mean[0], x["mean"], atol=1e-3, rtol=0)
     torch.testing.assert_close(plan.actions[0, 0], x["action"], atol=1e-3, rtol=0)
     assert not planner.noise.normals and not planner.noise.heads, "noise was left over"

@@ -201,7 +201,7 @@ def test_without_a_compiler_it_plans_all_the_same_and_says_so(capsys, monkeypatc
     for _ in range(2):
         assert torch.equal(function(x), torch.full((3, 2), 42.375))
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) >= 1 and said[0].startswith("planning without compilation")
+    assert len(said) >= 1 and said[0].startswith("the planner stays uncompiled")
 
 
 def test_unknown_precision_is_refused_and_the_fastest_settings_are_known_ones() -> None:

@@ -159,6 +159,22 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
         Trainer(tiny_config(tmp_path))
 
 
+def test_nothing_is_deleted_that_a_run_did_not_leave(tmp_path: Path) -> None:
+    """A run killed before its first checkpoint begins anew; a folder with anything else is refused."""
+    train_until(Trainer(tiny_config(tmp_path / "killed")), 10)
+    train_until(Trainer(tiny_config(tmp_path / "killed", resume=True)), 10)
+    for name, run_of_ours in (("teacher", True), ("teacher", False), ("replay", False)):
+        folder = tmp_path / f"{name}-{run_of_ours}"
+        (folder / name).mkdir(parents=True)
+        (folder / name / "precious").write_text("")
+        if run_of_ours:
+            (folder / "train_config.json").write_text("{}")
+        for resume in (True, False):
+            with pytest.raises(ConfigError, match=str(folder)):
+                Trainer(tiny_config(folder, resume=resume))
+        assert (folder / name / "precious").exists()
+
+
 def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path) -> None:
     train_until(Trainer(tiny_config(tmp_path)), 70)
     with pytest.raises(ConfigError, match=r"has lr=0\.0003, not 0\.001"):

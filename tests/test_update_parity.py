@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdmpc2.config import UpdateConfig
+from tdmpc2.config import COMPILED, EAGER, ComputeConfig, UpdateConfig
+from tdmpc2.errors import ConfigError
 from tdmpc2.training.update import INFO, Batch, Update, random_shift
-from tdmpc2.world_model.checkpoint import load_world_model, our_name
+from tdmpc2.world_model.checkpoint import load_world_model, our_name, save_world_model
+from tdmpc2.world_model.model import WorldModel
 
 OFFICIAL = Path(__file__).parent / "fixtures" / "official"
 
@@ -37,11 +39,37 @@ def batch_of(x: dict[str, np.ndarray]) -> Batch:
     return Batch(obs, action, reward.squeeze(-1), terminated.squeeze(-1))
 
 
+@pytest.mark.parametrize("form", ["original", "ours"])
+@pytest.mark.parametrize("name", ["state_small", "state_small_old_format", "episodic_small"])
+def test_update(name: str, form: str, tmp_path: Path) -> None:
+    model = load_world_model(OFFICIAL / f"{name}.pt")
+    if form == "ours":
+        save_world_model(tmp_path, model)
+        model = load_world_model(tmp_path)
+    check_update(name, model, EAGER)
+
+
 @pytest.mark.parametrize("name", ["state_small", "episodic_small"])
-def test_update(name: str) -> None:
-    x, model = recorded(name), load_world_model(OFFICIAL / f"{name}.pt")
-    before = deepcopy(model.state_dict())
-    update = Update(model, UpdateConfig(), 0.99, Quiet())
+def test_compiled_update(name: str) -> None:
+    check_update(name, load_world_model(OFFICIAL / f"{name}.pt"), COMPILED)
+
+
+def test_update_in_bfloat16() -> None:
+    """Close to float32's losses, not equal; weights and latents stay float32; other names are refused."""
+    x, model = recorded("state_small"), load_world_model(OFFICIAL / "state_small.pt")
+    update = Update(model, UpdateConfig(), 0.99, Quiet(), ComputeConfig("bfloat16"))
+    info = update(batch_of(x), dropout=False)
+    ratios = {key: info[key].item() / x[f"info/{key}"] for key in ("total_loss", "grad_norm", "pi_loss")}
+    assert all(ratio == pytest.approx(1, rel=0.02) for ratio in ratios.values())
+    assert any(ratio != pytest.approx(1, rel=1e-5) for ratio in ratios.values())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with pytest.raises(ConfigError, match="float32"):
+        Update(model, UpdateConfig(), 0.99, Quiet(), ComputeConfig("float16"))
+
+
+def check_update(name: str, model: WorldModel, compute: ComputeConfig) -> None:
+    x, before = recorded(name.removesuffix("_old_format")), deepcopy(model.state_dict())
+    update = Update(model, UpdateConfig(), 0.99, Quiet(), compute)
     info = update(batch_of(x), dropout=False)
 
     # What the original logs of the termination head besides its loss is not part of the update.

@@ -2,16 +2,16 @@
 
 from .collect import TEACHER, collect
 from .dataset import Recording, load_shards
-from .train import CorrectorTrainConfig, Trained, Validation, train_corrector, validation_table
+from .train import CorrectorTrainConfig, Errors, Trained, check, train_corrector
 
 __all__ = [
     "TEACHER",
     "CorrectorTrainConfig",
+    "Errors",
     "Recording",
     "Trained",
-    "Validation",
+    "check",
     "collect",
     "load_shards",
     "train_corrector",
-    "validation_table",
 ]

@@ -21,12 +21,13 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..agent import TDMPC2, SpeculativeAgent
+from ..agent import SpeculativeAgent
 from ..config import SpeculationConfig
 from ..corrector import BaseCorrector
 from ..envs import max_episode_steps
 from ..errors import ConfigError, DataError
 from ..planner import Plan
+from ..teacher import Teacher
 from ..world_model.checkpoint import fingerprint
 from .dataset import read_shard, write_shard
 
@@ -35,9 +36,7 @@ TRUNCATED, TERMINATED = 1, 2
 
 
 def collect(
-    teacher: TDMPC2,
-    task: str,
-    env_of: Callable[[], gym.Env],
+    teacher: Teacher,
     out: str | Path,
     *,
     episodes: int,
@@ -49,9 +48,7 @@ def collect(
     """Collect episodes with the seeds `seed ... seed + episodes - 1` and return their shards.
 
     Args:
-        teacher: the world model and the planning budget; its own state is not touched.
-        task: name of the task, for the shards' headers.
-        env_of: makes one environment.
+        teacher: who labels, on its task.
         out: folder of the shards; those that it holds already are not collected again.
         episodes: number of episodes.
         seed: of the first episode.
@@ -72,11 +69,11 @@ def collect(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     header = {
-        "task": task,
-        "task_index": None if teacher.task is None else int(teacher.task[0]),
-        "teacher": fingerprint(teacher.model),
-        "planner": asdict(teacher.planner.config),
-        "discount": teacher.planner.discount,
+        "task": teacher.task,
+        "task_index": teacher.task_index,
+        "teacher": teacher.fingerprint,
+        "planner": asdict(teacher.planner),
+        "discount": teacher.discount,
         "behaviours": [_describe(b, correctors) for b in behaviours],
     }
     envs: list[gym.Env] = []
@@ -94,7 +91,7 @@ def collect(
                     _check(path, expected)
                 else:
                     while len(envs) < len(seeds):
-                        envs.append(env_of())
+                        envs.append(teacher.env())
                     limit = max_episode_steps(envs[0])
                     progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
                     tick = _ticker(progress, bar, len(seeds))
@@ -108,7 +105,7 @@ def collect(
 
 
 def _run(
-    template: TDMPC2,
+    teacher: Teacher,
     envs: Sequence[gym.Env],
     seeds: Sequence[int],
     behaviours: Sequence[SpeculationConfig],
@@ -117,16 +114,16 @@ def _run(
 ) -> dict[str, Tensor]:
     """The tensors of one shard; rows whose episode has ended idle until the last one ends."""
     n = len(seeds)
-    labeller = _teacher(template, n, seeds[0])
+    labeller = teacher.agent(n, seeds[0])
     groups = []  # agents and the rows that they act for
     for i, behaviour in enumerate(behaviours[:n]):
         rows = torch.arange(i, n, len(behaviours))
         corrector = correctors[behaviour.corrector] if behaviour.corrector else None
-        agent = SpeculativeAgent(_teacher(template, len(rows), seeds[0]), behaviour, corrector)
+        agent = SpeculativeAgent(teacher.agent(len(rows), seeds[0]), behaviour, corrector)
         agent.reset()
         groups.append((rows, agent))
     obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs[:n], seeds, strict=True)])
-    action = torch.zeros(n, template.model.config.action_dim)
+    action = torch.zeros(n, teacher.model.config.action_dim)
     recorded: list[list[dict[str, Tensor]]] = [[] for _ in range(n)]
     running = np.ones(n, dtype=bool)
     while running.any():
@@ -155,19 +152,6 @@ def _run(
         tick()
     steps = [step for episode in recorded for step in episode]
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-
-
-def _teacher(template: TDMPC2, rows: int, seed: int) -> TDMPC2:
-    planner = template.planner
-    return TDMPC2(
-        template.model,
-        planner.config,
-        discount=planner.discount,
-        num_envs=rows,
-        seed=seed,
-        task=None if template.task is None else int(template.task[0]),
-        compute=planner.compute,
-    )
 
 
 def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrector]) -> dict[str, Any]:

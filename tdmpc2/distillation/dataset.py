@@ -51,6 +51,7 @@ class Recording(NamedTuple):
     teacher_action: Tensor  # [N, A]
     first: Tensor  # [N] long, index of the first step of the step's episode
     last: Tensor  # [N] long, index of its last step
+    seed: Tensor  # [N] long, seed of the step's episode
     teacher: str  # fingerprint of the world model
     task: Tensor | None = None  # [] long, index of the task of a multi-task model
 
@@ -105,13 +106,13 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
         teacher: fingerprint of the world model that they must belong to.
 
     Raises:
-        DataError: there is none, one is damaged or belongs to another teacher, or they were not all
-            labelled by the same planner on the same task.
+        DataError: there is none, one is damaged or belongs to another teacher, they were not all
+            labelled by the same planner on the same task, or two hold an episode of the same seed.
     """
     paths = sorted(Path(folder).rglob("shard-*.safetensors"))
     if not paths:
         raise DataError(f"no shards in {folder}: make some with scripts/collect_corrector_data.py")
-    shards, common = [], None
+    shards, common, seeds = [], None, torch.zeros(0, dtype=torch.long)
     for path in paths:
         tensors, header = read_shard(path, teacher)
         shared = {name: value for name, value in header.items() if name not in VARYING}
@@ -122,6 +123,12 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
                     f"{path} has {name} {shared.get(name)} but {paths[0]} has {common.get(name)}: "
                     "collect them into folders of their own"
                 )
+        own = torch.tensor(header["seeds"])
+        if torch.isin(own, seeds).any():
+            raise DataError(
+                f"{path} holds episodes of seeds that another shard holds too: remove one of them"
+            )
+        seeds = torch.cat([seeds, own])
         shards.append(tensors)
     assert common is not None
     ends = torch.cat([s["episode_end"] for s in shards])
@@ -134,6 +141,7 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
         teacher_action=torch.cat([s["teacher_action"] for s in shards]),
         first=first,
         last=last,
+        seed=seeds[first.unique(return_inverse=True)[1]],
         teacher=teacher,
         task=None if task is None else torch.tensor(task),
     )
@@ -146,25 +154,35 @@ def episode_bounds(episode_end: Tensor) -> tuple[Tensor, Tensor]:
     return (last - lengths + 1).repeat_interleave(lengths), last.repeat_interleave(lengths)
 
 
-def split_starts(recording: Recording, every: int) -> tuple[Tensor, Tensor]:
-    """Steps that a stretch may start at, `[n]` and `[m]`: for training, and in held-out episodes.
+class Split(NamedTuple):
+    """Steps that a stretch may start at, by what their episodes are for."""
 
-    Every `every`-th episode is held out, the last one where there are fewer: shards that are added
-    later leave the others where they were.
+    train: Tensor  # [n]
+    validation: Tensor  # [m], to choose the best weights
+    test: Tensor  # [l], to report how good those are
+
+
+def split_starts(recording: Recording, every: int) -> Split:
+    """Split by the seeds of the episodes, so that data added later leaves the rest where it was.
+
+    Of `every` seeds in a row the first is for the test and the second for validation; where there is
+    no such seed, the first two episodes are.
 
     Raises:
-        DataError: there are fewer than two episodes.
+        DataError: there are fewer than three episodes of two steps or more.
     """
-    episodes, index = recording.first.unique(return_inverse=True)
-    count = len(episodes)
-    if count < 2:
-        raise DataError("one episode cannot be split into training and validation: collect more")
-    held_out = torch.arange(count, device=index.device) % every == every - 1
-    if not held_out.any():
-        held_out[-1] = True
-    steps = torch.arange(len(index), device=index.device)
-    followed = steps < recording.last
-    return steps[followed & ~held_out[index]], steps[followed & held_out[index]]
+    followed = torch.arange(len(recording.last), device=recording.last.device) < recording.last
+    seeds = recording.seed[followed].unique()
+    if len(seeds) < 3:
+        raise DataError(
+            f"{len(seeds)} episodes cannot be split into training, validation and test: collect 3 or more"
+        )
+    test, validation = seeds[seeds % every == 0], seeds[seeds % every == 1]
+    if not len(test) or not len(validation) or len(test) + len(validation) == len(seeds):
+        test, validation = seeds[:1], seeds[1:2]
+    is_test, is_validation = torch.isin(recording.seed, test), torch.isin(recording.seed, validation)
+    shares = (~is_test & ~is_validation, is_validation, is_test)
+    return Split(*((followed & share).nonzero().squeeze(1) for share in shares))
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -1,12 +1,15 @@
 """Training a corrector: batches of stretches drawn on the fly, judged on held-out episodes.
 
-The validation error is the mean squared distance to the teacher's action over the steps after the
-first of each plan. It stands beside two references on the same steps: the plan executed as it is,
-and the policy prior at the real latent. The best weights are on disk after every validation.
+The error is the mean squared distance to the teacher's action over the steps after the first of each plan.
+On some episodes it chooses the best weights; of those it is reported on others, beside two references on
+the same steps: the plan executed as it is, and the policy prior at the real latent. The best weights are
+on disk after every validation, and once the training is done the header of their file holds the errors.
 """
 
 import csv
+import math
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +25,9 @@ from ..corrector import (
     ARCHITECTURES,
     BaseCorrector,
     build_corrector,
-    load_corrector,
     save_corrector,
 )
-from ..errors import ConfigError
+from ..errors import ConfigError, TDMPC2Error
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
 from .losses import correction_loss, squared_error, unroll
@@ -37,25 +39,25 @@ VALIDATION_STARTS = 1024  # stretches that a validation looks at
 class CorrectorTrainConfig:
     """How correctors are trained."""
 
-    architecture: str = "both"  # or one of them: two_tower, temporal
+    architecture: str = "all"  # or one of them: two_tower, temporal, distilled
     seed: int = 0
     updates: int = 600  # at most
-    batch_size: int = 64  # stretches
-    rollout_steps: int = 6  # corrected steps of a stretch
+    batch_size: int = 32  # stretches
+    rollout_steps: int = 24  # corrected steps of a stretch
     rollout_coef: float = 1.0  # weight of the rollout loss beside the distillation loss
     residual_coef: float = 1e-3  # lambda: weight of ||delta_a||^2
     lr: float = 1e-3  # falls to zero along a cosine
     weight_decay: float = 1e-3
     validate_every: int = 100  # updates
     patience: int = 5  # validations without a better one before training stops
-    held_out_every: int = 5  # every fifth episode is for validation
+    held_out_every: int = 5  # of so many episodes one is for validation, one for the test
     width: int = 256
     window: int = 8  # steps, of the temporal corrector
     num_layers: int = 2
     num_heads: int = 4
 
 
-class Validation(NamedTuple):
+class Errors(NamedTuple):
     """Mean squared distance to the teacher's action on held-out episodes, for k = 1 ... S."""
 
     corrector: list[float]
@@ -64,9 +66,42 @@ class Validation(NamedTuple):
 
 
 class Trained(NamedTuple):
-    corrector: BaseCorrector
-    validation: Validation
-    seconds: float
+    corrector: BaseCorrector  # in evaluation mode
+    errors: Errors  # on the test episodes
+
+
+def check(config: CorrectorTrainConfig) -> None:
+    """Raise ConfigError for a setting that cannot be."""
+    c = config
+    for name in ("updates", "batch_size", "rollout_steps", "validate_every", "patience"):
+        if getattr(c, name) < 1:
+            raise ConfigError(f"{name}={getattr(c, name)}: must be at least 1")
+    if c.held_out_every < 3:
+        raise ConfigError(f"held_out_every={c.held_out_every}: must be at least 3")
+    if not c.lr > 0:
+        raise ConfigError(f"lr={c.lr}: must be positive")
+    for name in _names(c):
+        build_corrector(_architecture(c, name, latent_dim=8, action_dim=1))
+
+
+def _names(config: CorrectorTrainConfig) -> list[str]:
+    return list(ARCHITECTURES) if config.architecture == "all" else [config.architecture]
+
+
+def _architecture(
+    config: CorrectorTrainConfig, name: str, latent_dim: int, action_dim: int
+) -> CorrectorConfig:
+    return CorrectorConfig(
+        latent_dim=latent_dim,
+        action_dim=action_dim,
+        architecture=name,
+        width=config.width,
+        window=config.window,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        max_k=config.rollout_steps
+        + 1,  # execution beyond the steps trained on takes the last one's embedding
+    )
 
 
 def train_corrector(
@@ -84,31 +119,30 @@ def train_corrector(
 
     Raises:
         ConfigError: there is no such architecture, or a setting cannot be.
-        DataError: there are fewer than two episodes.
+        DataError: there are fewer than three episodes.
+        TDMPC2Error: training diverged.
     """
-    names = list(ARCHITECTURES) if config.architecture == "both" else [config.architecture]
-    if min(config.updates, config.batch_size, config.rollout_steps, config.validate_every) < 1:
-        raise ConfigError("updates, batch_size, rollout_steps and validate_every must be positive")
-    if config.held_out_every < 2:
-        raise ConfigError(f"held_out_every={config.held_out_every}: must be at least 2")
+    check(config)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
-        trained = {name: _train(name, model, data, config, Path(out) / name, progress) for name in names}
-    Console().print(validation_table({name: t.validation for name, t in trained.items()}))
+        trained = {
+            name: _train(name, model, data, config, Path(out) / name, progress) for name in _names(config)
+        }
+    Console().print(error_table({name: t.errors for name, t in trained.items()}))
     return trained
 
 
-def validation_table(validations: dict[str, Validation]) -> Table:
-    """The validation errors of correctors beside those of the plan and the policy prior."""
+def error_table(errors: dict[str, Errors]) -> Table:
+    """The errors of correctors beside those of the plan and the policy prior."""
     table = Table(title="Mean squared distance to the teacher's action, held-out episodes")
-    some = next(iter(validations.values()))
+    some = next(iter(errors.values()))
     last = len(some.plan)
     shown = sorted({k for k in (1, 2, 3, last // 2, last) if 1 <= k <= last})
     for column in ("action of", "all steps", *(f"k = {k}" for k in shown)):
         table.add_column(column, justify="left" if column == "action of" else "right")
-    rows = {name: v.corrector for name, v in validations.items()}
+    rows = {name: e.corrector for name, e in errors.items()}
     for name, error in {**rows, "plan": some.plan, "policy prior": some.prior}.items():
-        numbers = [sum(error) / len(error), *(error[k - 1] for k in shown)]
+        numbers = [_mean(error), *(error[k - 1] for k in shown)]
         table.add_row(name, *(f"{number:.4f}" for number in numbers))
     return table
 
@@ -123,33 +157,28 @@ def _train(
 ) -> Trained:
     c, steps, device = config, config.rollout_steps, data.latent.device
     horizon, action_dim = data.plan_actions.shape[1:]
+    starts, validation, test = split_starts(data, c.held_out_every)
+    judge = _Judge(model, data, validation, steps)
     torch.manual_seed(c.seed)  # of the weights
-    corrector = build_corrector(
-        CorrectorConfig(
-            latent_dim=data.latent.shape[1],
-            action_dim=action_dim,
-            architecture=name,
-            width=c.width,
-            window=c.window,
-            num_layers=c.num_layers,
-            num_heads=c.num_heads,
-            max_k=steps + 1,  # execution beyond the steps trained on takes the last one's embedding
-        )
-    ).to(device)
-    starts, held_out = split_starts(data, c.held_out_every)
-    judge = _Judge(model, data, held_out, steps)
-    judge.references(corrector)
+    corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)
     generator = torch.Generator().manual_seed(c.seed)
     optimizer = torch.optim.AdamW(corrector.parameters(), c.lr, weight_decay=c.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, c.updates)
 
     out.mkdir(parents=True, exist_ok=True)
-    best, best_error, waited, began = judge.validate(corrector), torch.inf, 0, time.monotonic()
+    save_corrector(out, corrector, data.teacher)  # untrained, it executes the plan: that is to be beaten
+    errors = judge.errors(corrector)
+    best, best_error, plan_error = (
+        deepcopy(corrector.state_dict()),
+        _mean(errors.corrector),
+        _mean(errors.plan),
+    )
+    waited, began = 0, time.monotonic()
     total_loss = torch.zeros((), device=device)
     bar = progress.add_task(name, total=c.updates, status="")
     with open(out / "train.csv", "w", newline="") as file:
         log = csv.writer(file)
-        log.writerow(["update", "train_loss", "validation_error", "plan_error", "prior_error", "s"])
+        log.writerow(["update", "train_loss", "validation_error", "plan_error", "seconds"])
         for update in range(1, c.updates + 1):
             start = starts[torch.randint(len(starts), (c.batch_size,), generator=generator)]
             earlier = torch.randint(1, steps + 2, start.shape, generator=generator).to(device)
@@ -168,27 +197,29 @@ def _train(
             if update % c.validate_every and update != c.updates:
                 continue
 
-            validation = judge.validate(corrector)
-            error, plan, prior = (sum(x) / len(x) for x in validation)
+            error = _mean(judge.errors(corrector).corrector)
             mean_loss = float(total_loss) / ((update - 1) % c.validate_every + 1)
+            if not math.isfinite(error + mean_loss):
+                raise TDMPC2Error(f"training of {name} diverged by update {update}: lower lr")
             total_loss.zero_()
-            seconds = time.monotonic() - began
-            log.writerow([update, mean_loss, error, plan, prior, round(seconds, 2)])
+            log.writerow([update, mean_loss, error, plan_error, round(time.monotonic() - began, 2)])
             file.flush()
             waited += 1
             if error < best_error:
-                best, best_error, waited = validation, error, 0
-                record = {"validation": validation._asdict(), "updates": update}
-                save_corrector(out, corrector, data.teacher, **record)
-            progress.update(bar, status=f"error {best_error:.4f}, plan {plan:.4f}")
+                best, best_error, waited = deepcopy(corrector.state_dict()), error, 0
+                save_corrector(out, corrector, data.teacher)
+            progress.update(bar, status=f"error {best_error:.4f}, plan {plan_error:.4f}")
             if waited >= c.patience:
                 progress.update(bar, total=update)
                 break
-    return Trained(load_corrector(out, data.teacher, device), best, time.monotonic() - began)
+    corrector.load_state_dict(best)
+    errors = _Judge(model, data, test, steps).errors(corrector)
+    save_corrector(out, corrector, data.teacher, errors=errors._asdict())
+    return Trained(corrector.eval().requires_grad_(False), errors)
 
 
 class _Judge:
-    """Validation on stretches spread evenly over the held-out episodes, always the same."""
+    """Errors on stretches spread evenly over held-out episodes, always the same."""
 
     def __init__(self, model: WorldModel, data: Recording, held_out: Tensor, steps: int):
         self.model, self.data, self.steps = model, data, steps
@@ -196,19 +227,25 @@ class _Judge:
         self.start = held_out[::stride]
         self.earlier = torch.arange(len(self.start), device=self.start.device) % (steps + 1) + 1
 
-    @torch.no_grad()
-    def references(self, corrector: BaseCorrector) -> None:
-        """Judge the plan and the prior; any corrector will do, for its answers are not used."""
+    def errors(self, corrector: BaseCorrector) -> Errors:
+        """Errors of the corrector, which is left in training mode, and of both references."""
+        model, data = self.model, self.data
         corrector.eval()
-        data, offsets = self.data, torch.arange(1, self.steps + 1, device=self.start.device)
-        u = unroll(self.model, corrector, data, self.start, self.earlier, self.steps, own_actions=False)
-        self.plan = squared_error(u.planned, u).tolist()
-        step = (self.start + offsets[:, None]).clamp(max=len(data.latent) - 1)
-        self.prior = squared_error(self.model.pi(data.latent[step], data.task).mean, u).tolist()
-
-    @torch.no_grad()
-    def validate(self, corrector: BaseCorrector) -> Validation:
-        corrector.eval()
-        u = unroll(self.model, corrector, self.data, self.start, self.earlier, self.steps)
+        with torch.no_grad():
+            u = unroll(model, corrector, data, self.start, self.earlier, self.steps)
+            as_planned = unroll(
+                model, corrector, data, self.start, self.earlier, self.steps, own_actions=False
+            )
+            ahead = torch.arange(1, self.steps + 1, device=self.start.device)[:, None]
+            step = (self.start + ahead).clamp(max=len(data.latent) - 1)
+            prior = model.pi(data.latent[step], data.task).mean
         corrector.train()
-        return Validation(squared_error(u.action, u).tolist(), self.plan, self.prior)
+        return Errors(
+            corrector=squared_error(u.action, u).tolist(),
+            plan=squared_error(as_planned.planned, as_planned).tolist(),
+            prior=squared_error(prior, u).tolist(),
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -37,7 +37,8 @@ def summarise(
         negative); `planner_calls` and `fallbacks` are fractions of the steps; `delta_a` is the mean size
         of the correction over the steps after a plan's first, NaN where a mode has none. `return_ratio`
         with its 95 % interval is as `paired_ratio` has it, NaN where the baseline's mean return is not
-        positive, for there a ratio says nothing. Latencies are in ms, their ratios to the baseline's.
+        positive, for there a ratio says nothing; `return_difference_low` is the lower end of the 95 %
+        interval of the mean difference to the baseline. Latencies are in ms, their ratios to the baseline's.
 
     Raises:
         DataError: the modes did not face the same seeds, or a number that must be there is not.
@@ -58,6 +59,7 @@ def summarise(
         returns = own["return"].to_numpy(float)
         low, high = mean_interval(returns, rng_seed)
         ratio, ratio_low, ratio_high = paired_ratio(returns, reference, rng_seed)
+        difference_low, _ = mean_interval(returns - reference, rng_seed)
         later = (steps["mode"] == mode) & steps["kind"].isin(["corrected", "open_loop"])
         row = {
             "mode": mode,
@@ -76,6 +78,7 @@ def summarise(
             "return_ratio": ratio,
             "return_ratio_low": ratio_low,
             "return_ratio_high": ratio_high,
+            "return_difference_low": difference_low,
         }
         if latency is not None:
             times = latency.loc[latency["mode"] == mode, "act_ms"].to_numpy(float)
@@ -114,6 +117,20 @@ def paired_ratio(returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0) -
         return own.sum(axis) / np.where(below > 0, below, np.nan)
 
     return ratio, *_interval((returns, baseline), statistic, rng_seed)
+
+
+def holds_up(summary: pd.DataFrame, min_return: float) -> pd.Series:
+    """Which modes hold a return of `min_return` of the baseline's, by the lower end of the interval.
+
+    Where the baseline's mean return is not positive a ratio says nothing: there the difference to it may not
+    exceed `1 - min_return` of its size.
+    """
+    baseline = summary["return_mean"].iloc[0]
+    if baseline > 0:
+        good = summary["return_ratio_low"] >= min_return
+    else:
+        good = summary["return_difference_low"] >= -(1 - min_return) * abs(baseline)
+    return good | (summary.index == summary.index[0])
 
 
 def mean_interval(values: np.ndarray, rng_seed: int = 0) -> tuple[float, float]:

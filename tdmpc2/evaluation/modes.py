@@ -5,31 +5,42 @@ from collections.abc import Mapping, Sequence
 from ..config import SpeculationConfig
 
 BASELINE = "baseline"
-EXECUTION_HORIZONS = (3, 6)
+DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
+SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
+NAIVE_HORIZONS = (3, 6)
+HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
+FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
 
 
-def corrected(corrector: str, execution_horizon: int) -> str:
-    """The name of a corrected mode."""
-    return f"{corrector}_{execution_horizon}"
+def corrected(corrector: str) -> dict[str, int]:
+    """A corrector's modes, and their execution horizons; `until` replans only where the mismatch says so."""
+    if corrector == DISTILLED:
+        return {}
+    return {**{f"{corrector}_{k}": k for k in HORIZONS}, f"{corrector}_until": FOREVER}
 
 
 def standard_modes(
-    correctors: Sequence[str], thresholds: Mapping[str, float | None]
+    correctors: Sequence[str], thresholds: Mapping[str, float], iterations: int
 ) -> dict[str, SpeculationConfig]:
-    """The baseline first, then naive and corrected execution of 3 and 6 steps, then the prior alone.
+    """Every mode: the baseline first, then what is simpler than correction, then corrected execution.
 
     Args:
         correctors: names of the correctors.
         thresholds: of the mismatch, for every corrected mode.
+        iterations: of the teacher's planner.
     """
-    modes = {BASELINE: SpeculationConfig(execution_horizon=1)}
-    for horizon in EXECUTION_HORIZONS:
+    modes = {
+        BASELINE: SpeculationConfig(execution_horizon=1),
+        "half_budget": SpeculationConfig(execution_horizon=1, iterations=max(iterations // 2, 1)),
+    }
+    for horizon in NAIVE_HORIZONS:
         modes[f"naive_{horizon}"] = SpeculationConfig(execution_horizon=horizon)
     for corrector in correctors:
-        for horizon in EXECUTION_HORIZONS:
-            name = corrected(corrector, horizon)
+        for name, horizon in corrected(corrector).items():
             modes[name] = SpeculationConfig(
                 execution_horizon=horizon, corrector=corrector, threshold=thresholds[name]
             )
+    if DISTILLED in correctors:
+        modes[DISTILLED] = SpeculationConfig(execution_horizon=FOREVER, corrector=DISTILLED, plan_length=0)
     modes["prior"] = SpeculationConfig(execution_horizon=1, plan_length=0)
     return modes

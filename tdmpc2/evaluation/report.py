@@ -24,7 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import atomic_write
-from .metrics import by_step_in_plan
+from .metrics import by_step_in_plan, holds_up
+from .modes import SIMPLER
 
 COLUMNS = {
     "mode": "mode",
@@ -142,7 +143,7 @@ def write_report(
             chosen=_choice(summary, meta),
             seeds=_words(meta.get("seeds", sorted(set(episodes["seed"])))),
             headline=headline(summary, meta),
-            notes=notes(summary, steps),
+            notes=notes(summary, steps, meta.get("min_return")),
             episodes=int(summary["episodes"].iloc[0]),
             columns=COLUMNS,
             rows=[_row(row) for _, row in summary.iterrows()],
@@ -223,9 +224,15 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     return text
 
 
-def notes(summary: pd.DataFrame, steps: pd.DataFrame) -> list[str]:
+def notes(summary: pd.DataFrame, steps: pd.DataFrame, min_return: float | None = None) -> list[str]:
     """What a careful reader has to know of these numbers in particular."""
     n, found = int(summary["episodes"].iloc[0]), []
+    if min_return is not None:
+        simpler = summary[holds_up(summary, min_return) & summary["mode"].isin(SIMPLER)]["mode"]
+        found.append(
+            f"Of what is simpler than correcting plans, this held its return on these episodes as well: "
+            f"{', '.join(simpler) or 'nothing'}."
+        )
     if n < 2:
         found.append("With one episode there are no intervals.")
     elif n < FEW:
@@ -263,7 +270,7 @@ def _choice(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str | None:
         return str(meta["chosen"])
     if required is None:
         return None
-    good = summary[(summary["return_ratio_low"] >= required) | (summary["mode"] == modes[0])]
+    good = summary[holds_up(summary, required)]
     return str(good.sort_values("planner_calls", kind="stable")["mode"].iloc[0])
 
 

@@ -154,7 +154,7 @@ class Trainer:
         c = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.sizes is None:  # what a run left that was killed before its first checkpoint
-            for leftover in ("replay", "tensorboard", "teacher"):
+            for leftover in ("replay", "tensorboard"):
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
         save_config(self.folder / "train_config.json", c)
         log = Log(
@@ -325,6 +325,12 @@ class Trainer:
                 "another work_dir"
             )
         if not self.checkpoint.exists():
+            found = [name for name in ("teacher", "replay", "tensorboard") if (self.folder / name).exists()]
+            if "teacher" in found or (found and not exists):
+                raise ConfigError(
+                    f"{self.folder} holds {found[0]}/ but no checkpoint to go on from: choose another "
+                    "work_dir, or delete it"
+                )
             return None
         loop, ours = read_loop(self.checkpoint), asdict(self.config)
         for name in ours.keys() - FREE_ON_RESUME:

@@ -163,8 +163,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _load_folder(folder: Path) -> WorldModel:
-    entries = dict(read_config(folder)["world_model"])
     try:
+        entries = dict(read_config(folder)["world_model"])
         for name in ("obs_shape", "action_dims"):
             entries[name] = tuple(entries[name])
         config = WorldModelConfig(**entries)
