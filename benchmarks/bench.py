@@ -1,4 +1,4 @@
-"""Measure how fast this machine plans, and how far that is from its limit.
+"""Measure how fast this machine plans, acts and learns, and how far that is from its limit.
 
     python benchmarks/bench.py                                 everything, into results/bench.json
     python benchmarks/bench.py only=[planner] sizes=[5] batches=[1]
@@ -6,6 +6,8 @@
 Each benchmark is a function of the settings that yields records (see measure.py).
 """
 
+import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,30 +16,42 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from flops import plan_flops
+from flops import plan_flops, update_flops
 from measure import Record, ceiling, ceiling_cases, measure
-from reference import reference_plan
+from reference import ReferenceUpdate, reference_plan
 from rich.console import Console
 from rich.table import Table
 
 from tdmpc2 import cli
-from tdmpc2.config import MODEL_SIZES, ComputeConfig, PlannerConfig, WorldModelConfig
+from tdmpc2.agent import TDMPC2, SpeculativeAgent
+from tdmpc2.config import (
+    COMPILED,
+    MODEL_SIZES,
+    ComputeConfig,
+    CorrectorConfig,
+    PlannerConfig,
+    SpeculationConfig,
+    UpdateConfig,
+    WorldModelConfig,
+)
+from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.files import write_json
-from tdmpc2.inference import fastest
 from tdmpc2.planner import NoiseSource, Planner
+from tdmpc2.training.trainer import TrainConfig, Trainer
+from tdmpc2.training.update import Batch, Update
 from tdmpc2.world_model import WorldModel, save_world_model
 
 OBS_DIM, ACTION_DIM, DISCOUNT = 24, 6, 0.99  # those of walker-walk
 FIRST_ACTION = """
 import sys, torch, tdmpc2
-from tdmpc2.config import PlannerConfig
-from tdmpc2.inference import fastest
-model = tdmpc2.load_world_model(sys.argv[1], sys.argv[2])
-agent = tdmpc2.TDMPC2(model, PlannerConfig(), compute=fastest(sys.argv[2]))
-agent.act(torch.zeros(model.config.obs_shape))
+agent = tdmpc2.load_agent(sys.argv[1], sys.argv[2])
+agent.act(torch.zeros(agent.model.config.obs_shape))
 """
+FOREVER = 10**9  # steps
+SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_trajs=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +61,20 @@ class BenchConfig(PlannerConfig):
     only: tuple[str, ...] = ()  # names of benchmarks; none: all
     sizes: tuple[int, ...] = (1, 5, 19)  # millions of parameters
     batches: tuple[int, ...] = (1, 16)  # latents planned from at once
-    precisions: tuple[str, ...] = ()  # float32, bfloat16; none: the device's fastest, and float32
+    precisions: tuple[str, ...] = ("float32", "bfloat16")
     compile: bool = True
     device: str = "cpu"
     threads: int = 0  # of PyTorch on a CPU; 0: its own choice
     seconds: float = 30.0  # of measuring, for each record
+    memory_steps: int = 100_000
     out: str = "results/bench.json"
 
 
 def planner(config: BenchConfig) -> Iterator[Record]:
     """One plan, for every size, precision and batch."""
-    precisions = config.precisions or sorted({fastest(config.device).precision, "float32"})
     for size in config.sizes:
         model = random_model(size).to(config.device)
-        for precision in precisions:
+        for precision in config.precisions:
             torch._dynamo.reset()  # PyTorch compiles a function for a limited number of models only
             compute = ComputeConfig(precision, config.compile)
             ours = Planner(model, config, DISCOUNT, NoiseSource(0, config.device), compute)
@@ -110,8 +124,141 @@ def start_up(config: BenchConfig) -> Iterator[Record]:
             size=size,
             batch=1,
             device=config.device,
-            dtype=fastest(config.device).precision,
-            seconds=min(times[1:]),
+            dtype=COMPILED.precision,
+            seconds=float(np.median(times[1:])),
+        )
+
+
+def update(config: BenchConfig) -> Iterator[Record]:
+    """One update of `batch_size` stretches of `horizon` steps, for every size and precision."""
+    for size in config.sizes:
+        for precision in config.precisions:
+            torch._dynamo.reset()
+            yield update_record(size, ComputeConfig(precision, config.compile), config)
+
+
+def update_record(size: int, compute: ComputeConfig, config: BenchConfig) -> Record:
+    settings, device, b = UpdateConfig(), config.device, UpdateConfig.batch_size
+    batch = Batch(
+        torch.randn(config.horizon + 1, b, OBS_DIM, device=device),
+        torch.rand(config.horizon, b, ACTION_DIM, device=device) * 2 - 1,
+        torch.rand(config.horizon, b, device=device),
+        torch.zeros(config.horizon, b, device=device),
+    )
+    ours = Update(random_model(size).to(device), settings, DISCOUNT, NoiseSource(0, device), compute)
+    plain = {}
+    if device == "cpu":
+        reference = ReferenceUpdate(random_model(size), settings, DISCOUNT, NoiseSource(0))
+        plain["reference"] = lambda: reference(batch)
+    seconds = measure(
+        {"update": lambda: ours(batch), **plain, **ceiling_cases(device, ours.dtype)}, config.seconds
+    )
+    flops, limit = update_flops(ours.model.config, config.horizon, b), ceiling(seconds)
+    return Record(
+        name="update",
+        size=size,
+        batch=b,
+        device=device,
+        dtype=compute.precision,
+        seconds=seconds["update"],
+        flops=flops,
+        ceiling_flops_per_s=limit,
+        ratio_to_ceiling=seconds["update"] * limit / flops,
+        speedup_over_reference=seconds["reference"] / seconds["update"] if plain else None,
+    )
+
+
+def speculative_step(config: BenchConfig) -> Iterator[Record]:
+    """Steps of a speculative agent that do not replan, for both correctors, at 1M."""
+    for architecture in ("two_tower", "temporal"):
+        agent = speculative_agent(architecture, config)
+        observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
+        for obs in observations:
+            agent.act(obs)
+        times = []
+        end = time.perf_counter() + config.seconds
+        while time.perf_counter() < end or len(times) < 2000:
+            for obs in observations:
+                begin = time.perf_counter()
+                agent.act(obs)
+                times.append(time.perf_counter() - begin)
+        yield Record(
+            name=f"speculative_step_{architecture}",
+            size=1,
+            batch=1,
+            device=config.device,
+            dtype="float32",
+            seconds=float(np.median(times)),
+            p99_seconds=float(np.quantile(times, 0.99)),
+        )
+
+
+def memory(config: BenchConfig) -> Iterator[Record]:
+    """100,000 steps of a speculative agent: how the process grows after the first tenth of them."""
+    agent = speculative_agent("temporal", config, execution_horizon=24)
+    observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
+    begin, after_warm_up = time.perf_counter(), 0
+    for i in range(config.memory_steps):
+        if i == config.memory_steps // 10:
+            after_warm_up = resident()
+        agent.act(observations[i % len(observations)])
+    yield Record(
+        name="memory",
+        size=1,
+        batch=1,
+        device=config.device,
+        dtype="float32",
+        seconds=(time.perf_counter() - begin) / config.memory_steps,
+        resident_growth_bytes=resident() - after_warm_up,
+    )
+
+
+def speculative_agent(
+    architecture: str, config: BenchConfig, execution_horizon: int = FOREVER
+) -> SpeculativeAgent:
+    model = random_model(1).to(config.device)
+    teacher = TDMPC2(model, SMALLEST, compute=ComputeConfig(compile=config.compile))
+    sizes = CorrectorConfig(model.config.latent_dim, ACTION_DIM, architecture)
+    corrector = build_corrector(sizes).to(config.device).eval().requires_grad_(False)
+    mode = SpeculationConfig(execution_horizon=execution_horizon, corrector=architecture)
+    agent = SpeculativeAgent(teacher, mode, corrector)
+    agent.reset()
+    return agent
+
+
+def training(config: BenchConfig) -> Iterator[Record]:
+    """One step of training on cartpole-swingup at 1M: simulate, plan, update; seconds, without seeding."""
+
+    class Enough(Exception):
+        pass
+
+    for precision in config.precisions:
+        times: list[float] = []
+
+        def on_step(trainer: Trainer, times: list[float] = times) -> None:
+            if trainer.updates > trainer.seed_steps:
+                times.append(time.perf_counter())
+            if times and times[-1] - times[0] > config.seconds:
+                raise Enough
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+            settings = TrainConfig(
+                task="cartpole-swingup",
+                model_size=1,
+                seed_steps=20,
+                compile=config.compile,
+                update_precision=precision,
+                device=config.device,
+                work_dir=folder,
+            )
+            Trainer(settings).run(on_step=on_step)
+        yield Record(
+            name="training",
+            size=1,
+            batch=UpdateConfig.batch_size,
+            device=config.device,
+            dtype=precision,
+            seconds=float(np.median(np.diff(times))),
         )
 
 
@@ -127,6 +274,10 @@ def random_model(size: int) -> WorldModel:
 BENCHMARKS: dict[str, Callable[[BenchConfig], Iterator[Record]]] = {
     "planner": planner,
     "start_up": start_up,
+    "update": update,
+    "speculative_step": speculative_step,
+    "training": training,
+    "memory": memory,
 }
 
 
@@ -150,14 +301,20 @@ def main(config: BenchConfig) -> None:
     console.print(table(records))
 
 
+def resident() -> int:
+    """Bytes of this process in memory, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
 def table(records: list[Record]) -> Table:
     """The records, for people: `limit` is the ceiling, `faster` the speedup over the reference."""
-    out = Table("name", "size", "B", "dtype", "ms", "GFLOP", "GFLOP/s", "limit", "/ limit", "faster")
+    out = Table("name", "size", "B", "dtype", "ms", "p99", "GFLOP", "GFLOP/s", "limit", "/ limit", "faster")
     for r in records:
         achieved = None if r.flops is None else r.flops / r.seconds / 1e9
         limit = None if r.ceiling_flops_per_s is None else r.ceiling_flops_per_s / 1e9
         flops = None if r.flops is None else r.flops / 1e9
-        numbers = (r.seconds * 1e3, flops, achieved, limit, r.ratio_to_ceiling, r.speedup_over_reference)
+        p99 = None if r.p99_seconds is None else r.p99_seconds * 1e3
+        numbers = (r.seconds * 1e3, p99, flops, achieved, limit, r.ratio_to_ceiling, r.speedup_over_reference)
         cells = ("" if x is None else f"{x:.{0 if x >= 100 else 2}f}" for x in numbers)
         out.add_row(r.name, f"{r.size}M", str(r.batch), r.dtype, *cells)
     return out

@@ -1,4 +1,4 @@
-"""How many floating-point operations a plan requires, by formula from the architecture.
+"""How many floating-point operations a plan and an update require, by formula from the architecture.
 
 Counted are matrix products alone, two operations for every multiplication with its addition. Normalisation,
 activations, two-hot means and refitting are not counted: the time that they take is overhead.
@@ -30,6 +30,28 @@ def plan_flops(model: WorldModelConfig, planner: PlannerConfig, batch: int) -> i
     prior = p.num_pi_trajs * (p.horizon * policy + (p.horizon - 1) * dynamics)
     latents = p.horizon * dynamics  # predicted for the drawn sequence
     return batch * (p.iterations * iteration + prior + latents)
+
+
+def update_flops(model: WorldModelConfig, horizon: int, batch: int) -> int:
+    """Operations that one update requires, forwards and backwards; of a single-task model of states.
+
+    Backwards a layer takes two products, one for its weights and one for its input; the latter is left out
+    where nobody wants it, and the former in the Q heads that judge the policy.
+    """
+    m, steps = model, horizon * batch
+    hidden, widths = [m.mlp_dim, m.mlp_dim], [m.enc_dim] * max(m.num_enc_layers - 1, 1)
+    encoder = _products(m.obs_shape[0], *widths, m.latent_dim)
+    dynamics = _products(m.latent_dim + m.action_dim, *hidden, m.latent_dim)
+    q_head = _products(m.latent_dim + m.action_dim, *hidden, m.num_bins)  # the reward's too
+    policy = _products(m.latent_dim, *hidden, 2 * m.action_dim)
+
+    targets = steps * (encoder + policy + 2 * q_head)
+    losses = 3 * batch * encoder - batch * _products(m.obs_shape[0], widths[0])
+    losses += 3 * steps * (dynamics + (1 + m.num_q) * q_head)
+    if m.episodic:
+        losses += 3 * steps * _products(m.latent_dim, *hidden, 1)
+    pi = 3 * policy - _products(m.latent_dim, m.mlp_dim) + 2 * 2 * q_head
+    return targets + losses + (steps + batch) * pi
 
 
 def _products(*dims: int) -> int:

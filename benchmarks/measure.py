@@ -29,6 +29,8 @@ class Record:
     ceiling_flops_per_s: float | None = None  # of matrix products in this dtype, in the same run
     ratio_to_ceiling: float | None = None  # seconds over those that `flops` take at the ceiling
     speedup_over_reference: float | None = None
+    p99_seconds: float | None = None  # where `seconds` is a median
+    resident_growth_bytes: int | None = None  # of the process, between the first tenth and the end
 
 
 def measure(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:

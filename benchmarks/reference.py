@@ -1,18 +1,22 @@
-"""The plain planner: MPPI straight from the paper, written for clarity and in no hurry.
+"""The plain planner and the plain update: straight from the paper, written for clarity and in no hurry.
 
-One latent at a time, eager, float32, every Q head evaluated and two of them used. The benchmarks measure
-how much faster the planner is than this, and the tests take it for an oracle. It asks for its noise in
-the same order as the planner does.
+Eager, float32, one latent, one step, one Q head after another, every head evaluated even where two are used.
+The benchmarks measure how much faster the package is than this, and the tests take it for an oracle. Both
+ask for their noise in the same order as the package does.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tdmpc2.config import PlannerConfig
+from tdmpc2.config import PlannerConfig, UpdateConfig
 from tdmpc2.planner import NoiseSource
+from tdmpc2.training.update import Batch, Noise
 from tdmpc2.world_model import WorldModel
+from tdmpc2.world_model.layers import NormedLinear
+from tdmpc2.world_model.two_hot import soft_cross_entropy, two_hot_inv
 
 
 class ReferencePlan(NamedTuple):
@@ -85,3 +89,122 @@ def _estimate_value(
     action = model.pi(z, task, noise.normal(*actions.shape[1:])).action
     all_heads = model.value(z, action, task)  # [num_q, N]
     return total + factor * all_heads[noise.two_heads(model.config.num_q)].mean(0)
+
+
+class ReferenceUpdate:
+    """One gradient step on the world model and one on the policy prior (paper, sections 3.1 and 3.2).
+
+    Args:
+        model: single-task, of states, without termination; trained in place, but for its Q heads.
+        config: coefficients, learning rates and the like.
+        discount: per agent step.
+        noise: of the policy's samples and of the choice of Q heads.
+
+    Attributes:
+        q: the Q heads, taken apart; these are trained.
+        target_q: their slow copies.
+    """
+
+    def __init__(self, model: WorldModel, config: UpdateConfig, discount: float, noise: Noise):
+        self.model, self.config, self.discount, self.noise = model, config, discount, noise
+        model.requires_grad_(True)
+        self.q = [head(model.q, i) for i in range(model.config.num_q)]
+        self.target_q = [head(model.target_q, i).eval() for i in range(model.config.num_q)]
+        encoder = list(model.encoder.parameters())
+        others = [*model.dynamics.parameters(), *model.reward_head.parameters()]
+        others += [p for q in self.q for p in q.parameters()]
+        self.model_params, self.policy_params = encoder + others, list(model.policy.parameters())
+        groups = [{"params": encoder, "lr": config.lr * config.enc_lr_scale}, {"params": others}]
+        self.model_optim = torch.optim.Adam(groups, lr=config.lr)
+        self.policy_optim = torch.optim.Adam(self.policy_params, lr=config.lr, eps=1e-5)
+        self.q_scale = torch.ones(())
+
+    def __call__(self, batch: Batch, *, dropout: bool = True) -> dict[str, Tensor]:
+        """Take one step on `batch`; returns the losses and the norms of their gradients."""
+        model, c, horizon = self.model, self.config, len(batch.action)
+        for q in self.q:
+            q.train(dropout)
+
+        with torch.no_grad():
+            next_z, target = [], []
+            noise = self.noise.normal(*batch.action.shape)
+            two = self.noise.two_heads(model.config.num_q)
+            for t in range(horizon):
+                z = model.encode(batch.obs[t + 1])
+                value = self._values(self.target_q, z, model.pi(z, noise=noise[t]).action)
+                value = value[two].min(0).values
+                next_z.append(z)
+                target.append(batch.reward[t] + self.discount * (1 - batch.terminated[t]) * value)
+
+        zs = [model.encode(batch.obs[0])]
+        consistency = reward = value = torch.zeros(())
+        for t in range(horizon):
+            action, rho = batch.action[t], c.rho**t
+            x = torch.cat([zs[t], action], -1)
+            logits = model.reward_logits(zs[t], action)
+            reward = reward + rho * soft_cross_entropy(logits, batch.reward[t], model.config).mean() / horizon
+            for q in self.q:
+                loss = soft_cross_entropy(q(x), target[t], model.config).mean()
+                value = value + rho * loss / (horizon * len(self.q))
+            zs.append(model.next(zs[t], action))
+            consistency = consistency + rho * F.mse_loss(zs[t + 1], next_z[t]) / horizon
+        total = c.consistency_coef * consistency + c.reward_coef * reward + c.value_coef * value
+        self.model_optim.zero_grad()
+        total.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.model_params, c.grad_clip_norm)
+        self.model_optim.step()
+
+        noise = self.noise.normal(horizon + 1, *batch.action.shape[1:])
+        two = self.noise.two_heads(model.config.num_q)
+        for q in self.q:
+            q.requires_grad_(False)
+        pi_loss = torch.zeros(())
+        for t in range(horizon + 1):
+            z = zs[t].detach()
+            pi = model.pi(z, noise=noise[t])
+            gain = self._values(self.q, z, pi.action)[two].mean(0)
+            if t == 0:
+                low, high = gain.detach().quantile(torch.tensor([0.05, 0.95]))
+                self.q_scale.lerp_((high - low).clamp(min=1.0), c.tau)
+            gain = gain / self.q_scale + c.entropy_coef * pi.scaled_entropy
+            pi_loss = pi_loss - c.rho**t * gain.mean() / (horizon + 1)
+        self.policy_optim.zero_grad()
+        pi_loss.backward()
+        pi_grad_norm = nn.utils.clip_grad_norm_(self.policy_params, c.grad_clip_norm)
+        self.policy_optim.step()
+        for q in self.q:
+            q.requires_grad_(True)
+
+        with torch.no_grad():
+            for q, slow in zip(self.q, self.target_q, strict=True):
+                for p, p_slow in zip(q.parameters(), slow.parameters(), strict=True):
+                    p_slow.lerp_(p, c.tau)
+        return {
+            "consistency_loss": consistency.detach(),
+            "reward_loss": reward.detach(),
+            "value_loss": value.detach(),
+            "total_loss": total.detach(),
+            "grad_norm": grad_norm,
+            "pi_loss": pi_loss.detach(),
+            "pi_grad_norm": pi_grad_norm,
+        }
+
+    def _values(self, heads: list[nn.Sequential], z: Tensor, action: Tensor) -> Tensor:
+        """Q values `[num_q, B]` of actions `[B, A]` in latents `[B, L]`."""
+        x = torch.cat([z, action], -1)
+        return torch.stack([two_hot_inv(q(x), self.model.config) for q in heads])
+
+
+def head(stacked: nn.Sequential, i: int) -> nn.Sequential:
+    """Head `i` of stacked ones, as plain layers of its own."""
+    layers: list[nn.Module] = []
+    for layer in stacked:
+        linear = nn.Linear(layer.weight.shape[-1], layer.weight.shape[-2])
+        linear.load_state_dict({"weight": layer.weight[i], "bias": layer.bias[i]})
+        layers.append(linear)
+        if isinstance(layer, NormedLinear):
+            layers += [nn.Dropout(layer.dropout)] if layer.dropout else []
+            norm = nn.LayerNorm(linear.out_features)
+            norm.load_state_dict({"weight": layer.ln.weight[i], "bias": layer.ln.bias[i]})
+            layers += [norm, nn.Mish()]
+    return nn.Sequential(*layers)

@@ -1,4 +1,4 @@
-"""Write the README's tables and figure from the raw results under `results/` and `pretrained/`.
+"""Write `results/speculation.csv`, and the README's tables and figure, from the raw results.
 
     python scripts/write_results.py
 
@@ -21,6 +21,7 @@ import pandas as pd
 
 from tdmpc2.cli import run
 from tdmpc2.errors import DataError
+from tdmpc2.evaluation.aggregate import TaskResults, speculation_table
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
@@ -39,9 +40,12 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    tasks = sorted(p.parent for p in Path(settings.results).glob("*/summary.csv"))
+    results = Path(settings.results)
+    tasks = sorted(p.parent for p in results.glob("*/summary.csv"))
     if not tasks:
         raise DataError(f"no results in {settings.results}: run scripts/accelerate.py first")
+    with atomic_write(results / "speculation.csv") as tmp:
+        speculation_table({folder.name: read(folder) for folder in tasks}).to_csv(tmp, index=False)
     readme = Path(settings.readme)
     content = between(readme.read_text(), "results", "".join(section(folder) for folder in tasks))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
@@ -49,6 +53,11 @@ def main(settings: Settings) -> None:
         tmp.write_text(content)
     draw(tasks, Path(settings.figure))
     print(f"{len(tasks)} tasks written to {readme} and {settings.figure}", file=sys.stderr)
+
+
+def read(folder: Path) -> TaskResults:
+    tables = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "episodes", "latency"))
+    return TaskResults(*tables, read_json(folder / "chosen.json")["mode"])
 
 
 def between(content: str, mark: str, text: str) -> str:

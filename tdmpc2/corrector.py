@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .config import CorrectorConfig
 from .errors import CheckpointError, ConfigError
-from .files import atomic_write
+from .files import atomic_write, read_metadata
 from .world_model.checkpoint import fingerprint
 from .world_model.layers import NormedLinear, mlp
 
@@ -235,15 +235,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / FILE
     if not path.is_file():
         raise CheckpointError(f"no corrector at {path}: train one with scripts/train_corrector.py")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["tdmpc2"])
-        known = header["format"] == FORMAT
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged or no corrector: train it again") from e
-    if not known:
-        raise CheckpointError(f"{path} has format {header['format']!r}, expected is {FORMAT!r}")
-    return header
+    return read_metadata(path, "tdmpc2", FORMAT, "train it again")
 
 
 def load_corrector(

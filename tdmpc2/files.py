@@ -1,6 +1,5 @@
 """The one place where files are written: whole or not at all."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -8,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, DataError
 
 
 @contextmanager
@@ -52,7 +53,24 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path} is damaged ({e}): restore it, or delete it and run again") from e
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_metadata(path: str | Path, key: str, version: str, again: str) -> dict[str, Any]:
+    """The JSON that a safetensors file of ours has in its header.
+
+    Args:
+        path: the file.
+        key: under which it stands.
+        version: what its entry `format` has to be.
+        again: what the user can do where the file is of no use.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            content = json.loads((file.metadata() or {})[key])
+        found = content["format"]
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+        raise CheckpointError(f"{path} is damaged or something else: {again}") from e
+    if found != version:
+        raise CheckpointError(f"{path} has format {found!r}, expected is {version!r}: {again}")
+    return content

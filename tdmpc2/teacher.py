@@ -7,6 +7,7 @@ import gymnasium as gym
 from .agent import TDMPC2, read_teacher
 from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps
+from .envs.disturb import Disturbed
 from .errors import CheckpointError
 from .world_model import WorldModel, fingerprint
 from .world_model.checkpoint import published_task_index
@@ -23,6 +24,7 @@ class Teacher:
     fingerprint: str  # of the weights
     task_index: int | None  # in a multi-task model
     compute: ComputeConfig  # how it plans, not what
+    disturbance: tuple[str, float] | None = None  # kind and strength: its world is then not as modelled
 
     def agent(self, num_envs: int = 1, seed: int = 0) -> TDMPC2:
         """The teacher's own agent, which replans at every step."""
@@ -39,7 +41,9 @@ class Teacher:
     def env(self) -> gym.Env:
         """An environment of the task, in the shapes that the model takes."""
         config = self.model.config
-        env = make_env(self.task, obs="rgb" if config.pixels else "state")
+        env: gym.Env = make_env(self.task, obs="rgb" if config.pixels else "state")
+        if self.disturbance is not None:
+            env = Disturbed(env, *self.disturbance)
         if self.task_index is None:
             return env
         return PadForModel(env, config.obs_shape[0], config.action_dim)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
 from tdmpc2.config import EAGER, SpeculationConfig
 from tdmpc2.corrector import load_corrector
+from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError
+from tdmpc2.evaluation import disturbed
 from tdmpc2.world_model import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -231,3 +233,34 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
         "out=refused",
     )
     one_line(result, "distilled from teacher")
+
+
+def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same teacher and correctors put on a simulator that can be disturbed, for episodes of 20 steps."""
+    monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
+    monkeypatch.setattr(disturbed, "STRENGTHS", {"obs_noise": (0.0, 3.0)})
+    folder = shutil.copytree(finished, tmp_path / "agent")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "task": "walker-walk"}))
+    config = disturbed.DisturbedConfig(
+        agent=str(folder), kinds=("obs_noise",), eval_episodes=3, num_envs=3, compile=False
+    )
+    table = disturbed.evaluate_disturbed(config, Console())
+    chosen = json.loads((finished / "evaluation/chosen.json").read_text())["mode"]
+    modes = list(dict.fromkeys(["baseline", chosen, "naive_6", "distilled", "prior"]))
+    assert list(table["mode"]) == 2 * modes and list(table["strength"]) == len(modes) * [0.0] + len(modes) * [
+        3.0
+    ]
+    returns = table.pivot(index="mode", columns="strength", values="return_mean")
+    assert (returns[0.0] != returns[3.0]).all(), "every mode sees the noise"
+    pd.testing.assert_frame_equal(disturbed.evaluate_disturbed(config, Console()), table)  # read back
+    with pytest.raises(ConfigError, match="other settings"):
+        disturbed.evaluate_disturbed(replace(config, eval_episodes=2, num_envs=2), Console())
+
+
+def test_mistakes_of_the_disturbed(finished: Path, workdir: Path) -> None:
+    one_line(script("eval_disturbed", workdir, "agent=done", "compile=false"), "Short-v0", "MuJoCo")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())
+    with pytest.raises(ConfigError, match="storm"):
+        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())

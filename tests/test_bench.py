@@ -2,22 +2,25 @@
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tdmpc2.config import PlannerConfig, WorldModelConfig
+from tdmpc2.config import PlannerConfig, UpdateConfig, WorldModelConfig
 from tdmpc2.errors import ConfigError
 from tdmpc2.planner import NoiseSource, Planner
+from tdmpc2.training.update import Batch, Update
 from tdmpc2.world_model import WorldModel
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench
-from flops import plan_flops
+from flops import plan_flops, update_flops
 from measure import Record, measure
+from reference import ReferenceUpdate, head
 
 BUDGET = PlannerConfig(horizon=3, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
 
@@ -32,6 +35,66 @@ def test_required_operations_are_those_of_the_planner(batch: int, episodic: bool
     with FlopCounterMode(display=False) as counter:
         planner.plan(z)
     assert counter.get_total_flops() == plan_flops(config, BUDGET, batch)
+
+
+@pytest.mark.parametrize("num_q", [2, 5])
+@pytest.mark.parametrize("episodic", [False, True])
+def test_required_operations_are_those_of_the_update(num_q: int, episodic: bool) -> None:
+    config = WorldModelConfig(
+        (7,), 3, enc_dim=20, mlp_dim=24, latent_dim=32, num_q=num_q, num_bins=21, episodic=episodic
+    )
+    update = Update(WorldModel(config), UpdateConfig(), 0.99, NoiseSource(0))
+    with FlopCounterMode(display=False) as counter:
+        update(random_batch(7, 3))
+    assert counter.get_total_flops() == update_flops(config, horizon=3, batch=16)
+
+
+def random_batch(obs_dim: int, action_dim: int) -> Batch:
+    torch.manual_seed(0)
+    b = 16
+    return Batch(
+        torch.randn(4, b, obs_dim), torch.rand(3, b, action_dim) * 2 - 1, torch.rand(3, b), torch.zeros(3, b)
+    )
+
+
+def test_reference_update_is_the_update() -> None:
+    """The same losses, and the same weights after three steps, from the same noise."""
+    torch.manual_seed(1)
+    config = WorldModelConfig((7,), 3, enc_dim=20, mlp_dim=24, latent_dim=32, num_q=5, num_bins=21)
+    model = WorldModel(config)
+    for last in (model.reward_head[-1], model.q[-1]):
+        torch.nn.init.normal_(last.weight, std=0.2)
+    model.target_q.load_state_dict(model.q.state_dict())
+    twin = deepcopy(model)
+    ours = Update(model, UpdateConfig(), 0.99, NoiseSource(0))
+    plain = ReferenceUpdate(twin, UpdateConfig(), 0.99, NoiseSource(0))
+    for _ in range(3):
+        batch = random_batch(7, 3)
+        info, expected = ours(batch, dropout=False), plain(batch, dropout=False)
+        for name, value in expected.items():
+            torch.testing.assert_close(info[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for name in ("encoder", "dynamics", "reward_head", "policy"):
+        for a, b in zip(getattr(model, name).parameters(), getattr(twin, name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    for mine, theirs in ((model.q, plain.q), (model.target_q, plain.target_q)):
+        for i in range(config.num_q):
+            for a, b in zip(head(mine, i).parameters(), theirs[i].parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_other_benchmarks_measure_something() -> None:
+    """Each once, as short as can be; memory with steps enough to tell a leak."""
+    config = bench.BenchConfig(
+        sizes=(1,), precisions=("float32",), compile=False, seconds=0.01, memory_steps=3000
+    )
+    (update,) = bench.update(config)
+    assert update.flops and update.ratio_to_ceiling and update.speedup_over_reference
+    steps = list(bench.speculative_step(config))
+    assert [s.name for s in steps] == ["speculative_step_two_tower", "speculative_step_temporal"]
+    assert all(s.p99_seconds and s.p99_seconds > s.seconds > 0 for s in steps)
+    (memory,) = bench.memory(config)
+    # What it keeps of one step alone, a latent and a history, is some kilobytes: 2,700 steps would show.
+    assert memory.resident_growth_bytes is not None and memory.resident_growth_bytes < 2_000_000
 
 
 def test_measuring_tells_fast_from_slow() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdmpc2.errors import DataError
-from tdmpc2.files import atomic_write, read_json, sha256, write_json
+from tdmpc2.files import atomic_write, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,8 +87,3 @@ def test_damaged_json_is_one_line_naming_the_file(tmp_path, damaged):
 def test_missing_json_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.json cannot be read: No such file"):
         read_json(tmp_path / "none.json")
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")

@@ -62,6 +62,7 @@ def unroll(
     before = 0 if window == 1 else window - 1 + int(earlier.max()) - 1
     z_pred, plan_at = data.latent[start], start
     history: list[tuple[Tensor, ...]] = []
+    inputs: list[CorrectorInput] = []
     answers = []
     for i in range(-before, steps + 1):
         step = (start + i).clamp(min=0, max=len(data.latent) - 1)
@@ -79,10 +80,12 @@ def unroll(
 
         history = [*history, (data.latent[step], z_pred, planned, k, inside)][-window:]
         if i > 0:
-            windows = (torch.stack(x, 1) for x in zip(*history, strict=True))
-            action = corrector(CorrectorInput(*windows))
-            answers.append((action, planned, data.teacher_action[step], inside))
-            executed = action.detach() if own_actions else planned
+            inputs.append(CorrectorInput(*(torch.stack(x, 1) for x in zip(*history, strict=True))))
+            answers.append((planned, data.teacher_action[step], inside))
+            executed = planned
+            if own_actions:
+                with torch.no_grad():
+                    executed = corrector(inputs[-1])
         else:
             executed = torch.where((k == 0)[:, None], planned, data.teacher_action[step])
         if i >= 0 and not own_actions and i < horizon:
@@ -90,7 +93,9 @@ def unroll(
         elif i < steps:
             with torch.no_grad():
                 z_pred = model.next(z_pred, executed, task)
-    return Unrolled(*(torch.stack(x) for x in zip(*answers, strict=True)))
+    # No gradient runs from step to step, so that one call of the corrector serves them all.
+    action = corrector(CorrectorInput(*(torch.cat(x) for x in zip(*inputs, strict=True))))
+    return Unrolled(action.unflatten(0, (steps, -1)), *(torch.stack(x) for x in zip(*answers, strict=True)))
 
 
 def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:

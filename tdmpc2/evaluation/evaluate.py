@@ -1,7 +1,7 @@
 """Every mode on the same episodes: calibrate, run, measure, and write the evidence down.
 
     OUT/calibration/free/NAME/           corrected modes without fallback, for the thresholds
-    OUT/calibration/modes/NAME/          all modes on the calibration seeds, for the choice
+    OUT/calibration/modes/NAME/          the modes to choose from, on the calibration seeds
     OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
     OUT/episodes.csv, steps.csv, latency.csv, summary.csv, report.html       all of these together
     OUT/chosen.json                      the mode that was chosen
@@ -167,10 +167,11 @@ def choose(
     The baseline's own always does. What is simpler never plans, or executes plans unwatched: that its return
     holds up says nothing of a world that is not as modelled. The report names what would have done.
     """
-    result = run_modes(subject, modes, config, config.calibration_seeds, out, console)
+    candidates = {name: mode for name, mode in modes.items() if name not in SIMPLER}
+    result = run_modes(subject, candidates, config, config.calibration_seeds, out, console)
     summary = summarise(result.episodes, result.steps, None)
-    _write_csv(out / "summary.csv", summary)
-    good = summary[holds_up(summary, config.min_return) & ~summary["mode"].isin(SIMPLER)]
+    write_csv(out / "summary.csv", summary)
+    good = summary[holds_up(summary, config.min_return)]
     return str(good.sort_values("planner_calls", kind="stable")["mode"].iloc[0])
 
 
@@ -205,8 +206,7 @@ def evaluate(
         "planner": asdict(subject.teacher.planner),
         "config": asdict(config),
     }
-    if not _same_settings(out / "settings.json", settings):
-        write_json(out / "settings.json", settings)
+    claim(out, settings)
     modes = calibrate(subject, config, out / "calibration", console)
     chosen = choose(subject, modes, config, out / "calibration" / "modes", console)
     write_json(out / "chosen.json", {"mode": chosen, "speculation": asdict(modes[chosen])})
@@ -217,7 +217,7 @@ def evaluate(
     summary = summarise(episodes, steps, latency)
     tables = {"episodes": episodes, "steps": steps, "latency": latency, "summary": summary}
     for name, table in tables.items():
-        _write_csv(out / f"{name}.csv", table)
+        write_csv(out / f"{name}.csv", table)
     provided = {
         **meta,
         **settings,
@@ -225,7 +225,7 @@ def evaluate(
         "min_return": config.min_return,
         "seeds": f"{seeds[0]} to {seeds[-1]}",
         "calibration_seeds": f"{config.calibration_seeds[0]} to {config.calibration_seeds[-1]}",
-        "thresholds": {name: mode.threshold for name, mode in modes.items() if mode.threshold},
+        "thresholds": {name: mode.threshold for name, mode in modes.items() if mode.threshold is not None},
     }
     write_json(out / "provenance.json", provided)
     report = write_report(out, episodes, steps, latency, summary, provided)
@@ -258,10 +258,16 @@ def _run_mode(
         on_step=lambda done: progress.update(bar, completed=done),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "episodes.csv", result.episodes)
-    _write_csv(folder / "steps.csv", result.steps)
+    write_csv(folder / "episodes.csv", result.episodes)
+    write_csv(folder / "steps.csv", result.steps)
     write_json(folder / "settings.json", asdict(mode))
     return result
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make `out` the folder of results with these settings; ConfigError where it has others."""
+    if not _same_settings(out / "settings.json", settings):
+        write_json(out / "settings.json", settings)
 
 
 def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
@@ -284,7 +290,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, float_precision="round_trip")  # as it was before it was written
 
 
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: pd.DataFrame) -> None:
     with atomic_write(path) as tmp:
         table.to_csv(tmp, index=False)
 

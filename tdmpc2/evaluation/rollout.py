@@ -11,6 +11,9 @@ import torch
 
 from ..agent import TDMPC2, Kind, SpeculativeAgent
 
+# A label costs a plan: of so many steps, the first so many are labelled.
+LABEL_EVERY, LABEL_RUN = 50, 12
+
 
 class Rollout(NamedTuple):
     """Raw results of one mode; the columns are those of `episodes.csv` and `steps.csv`."""
@@ -33,9 +36,9 @@ def rollout(
         agent: its rows take the seeds in turn; a row that ends its episode begins the next one.
         env_of: makes one environment.
         seeds: of the episodes' initial states.
-        labeller: a teacher that plans at every state of the first `labeller.num_envs` episodes, to measure
-            how far the executed action is from its own (the mean of its plan's distribution); that column is
-            NaN elsewhere.
+        labeller: a teacher that plans in the first `labeller.num_envs` episodes as well, in runs of steps, to
+            measure how far the executed action is from its own (the mean of its plan's distribution); that
+            column is NaN elsewhere.
         on_step: called after every step of the batch with the number of episodes that have ended.
 
     Returns:
@@ -52,7 +55,7 @@ def rollout(
     labelled = 0 if labeller is None else labeller.num_envs
     if labeller is not None:
         labeller.reset()
-    running, t = np.ones(n, dtype=bool), np.zeros(n, dtype=int)
+    running, t, clock = np.ones(n, dtype=bool), np.zeros(n, dtype=int), 0
     in_first = np.ones(n, dtype=bool)  # the row is in its first episode
     steps: list[tuple] = []
     terminated_seeds: set[int] = set()
@@ -61,9 +64,14 @@ def rollout(
         info = agent.info
         assert info is not None
         distance = np.full(n, np.nan)
-        if labeller is not None:
+        phase = clock % LABEL_EVERY
+        if labeller is not None and phase < LABEL_RUN:
+            if phase == 0:
+                labeller.reset()
             label = labeller.plan(labeller.encode(obs[:labelled])).mean[:, 0].cpu().numpy()
-            distance[:labelled] = np.linalg.norm(action[:labelled] - label, axis=-1)
+            if phase or not clock:  # without a warm start it is the teacher's only where an episode begins
+                distance[:labelled] = np.linalg.norm(action[:labelled] - label, axis=-1)
+        clock += 1
         kind, k, drift, delta = (x.tolist() for x in info)
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):

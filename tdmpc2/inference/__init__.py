@@ -1,7 +1,7 @@
 """The world model as the planner computes it: the same functions, arranged for the machine."""
 
 from .compiled import Compiled, dtype_of
-from .fast_model import FastModel, Origin, fastest
+from .fast_model import FastModel, Origin
 from .weights import Weights
 
-__all__ = ["Compiled", "FastModel", "Origin", "Weights", "dtype_of", "fastest"]
+__all__ = ["Compiled", "FastModel", "Origin", "Weights", "dtype_of"]

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ..config import ComputeConfig
-from ..errors import ConfigError
+from ..world_model.layers import mish
 from ..world_model.model import WorldModel
 from ..world_model.two_hot import symexp
-from .compiled import Compiled
+from .compiled import Compiled, dtype_of
 from .weights import Layer, Layers, Weights, copy_weights, for_tasks, transposed
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Origin(NamedTuple):
@@ -54,10 +53,8 @@ class FastModel:
     """
 
     def __init__(self, model: WorldModel, discount: float, compute: ComputeConfig):
-        if compute.precision not in PRECISIONS:
-            raise ConfigError(f"precision={compute.precision}: must be one of {', '.join(PRECISIONS)}")
         self.model, self.config, self.discount = model, model.config, discount
-        self.dtype = PRECISIONS[compute.precision]
+        self.dtype = dtype_of(compute)
         self._weights: Weights | None = None
         self._version: list[tuple[int, int]] = []
         self._score: Callable[..., Tensor] = self._eager_score
@@ -153,13 +150,6 @@ def norm(x: Tensor, layer: Layer) -> Tensor:
     return x * layer.scale + layer.shift  # type: ignore[operator]  # layers that are normed have them
 
 
-def mish(x: Tensor) -> Tensor:
-    """`x tanh(log(1 + e^x))` by one exponential and one division; beyond 20 it is `x` in float32."""
-    e = x.clamp(max=20.0).exp()
-    n = e * (e + 2)
-    return x * (n / (n + 2))
-
-
 def activate(x: Tensor, layer: Layer) -> Tensor:
     """LayerNorm and Mish, then back to the planning precision."""
     return mish(norm(x, layer)).to(layer.weight.dtype)
@@ -181,12 +171,3 @@ def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
     """Logits `[..., num_bins]` to the scalars `[...]` that they stand for."""
     p = (logits - logits.amax(-1, keepdim=True)).exp()
     return symexp((p * bins).sum(-1) / p.sum(-1))
-
-
-def fastest(device: str | torch.device) -> ComputeConfig:
-    """The settings with which a device plans fastest."""
-    if torch.device(device).type == "cuda":
-        return ComputeConfig(precision="bfloat16", compile=True)
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_bfloat16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return ComputeConfig(precision="bfloat16" if has_bfloat16 else "float32", compile=True)

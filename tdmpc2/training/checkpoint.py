@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import atomic_write
+from ..files import atomic_write, read_metadata
 from .update import Update
 
 FORMAT = "tdmpc2-training-1"
@@ -52,15 +51,7 @@ def read_loop(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged or not ours.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            loop = json.loads(file.metadata()["state"])
-        known = loop["format"] == FORMAT
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged ({e}): start the run anew elsewhere") from e
-    if not known:
-        raise CheckpointError(f"{path} is of another version of this package: {loop['format']!r}")
-    return loop
+    return read_metadata(path, "state", FORMAT, "start the run anew elsewhere")
 
 
 def load_state(path: Path, update: Update, generators: dict[str, torch.Generator]) -> None:

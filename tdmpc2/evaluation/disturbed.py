@@ -1,0 +1,80 @@
+"""Modes in a world that is not as modelled: what they keep of what replanning at every step keeps there.
+
+    OUT/KIND-STRENGTH/NAME/     episodes.csv, steps.csv
+    OUT/summary.csv             a row for every disturbance and mode
+
+A run that is killed goes on with what is missing.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from ..config import BudgetOverride
+from ..corrector import load_corrector
+from ..errors import CheckpointError, ConfigError
+from ..files import read_json
+from ..teacher import open_teacher
+from ..world_model.checkpoint import read_config
+from .evaluate import EvaluationConfig, Subject, claim, run_modes, write_csv
+from .metrics import summarise
+from .modes import BASELINE, DISTILLED, standard_modes
+
+STRENGTHS = {
+    "push": (0.1, 0.3, 1.0),
+    "obs_noise": (0.01, 0.03, 0.1),
+    "mass": (0.7, 1.3, 1.6),
+    "friction": (0.4, 0.7, 1.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisturbedConfig(BudgetOverride, EvaluationConfig):
+    """What is evaluated under disturbance."""
+
+    agent: str  # a folder that scripts/accelerate.py made
+    out: str = ""  # folder for the results; default: disturbed/ in the agent's
+    device: str = "cpu"
+    kinds: tuple[str, ...] = tuple(STRENGTHS)
+
+
+def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFrame:
+    """The chosen mode beside the baseline and what cannot know that it is lost, under every disturbance.
+
+    Returns:
+        Columns `kind, strength` and those of `summarise`; ratios are to the baseline under the same
+        disturbance, on the same seeds.
+
+    Raises:
+        CheckpointError: the folder is not one that `scripts/accelerate.py` finished.
+        ConfigError: there is no such kind, or the folder for the results has others.
+        TaskError: the task cannot be disturbed.
+    """
+    if unknown := set(config.kinds) - set(STRENGTHS):
+        raise ConfigError(f"kinds={sorted(unknown)}: there are {', '.join(STRENGTHS)}")
+    folder = Path(config.agent)
+    if not (folder / "evaluation" / "provenance.json").exists():
+        raise CheckpointError(f"{folder} holds no finished run of scripts/accelerate.py")
+    teacher = open_teacher(read_config(folder)["task"], str(folder), config, config.device)
+    about = read_json(folder / "evaluation" / "provenance.json")
+    names = list(about["correctors"])
+    correctors = {n: load_corrector(folder / "correctors" / n, teacher.fingerprint) for n in names}
+    every = standard_modes(names, about["thresholds"], teacher.planner.iterations)
+    wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
+    modes = {name: every[name] for name in wanted if name in every}
+    out, rows = Path(config.out or folder / "disturbed"), []
+    claim(out, {"teacher": teacher.fingerprint, **asdict(config), "kinds": list(config.kinds)})
+    for kind in config.kinds:
+        for strength in STRENGTHS[kind]:
+            console.print(f"{kind} {strength}")
+            subject = Subject(replace(teacher, disturbance=(kind, strength)), correctors)
+            name = out / f"{kind}-{strength}"
+            result = run_modes(subject, modes, config, config.eval_seeds, name, console)
+            summary = summarise(result.episodes, result.steps, None)
+            rows.append(summary.assign(kind=kind, strength=strength))
+    table = pd.concat(rows, ignore_index=True)
+    table = table[["kind", "strength", *(c for c in table.columns if c not in ("kind", "strength"))]]
+    write_csv(out / "summary.csv", table)
+    return table
