@@ -56,8 +56,10 @@ def main(settings: Settings) -> None:
 
 
 def read(folder: Path) -> TaskResults:
-    tables = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "episodes", "latency"))
-    return TaskResults(*tables, read_json(folder / "chosen.json")["mode"])
+    summary, episodes, latency = (
+        pd.read_csv(folder / f"{name}.csv") for name in ("summary", "episodes", "latency")
+    )
+    return TaskResults(summary, episodes, latency, read_json(folder / "chosen.json")["mode"])
 
 
 def between(content: str, mark: str, text: str) -> str:

@@ -125,7 +125,7 @@ def make_recording(
 
 @pytest.fixture(scope="module")
 def shards(teacher: Drifting, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
+    folder = tmp_path_factory.mktemp("data") / "within"
     collect(teacher, folder, episodes=5, seed=40, num_envs=2)
     return folder
 
