@@ -15,8 +15,7 @@ from rich.table import Table
 
 from tdmpc2 import SpeculativeAgent
 from tdmpc2.cli import provenance, run
-from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.errors import ConfigError
+from tdmpc2.config import BudgetOverride, SpeculationConfig, at_least
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
 from tdmpc2.teacher import open_teacher
@@ -36,8 +35,7 @@ class EvaluateConfig(BudgetOverride):
 
 
 def main(config: EvaluateConfig) -> None:
-    if config.episodes < 1:
-        raise ConfigError(f"episodes={config.episodes}: must be at least 1")
+    at_least(1, config, "episodes")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)

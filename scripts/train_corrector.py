@@ -1,4 +1,4 @@
-"""Train correctors on collected data, and print their validation error beside two references.
+"""Train correctors on collected data, and print their error on held-out episodes beside two references.
 
     python scripts/train_corrector.py checkpoint=pretrained/cartpole-swingup \
         data=data/cartpole-swingup out=correctors/cartpole-swingup architecture=all

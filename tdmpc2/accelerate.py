@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .cli import provenance
-from .config import BudgetOverride, SpeculationConfig
+from .config import BudgetOverride, SpeculationConfig, at_least
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
 from .distillation import TEACHER, CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
@@ -38,7 +38,7 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     checkpoint: str  # an original .pt file or a folder of ours
     out: str = ""  # default: accelerated/<task>
     device: str = "cpu"
-    episodes: int = 8  # of the teacher
+    episodes: int = 8  # of the teacher; at least 3, for training, validation and test
     rounds: int = 3  # of data under the correctors
     round_episodes: int = 8
     collect_seed: int = 0  # of the first episode of all
@@ -48,19 +48,21 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     """Collect, train both correctors, calibrate, choose, evaluate, report; returns the agent's folder.
 
     Raises:
-        ConfigError: the folder holds a run with other settings, or seeds overlap.
+        ConfigError: a setting cannot be, seeds overlap, or the folder holds a run with other settings.
         CheckpointError, DataError, TaskError: what was given cannot be used.
     """
     c = config
     out = Path(c.out or f"accelerated/{c.task}")
     check(c)
     check_evaluation(c)
-    if c.episodes < 3 or c.round_episodes < 1:
-        raise ConfigError("episodes must be at least 3, for training, validation and test; round_episodes 1")
+    at_least(3, c, "episodes")
+    at_least(1, c, "round_episodes")
+    at_least(0, c, "rounds", "collect_seed")
     collected = range(c.collect_seed, c.collect_seed + c.episodes + c.rounds * c.round_episodes)
     if set(collected) & (set(c.calibration_seeds) | set(c.eval_seeds)):
         raise ConfigError("collection seeds overlap those of calibration or evaluation")
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
+    teacher.agent()  # refuses a planning budget or precision that cannot be
     settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
         raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")

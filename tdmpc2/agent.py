@@ -205,7 +205,7 @@ class SpeculativeAgent:
             k=torch.zeros(n, window, dtype=torch.long, device=device),
             valid=torch.zeros(n, window, dtype=torch.bool, device=device),
         )
-        self.info: StepInfo | None = None
+        self._last: tuple[Tensor, ...] | None = None  # what `info` is made of
 
     @property
     def num_envs(self) -> int:
@@ -234,53 +234,72 @@ class SpeculativeAgent:
         model, k = self.teacher.model, self._k
         z = self.teacher.encode(obs)
         due = k >= self.config.execution_horizon
-        drift = mismatch(z, self._z_pred).masked_fill(due, torch.nan)
-        fallback = ~due & ~(drift <= self._threshold)  # a mismatch that is no number is too large
-        replan = due | fallback
-        k_seen = torch.where(fallback, k, torch.where(due, 0, k))
-        if replan.any():
-            self._replan(z, replan.nonzero().squeeze(1), plan)
+        drift = mismatch(z, self._z_pred)
+        replan = due | ~(drift <= self._threshold)  # a mismatch that is no number is too large
+        replans = bool(replan.any())
+        if replans:
+            self._replan(z, replan, plan)
 
-        planned = self._planned_action()
-        self._remember(z, planned)
-        action = planned
-        if self.corrector is not None and not replan.all():
-            action = torch.where(replan[:, None], planned, self.corrector(self._history))
-        self._z_pred = model.next(self._z_pred, action, self.teacher.task)
+        action = planned = self._planned_action()
+        if self.corrector is not None:
+            self._remember(z, planned)
+            if not (replans and replan.all()):
+                action = self.corrector(self._history)
+                if replans:
+                    action = torch.where(replan[:, None], planned, action)
+        if self.config.execution_horizon > 1:  # else the next step begins with a plan, whatever was predicted
+            self._z_pred = model.next(self._z_pred, action, self.teacher.task)
         self._k = self._k + 1
-
-        later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
-        first = Kind.PLANNED if self.plan_length else Kind.PRIOR
-        kind = torch.where(replan, torch.where(fallback, Kind.FALLBACK, first), later)
-        self.info = StepInfo(kind, k_seen, drift, (action - planned).norm(dim=-1))
+        self._last = (due, replan, k, drift, planned, action)
         return like(action, obs, model)
 
-    def _replan(self, z: Tensor, rows: Tensor, plan: Plan | None) -> None:
-        """Put `rows` at step 0 of a fresh plan."""
+    @property
+    def info(self) -> StepInfo | None:
+        """What happened in the last `act`; None before the first."""
+        if self._last is None:
+            return None
+        due, replan, k, drift, planned, action = self._last
+        later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
+        first = Kind.PLANNED if self.plan_length else Kind.PRIOR
+        return StepInfo(
+            kind=torch.where(due, first, torch.where(replan, Kind.FALLBACK, later)),
+            k=torch.where(due, 0, k),
+            mismatch=drift.masked_fill(due, torch.nan),
+            correction=(action - planned).norm(dim=-1),
+        )
+
+    def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None) -> None:
+        """Put the rows `replan` `[B]` bool at step 0 of a fresh plan."""
         if self.plan_length:
+            rows = replan.nonzero().squeeze(1)
             if plan is None:
                 self._actions[rows] = self.teacher.plan(z[rows], rows, self._k[rows]).actions
             else:
                 self._actions[rows] = plan.actions[rows]
-        self._z_pred[rows] = z[rows]
-        self._k[rows] = 0
+        self._z_pred = torch.where(replan[:, None], z, self._z_pred)
+        self._k = self._k.masked_fill(replan, 0)
 
     def _planned_action(self) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the predicted latent."""
+        if not self.plan_length:
+            return self.teacher.model.prior(self._z_pred, self.teacher.task)
         in_plan = self._k < self.plan_length
         index = self._k.clamp(max=self._actions.shape[1] - 1)[:, None, None]
         planned = self._actions.gather(1, index.expand(-1, 1, self._actions.shape[2])).squeeze(1)
         if in_plan.all():
             return planned
-        prior = self.teacher.model.pi(self._z_pred, self.teacher.task).action
+        prior = self.teacher.model.prior(self._z_pred, self.teacher.task)
         return torch.where(in_plan[:, None], planned, prior)
 
     def _remember(self, z: Tensor, planned: Tensor) -> None:
         """Append this step to the corrector's history; the newest step is the last of the window."""
-        step = (z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
-        for window, value in zip(self._history, step, strict=True):
-            window[:, :-1] = window[:, 1:].clone()
-            window[:, -1] = value
+        newest = (z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
+        self._history = CorrectorInput(
+            *(
+                torch.cat([window[:, 1:], x[:, None]], 1) if window.shape[1] > 1 else x[:, None]
+                for window, x in zip(self._history, newest, strict=True)
+            )
+        )
 
 
 def like(action: Tensor, obs: Array, model: WorldModel) -> Array:

@@ -8,6 +8,8 @@ unless a comment says otherwise. Scripts combine the parts by inheritance, so th
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+from .errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -150,6 +152,13 @@ def published_budget(action_dim: int) -> PlannerConfig:
 def part(cls: type[T], config: Any) -> T:
     """The `cls` part of a config that inherits from it, e.g. `part(PlannerConfig, train_config)`."""
     return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def at_least(least: float, config: Any, *names: str) -> None:
+    """Raise ConfigError where one of these numbers of a config is smaller, or none."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
 
 
 def discount_of(episode_length: int) -> float:

@@ -159,20 +159,17 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.Mish(), nn.Linear(hidden, dim)
+            nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
         )
 
     def forward(self, x: Tensor, context: Tensor, visible: Tensor) -> Tensor:
         """The last `Q` tokens of `context` `[B, W, dim]`, `x` `[B, Q, dim]`, attend to it."""
-        normed = self.norm(context)
-        query = self.query(normed[:, -x.shape[1] :])
-        key, value = self.key_value(normed).chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        joined = self.query_key_value(self.norm(context))
+        q, k, v = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, W, dim/heads]
+        attended = F.scaled_dot_product_attention(q[:, :, -x.shape[1] :], k, v, attn_mask=visible)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)
 

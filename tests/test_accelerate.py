@@ -20,7 +20,7 @@ from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
 from tdmpc2.config import EAGER, SpeculationConfig
-from tdmpc2.corrector import load_corrector
+from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed
@@ -201,6 +201,13 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
         {"label_episodes": 5, "num_envs": 4},
         {"quantile": 0.0},
         {"episodes": 2},
+        {"rounds": -1},
+        {"eval_seed": -1},
+        {"weight_decay": -1.0},
+        {"lr": float("inf")},
+        {"num_elites": 1000},
+        {"precision": "float16"},
+        {"device": "gpu"},
     ],
 )
 def test_a_mistake_is_found_before_anything_is_written(mistake: dict[str, Any], tmp_path: Path) -> None:
@@ -235,6 +242,15 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
     one_line(result, "distilled from teacher")
 
 
+def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path) -> None:
+    teacher = load_teacher(finished, compute=EAGER).model
+    half = load_corrector(finished / "correctors/two_tower", None)
+    save_corrector(workdir / "half/two_tower", half, fingerprint(teacher))
+    arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false"]
+    result = script("eval_corrector", workdir, *arguments, "correctors=half", "out=refused")
+    one_line(result, "half/two_tower did not end")
+
+
 def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same teacher and correctors put on a simulator that can be disturbed, for episodes of 20 steps."""
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
@@ -264,3 +280,5 @@ def test_mistakes_of_the_disturbed(finished: Path, workdir: Path) -> None:
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())
     with pytest.raises(ConfigError, match="storm"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())
+    with pytest.raises(ConfigError, match="num_envs=0"):
+        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), Console())

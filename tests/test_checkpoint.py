@@ -11,7 +11,7 @@ import torch
 import tdmpc2
 from tdmpc2.agent import load_teacher
 from tdmpc2.config import MODEL_SIZES, WorldModelConfig
-from tdmpc2.errors import CheckpointError
+from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.world_model import WorldModel, fingerprint, load_world_model, save_world_model
 from tdmpc2.world_model.checkpoint import published_task_index
 
@@ -29,6 +29,8 @@ def refused(path: Path, *words: str) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     refused(tmp_path / "none.pt", "no checkpoint")
     refused(tmp_path, "config.json")
+    with pytest.raises(ConfigError, match="device=gpu"):
+        load_world_model(OFFICIAL / "state_small.pt", "gpu")
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:
@@ -126,9 +128,10 @@ def test_load_agent_opens_a_plain_checkpoint() -> None:
 def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
     """Of another version, or edited: one line, whichever part it is."""
     model = load_world_model(OFFICIAL / "state_small.pt")
-    save_world_model(tmp_path, model, planner={"horizont": 3})
-    with pytest.raises(CheckpointError, match="horizont"):
-        load_teacher(tmp_path)
+    for planner in ({"horizont": 3}, 5, None):
+        save_world_model(tmp_path, model, planner=planner)
+        with pytest.raises(CheckpointError, match="horizont" if planner == {"horizont": 3} else "mapping"):
+            load_teacher(tmp_path)
     save_world_model(tmp_path, model)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["world_model"]

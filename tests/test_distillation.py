@@ -480,6 +480,14 @@ def test_what_is_worse_than_the_plan_is_not_kept(model: WorldModel, tmp_path: Pa
     assert errors.corrector == errors.plan == [pytest.approx(0.0, abs=1e-12)]
 
 
+def test_episodes_shorter_than_a_stretch(model: WorldModel, tmp_path: Path) -> None:
+    """Errors are of the steps that there are: the longest held-out episode has 3 after its first."""
+    data, _ = make_recording(model, [4, 3, 6, 5])  # seed 0 is for the test, seed 1 for validation
+    config = CorrectorTrainConfig(architecture="two_tower", updates=1, rollout_steps=9, width=32)
+    errors = train_corrector(model, data, config, tmp_path)["two_tower"].errors
+    assert all(len(values) == 3 and np.isfinite(values).all() for values in errors)
+
+
 def test_divergence_is_named_and_leaves_no_old_corrector(model: WorldModel, tmp_path: Path) -> None:
     data, _ = make_recording(model, [6] * 5)
     config = CorrectorTrainConfig(architecture="two_tower", updates=2, rollout_steps=2, width=32, num_heads=2)
@@ -499,6 +507,9 @@ def test_impossible_training_is_refused(model: WorldModel, tmp_path: Path) -> No
         (CorrectorTrainConfig(held_out_every=2), "at least 3"),
         (CorrectorTrainConfig(width=33), "width=33"),
         (CorrectorTrainConfig(lr=0.0), "lr"),
+        (CorrectorTrainConfig(lr=float("nan")), "lr"),
+        (CorrectorTrainConfig(weight_decay=-1.0), "weight_decay"),
+        (CorrectorTrainConfig(residual_coef=float("nan")), "residual_coef"),
     ):
         with pytest.raises(ConfigError, match=message):
             train_corrector(model, data, config, tmp_path)

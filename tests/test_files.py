@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from tdmpc2.errors import DataError
-from tdmpc2.files import atomic_write, read_json, write_json
+from tdmpc2.errors import CheckpointError, DataError
+from tdmpc2.files import atomic_write, read_json, read_metadata, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,3 +88,17 @@ def test_damaged_json_is_one_line_naming_the_file(tmp_path, damaged):
 def test_missing_json_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.json cannot be read: No such file"):
         read_json(tmp_path / "none.json")
+
+
+def test_metadata_of_this_format_alone_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for content, message in (
+        ('{"format": "a-2"}', "'a-2', expected is 'a-1': make it again"),
+        ('{"version": 1}', "damaged or something else: make it again"),
+        ("[]", "damaged"),
+    ):
+        save_file({}, path, metadata={"key": content})
+        with pytest.raises(CheckpointError, match=message):
+            read_metadata(path, "key", "a-1", "make it again")
+    save_file({}, path, metadata={"key": '{"format": "a-1", "n": 1}'})
+    assert read_metadata(path, "key", "a-1", "make it again") == {"format": "a-1", "n": 1}

@@ -113,6 +113,18 @@ def test_a_baseline_without_return(tmp_path: Path) -> None:
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)
 
 
+@pytest.mark.parametrize(("lost", "met"), [(1.0, "meets"), (4.0, "does not meet")])
+def test_headline_where_returns_are_negative(lost: float, met: str) -> None:
+    episodes, steps, latency = results(["baseline", "fast"], seeds=12)
+    fast = episodes["mode"] == "fast"
+    episodes["return"] = -100.0 - lost * fast
+    summary = summarise(episodes, steps, latency)
+    text = headline(summary, {"min_return": 0.98, "chosen": "fast"})
+    assert f"its mean return is {-100 - lost:.1f}, baseline's -100.0" in text
+    assert f"of the difference, {-lost:.1f}, {met} the required -2.0" in text
+    assert "within 2.0% of the baseline's" in headline(summary, {"min_return": 0.98, "chosen": "baseline"})
+
+
 @pytest.mark.filterwarnings("error")
 def test_identical_returns_and_no_distance_to_the_teacher(tmp_path: Path) -> None:
     episodes, steps, latency = results(["baseline", "fast"], seeds=10, distance=np.nan)

@@ -160,19 +160,21 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_nothing_is_deleted_that_a_run_did_not_leave(tmp_path: Path) -> None:
-    """A run killed before its first checkpoint begins anew; a folder with anything else is refused."""
+    """A run killed before its first checkpoint is begun anew; any other folder without one is refused."""
     train_until(Trainer(tiny_config(tmp_path / "killed")), 10)
     train_until(Trainer(tiny_config(tmp_path / "killed", resume=True)), 10)
-    for name, run_of_ours in (("teacher", True), ("teacher", False), ("replay", False)):
+    foreign = ("teacher", "replay", "train.csv", "notes.txt")
+    # A teacher's own folder has the settings of the run that it came from.
+    for name, run_of_ours in (("teacher", True), ("model.safetensors", True), *((n, False) for n in foreign)):
         folder = tmp_path / f"{name}-{run_of_ours}"
-        (folder / name).mkdir(parents=True)
-        (folder / name / "precious").write_text("")
+        folder.mkdir()
+        (folder / name).write_text("precious")
         if run_of_ours:
             (folder / "train_config.json").write_text("{}")
         for resume in (True, False):
             with pytest.raises(ConfigError, match=str(folder)):
                 Trainer(tiny_config(folder, resume=resume))
-        assert (folder / name / "precious").exists()
+        assert (folder / name).read_text() == "precious"
 
 
 def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path) -> None:
@@ -193,6 +195,7 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path) -> None:
         ({"obs": "pixels"}, ConfigError, "choose 'state' or 'rgb'"),
         ({"buffer_size": EPISODE}, ConfigError, "buffer_size=20: must hold an episode"),
         ({"eval_episodes": 0}, ConfigError, "eval_episodes=0"),
+        ({"seed": -1}, ConfigError, "seed=-1"),
         ({"num_elites": 100}, ConfigError, "num_elites=100"),
         ({"device": "gpu"}, ConfigError, "device=gpu"),
         ({"wandb_project": "x"}, ConfigError, "pip install wandb"),

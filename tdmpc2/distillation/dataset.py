@@ -126,7 +126,8 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
         own = torch.tensor(header["seeds"])
         if torch.isin(own, seeds).any():
             raise DataError(
-                f"{path} holds episodes of seeds that another shard holds too: remove one of them"
+                f"{path} holds episodes of seeds that another shard holds too: collect one of them with "
+                "another seed="
             )
         seeds = torch.cat([seeds, own])
         shards.append(tensors)

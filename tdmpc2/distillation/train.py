@@ -20,13 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from ..config import CorrectorConfig
-from ..corrector import (
-    ARCHITECTURES,
-    BaseCorrector,
-    build_corrector,
-    save_corrector,
-)
+from ..config import CorrectorConfig, at_least
+from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, save_corrector
 from ..errors import ConfigError, TDMPC2Error
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
@@ -58,7 +53,10 @@ class CorrectorTrainConfig:
 
 
 class Errors(NamedTuple):
-    """Mean squared distance to the teacher's action on held-out episodes, for k = 1 ... S."""
+    """Mean squared distance to the teacher's action on held-out episodes, for k = 1 ... S.
+
+    `S` is `rollout_steps`, or less where the held-out episodes are shorter.
+    """
 
     corrector: list[float]
     plan: list[float]
@@ -73,13 +71,11 @@ class Trained(NamedTuple):
 def check(config: CorrectorTrainConfig) -> None:
     """Raise ConfigError for a setting that cannot be."""
     c = config
-    for name in ("updates", "batch_size", "rollout_steps", "validate_every", "patience"):
-        if getattr(c, name) < 1:
-            raise ConfigError(f"{name}={getattr(c, name)}: must be at least 1")
-    if c.held_out_every < 3:
-        raise ConfigError(f"held_out_every={c.held_out_every}: must be at least 3")
-    if not c.lr > 0:
-        raise ConfigError(f"lr={c.lr}: must be positive")
+    at_least(1, c, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
+    at_least(3, c, "held_out_every")
+    at_least(0, c, "rollout_coef", "residual_coef", "weight_decay")
+    if not 0 < c.lr < math.inf:
+        raise ConfigError(f"lr={c.lr}: must be positive and finite")
     for name in _names(c):
         build_corrector(_architecture(c, name, latent_dim=8, action_dim=1))
 
@@ -99,15 +95,14 @@ def _architecture(
         window=config.window,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
-        max_k=config.rollout_steps
-        + 1,  # execution beyond the steps trained on takes the last one's embedding
+        max_k=config.rollout_steps + 1,  # beyond the steps trained on, k takes the last one's embedding
     )
 
 
 def train_corrector(
     model: WorldModel, data: Recording, config: CorrectorTrainConfig, out: str | Path
 ) -> dict[str, Trained]:
-    """Train one corrector or both, print how good they are, and return them by architecture.
+    """Train one corrector or all, print how good they are, and return them by architecture.
 
     Writes `out/ARCHITECTURE/corrector.safetensors` and beside it `train.csv`.
 
@@ -168,11 +163,8 @@ def _train(
     out.mkdir(parents=True, exist_ok=True)
     save_corrector(out, corrector, data.teacher)  # untrained, it executes the plan: that is to be beaten
     errors = judge.errors(corrector)
-    best, best_error, plan_error = (
-        deepcopy(corrector.state_dict()),
-        _mean(errors.corrector),
-        _mean(errors.plan),
-    )
+    best = deepcopy(corrector.state_dict())
+    best_error, plan_error = _mean(errors.corrector), _mean(errors.plan)
     waited, began = 0, time.monotonic()
     total_loss = torch.zeros((), device=device)
     bar = progress.add_task(name, total=c.updates, status="")
@@ -222,7 +214,8 @@ class _Judge:
     """Errors on stretches spread evenly over held-out episodes, always the same."""
 
     def __init__(self, model: WorldModel, data: Recording, held_out: Tensor, steps: int):
-        self.model, self.data, self.steps = model, data, steps
+        self.model, self.data = model, data
+        self.steps = min(steps, int((data.last[held_out] - held_out).max()))  # beyond, there is no error
         stride = max(len(held_out) // VALIDATION_STARTS, 1)
         self.start = held_out[::stride]
         self.earlier = torch.arange(len(self.start), device=self.start.device) % (steps + 1) + 1
@@ -238,7 +231,7 @@ class _Judge:
             )
             ahead = torch.arange(1, self.steps + 1, device=self.start.device)[:, None]
             step = (self.start + ahead).clamp(max=len(data.latent) - 1)
-            prior = model.pi(data.latent[step], data.task).mean
+            prior = model.prior(data.latent[step], data.task)
         corrector.train()
         return Errors(
             corrector=squared_error(u.action, u).tolist(),

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files import read_json
 from ..teacher import open_teacher
 from ..world_model.checkpoint import read_config
-from .evaluate import EvaluationConfig, Subject, claim, run_modes, write_csv
+from .evaluate import EvaluationConfig, Subject, check_evaluation, claim, run_modes, write_csv
 from .metrics import summarise
 from .modes import BASELINE, DISTILLED, standard_modes
 
@@ -49,9 +49,10 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
 
     Raises:
         CheckpointError: the folder is not one that `scripts/accelerate.py` finished.
-        ConfigError: there is no such kind, or the folder for the results has others.
+        ConfigError: a setting cannot be, there is no such kind, or the folder for the results has others.
         TaskError: the task cannot be disturbed.
     """
+    check_evaluation(config)
     if unknown := set(config.kinds) - set(STRENGTHS):
         raise ConfigError(f"kinds={sorted(unknown)}: there are {', '.join(STRENGTHS)}")
     folder = Path(config.agent)

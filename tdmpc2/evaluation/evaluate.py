@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..agent import SpeculativeAgent
-from ..config import SpeculationConfig
+from ..config import SpeculationConfig, at_least
 from ..corrector import BaseCorrector
 from ..errors import ConfigError
 from ..files import atomic_write, read_json, write_json
@@ -40,10 +40,8 @@ class EvaluationConfig:
     eval_seed: int = 20_000  # the first of them; the others follow
     calibration_episodes: int = 10  # per mode
     calibration_seed: int = 10_000
-    quantile: float = 0.95  # of the calibration mismatches: where the threshold lies
-    label_episodes: int = (
-        1  # per mode, of those that run at once, on which the distance to the teacher is measured
-    )
+    quantile: float = 0.99  # of the calibration mismatches: where the threshold lies
+    label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 200  # per mode
     num_envs: int = 10  # episodes run as one batch
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
@@ -60,9 +58,8 @@ class EvaluationConfig:
 def check_evaluation(config: EvaluationConfig) -> None:
     """Raise ConfigError for settings that cannot be."""
     c = config
-    for name in ("calibration_episodes", "eval_episodes", "latency_steps", "num_envs"):
-        if getattr(c, name) < 1:
-            raise ConfigError(f"{name}={getattr(c, name)}: must be at least 1")
+    at_least(1, c, "calibration_episodes", "eval_episodes", "latency_steps", "num_envs")
+    at_least(0, c, "calibration_seed", "eval_seed")
     if not 0 < c.quantile <= 1:
         raise ConfigError(f"quantile={c.quantile}: must be above 0 and at most 1")
     if not 0 <= c.label_episodes <= min(c.num_envs, c.eval_episodes):

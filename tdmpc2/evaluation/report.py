@@ -185,7 +185,7 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     held_out = meta.get("chosen") == mode
     among = "on the calibration seeds" if held_out else "on these episodes"
     if mode == baseline.name:
-        held = "return" if required is None else f"return at {required:.1%} of the baseline's"
+        held = "return" if required is None else f"return within {1 - required:.1%} of the baseline's"
         return (
             f"No mode that speculates held its {held}, by the lower end of the 95 % interval, {among}: "
             "the agent replans at every step."
@@ -196,6 +196,8 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
             f"are compared, has a mean return of {baseline.return_mean:.1f}{_interval(baseline)}."
         )
     row = rows.loc[mode]
+    good = required is not None and holds_up(summary, required).to_numpy()[rows.index.get_loc(mode)]
+    met = "meets" if good else "does not meet"
     if held_out:
         text = f"{mode} was chosen {among}. On held-out seeds "
     else:
@@ -204,13 +206,19 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
             "choose on other seeds. Here "
         )
     if np.isnan(row.return_ratio):
-        text += f"its mean return is {row.return_mean:.1f}, {baseline.name}'s {baseline.return_mean:.1f}; "
+        text += f"its mean return is {row.return_mean:.1f}, {baseline.name}'s {baseline.return_mean:.1f}"
+        if required is not None and not np.isnan(row.return_difference_low):
+            least = -(1 - required) * abs(baseline.return_mean)
+            text += (
+                f" (the lower end of the 95 % interval of the difference, {row.return_difference_low:z.1f}, "
+                f"{met} the required {least:z.1f})"
+            )
+        text += "; "
     else:
         text += f"it keeps {row.return_ratio:.1%} of the baseline's return"
         if not np.isnan(row.return_ratio_low):
             text += f" (95 % interval {row.return_ratio_low:.1%} to {row.return_ratio_high:.1%}"
             if required is not None:
-                met = "meets" if row.return_ratio_low >= required else "does not meet"
                 text += f": its lower end {met} the required {required:.1%}"
             text += ")"
         text += "; "
@@ -238,7 +246,10 @@ def notes(summary: pd.DataFrame, steps: pd.DataFrame, min_return: float | None =
     elif n < FEW:
         found.append(f"With {n} episodes the intervals are too narrow; {FEW} or more are needed.")
     if summary["return_mean"].iloc[0] <= 0:
-        found.append("The baseline's mean return is not positive, so that a ratio to it says nothing.")
+        found.append(
+            "The baseline's mean return is not positive, so that a ratio to it says nothing: what holds up "
+            "is told by the paired difference."
+        )
     if (summary["failure_rate"].iloc[1:] == 0).any():  # the baseline's is 0 by definition
         unseen = 1 - 0.05 ** (1 / n)
         found.append(

@@ -31,6 +31,7 @@ from ..config import (
     SpeculationConfig,
     UpdateConfig,
     WorldModelConfig,
+    at_least,
     discount_of,
     part,
     published_budget,
@@ -38,7 +39,7 @@ from ..config import (
 from ..envs import is_episodic, make_env, max_episode_steps
 from ..errors import ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
-from ..world_model.checkpoint import save_world_model
+from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
 from ..world_model.model import WorldModel
 from .checkpoint import load_state, read_loop, save_state
 from .log import Log
@@ -325,11 +326,13 @@ class Trainer:
                 "another work_dir"
             )
         if not self.checkpoint.exists():
-            found = [name for name in ("teacher", "replay", "tensorboard") if (self.folder / name).exists()]
-            if "teacher" in found or (found and not exists):
+            found = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+            # A run killed before its first checkpoint is begun anew; a model is none that it left.
+            foreign = found & {"teacher", WEIGHTS} if exists else found
+            if foreign:
                 raise ConfigError(
-                    f"{self.folder} holds {found[0]}/ but no checkpoint to go on from: choose another "
-                    "work_dir, or delete it"
+                    f"{self.folder} holds {min(foreign)} and no run to go on with: choose another work_dir, "
+                    "or empty it"
                 )
             return None
         loop, ours = read_loop(self.checkpoint), asdict(self.config)
@@ -367,10 +370,6 @@ class Trainer:
 
 def _check(config: TrainConfig) -> None:
     """Raise ConfigError for a number that no run can have."""
-    for name in ("steps", "batch_size", "eval_freq", "eval_episodes", "checkpoint_freq"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
-    try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device={config.device}: cannot be used here; try device=cpu") from e
+    at_least(1, config, "steps", "batch_size", "eval_freq", "eval_episodes", "checkpoint_freq")
+    at_least(0, config, "seed")
+    check_device(config.device)

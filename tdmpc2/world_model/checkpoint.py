@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import WorldModelConfig
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..files import atomic_write, read_json, write_json
 from .model import WorldModel
 
@@ -102,12 +102,22 @@ def load_world_model(path: str | Path, device: str | torch.device = "cpu") -> Wo
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, or a pickle that carries code.
+        ConfigError: there is no such device here.
     """
+    check_device(device)
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: give a .pt file or a folder with {CONFIG}")
     model = _load_folder(path) if path.is_dir() else _load_original(path)
     return model.to(device).eval().requires_grad_(False)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ConfigError for a device that cannot be used here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"device={device}: cannot be used here; try device=cpu") from e
 
 
 def save_world_model(folder: str | Path, model: WorldModel, **entries: Any) -> None:

@@ -151,6 +151,11 @@ class WorldModel(nn.Module):
         scaled_entropy = -log_prob * (gaussian * dims / (log_prob + 1e-8))
         return PolicyOutput(action, mean.tanh(), log_std, -log_prob, scaled_entropy)
 
+    def prior(self, z: Tensor, task: Tensor | None = None) -> Tensor:
+        """The mean action `[..., A]` of the policy prior, `pi(z, task).mean`, and nothing else."""
+        mean = self.policy(self._with_task(z, task))[..., : self.config.action_dim]
+        return (mean * self.action_masks[task] if self.config.num_tasks else mean).tanh()
+
     def task_embedding(self, task: Tensor) -> Tensor:
         """Embeddings `[..., task_dim]` of tasks `[...]`, their norm limited to 1; multi-task models only."""
         emb = self.task_emb[task]
