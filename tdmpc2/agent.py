@@ -15,6 +15,7 @@ and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -35,6 +36,7 @@ from .config import (
 )
 from .corrector import BaseCorrector, CorrectorInput, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
+from .inference import Compiled
 from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, read_config
@@ -61,6 +63,15 @@ class StepInfo(NamedTuple):
     k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
     correction: Tensor  # [B], norm of what the corrector added to the planned action
+
+
+class Step(NamedTuple):
+    """What is executed in one step of a plan, and remembered for the next."""
+
+    planned: Tensor  # [B, A]
+    action: Tensor  # [B, A], corrected
+    z_pred: Tensor  # [B, L], predicted for the next step
+    history: CorrectorInput  # this step included
 
 
 class TDMPC2:
@@ -205,6 +216,13 @@ class SpeculativeAgent:
             k=torch.zeros(n, window, dtype=torch.long, device=device),
             valid=torch.zeros(n, window, dtype=torch.bool, device=device),
         )
+        # At a horizon of 1 every step begins with a plan, whatever was predicted. A bool, for what is compiled
+        # is tied to the value of every number that it reads: so one compilation serves all horizons.
+        self._predicts = config.execution_horizon > 1
+        self._step: Callable[..., Step] = self._eager_step
+        if teacher.planner.compute.compile and corrector is not None and n == 1:
+            # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
+            self._step = Compiled(self._eager_step, what="the corrector")
         self._last: tuple[Tensor, ...] | None = None  # what `info` is made of
 
     @property
@@ -231,27 +249,19 @@ class SpeculativeAgent:
         Raises:
             ObservationError: wrong shape, or not finite.
         """
-        model, k = self.teacher.model, self._k
+        k = self._k
         z = self.teacher.encode(obs)
         due = k >= self.config.execution_horizon
         drift = mismatch(z, self._z_pred)
         replan = due | ~(drift <= self._threshold)  # a mismatch that is no number is too large
-        replans = bool(replan.any())
-        if replans:
+        if replan.any():
             self._replan(z, replan, plan)
 
-        action = planned = self._planned_action()
-        if self.corrector is not None:
-            self._remember(z, planned)
-            if not (replans and replan.all()):
-                action = self.corrector(self._history)
-                if replans:
-                    action = torch.where(replan[:, None], planned, action)
-        if self.config.execution_horizon > 1:  # else the next step begins with a plan, whatever was predicted
-            self._z_pred = model.next(self._z_pred, action, self.teacher.task)
+        step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history)
+        self._z_pred, self._history = step.z_pred, step.history
         self._k = self._k + 1
-        self._last = (due, replan, k, drift, planned, action)
-        return like(action, obs, model)
+        self._last = (due, replan, k, drift, step.planned, step.action)
+        return like(step.action, obs, self.teacher.model)
 
     @property
     def info(self) -> StepInfo | None:
@@ -279,27 +289,47 @@ class SpeculativeAgent:
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
         self._k = self._k.masked_fill(replan, 0)
 
-    def _planned_action(self) -> Tensor:
-        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the predicted latent."""
-        if not self.plan_length:
-            return self.teacher.model.prior(self._z_pred, self.teacher.task)
-        in_plan = self._k < self.plan_length
-        index = self._k.clamp(max=self._actions.shape[1] - 1)[:, None, None]
-        planned = self._actions.gather(1, index.expand(-1, 1, self._actions.shape[2])).squeeze(1)
-        if in_plan.all():
-            return planned
-        prior = self.teacher.model.prior(self._z_pred, self.teacher.task)
-        return torch.where(in_plan[:, None], planned, prior)
+    def _eager_step(
+        self,
+        z: Tensor,
+        z_pred: Tensor,
+        plan: Tensor,
+        k: Tensor,
+        replan: Tensor,
+        history: CorrectorInput,
+    ) -> Step:
+        """Execute step `k` `[B]` of the plans `[B, H, A]`, corrected where none was made now.
 
-    def _remember(self, z: Tensor, planned: Tensor) -> None:
-        """Append this step to the corrector's history; the newest step is the last of the window."""
-        newest = (z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
-        self._history = CorrectorInput(
-            *(
-                torch.cat([window[:, 1:], x[:, None]], 1) if window.shape[1] > 1 else x[:, None]
-                for window, x in zip(self._history, newest, strict=True)
-            )
-        )
+        Args:
+            z: `[B, L]`, real latents.
+            z_pred: `[B, L]`, predicted ones.
+            plan: planned actions.
+            k: step in plan.
+            replan: `[B]`, where plans were made now.
+            history: of earlier steps; this one becomes the last of the window.
+        """
+        model, task = self.teacher.model, self.teacher.task
+        planned = self._planned_action(z_pred, plan, k)
+        newest = CorrectorInput(z, z_pred, planned, k, torch.ones_like(replan))
+        windows = (torch.cat([w[:, 1:], x[:, None]], 1) for w, x in zip(history, newest, strict=True))
+        action, history = planned, CorrectorInput(*windows)
+        if self.corrector is not None:
+            action = torch.where(replan[:, None], planned, self.corrector(history))
+        if self._predicts:
+            z_pred = model.next(z_pred, action, task)
+        return Step(planned, action, z_pred, history)
+
+    def _planned_action(self, z_pred: Tensor, plan: Tensor, k: Tensor) -> Tensor:
+        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the predicted latent."""
+        model, task = self.teacher.model, self.teacher.task
+        if not self.plan_length:
+            return model.prior(z_pred, task)
+        in_plan = k < self.plan_length
+        index = k.clamp(max=plan.shape[1] - 1)[:, None, None]
+        planned = plan.gather(1, index.expand(-1, 1, plan.shape[2])).squeeze(1)
+        if not torch.compiler.is_compiling() and in_plan.all():
+            return planned
+        return torch.where(in_plan[:, None], planned, model.prior(z_pred, task))
 
 
 def like(action: Tensor, obs: Array, model: WorldModel) -> Array:

@@ -3,7 +3,9 @@
 `FastModel` computes what `WorldModel` would, with less work: only the two Q heads that were drawn are
 evaluated, and all samples start at the same latent, so its share of the first layer is computed
 once. What lies between two matrix products is float32, written so that the compiler makes one
-loop of it: in bfloat16, only what a matrix product reads and writes is rounded.
+loop of it: in bfloat16, only what a matrix product reads and writes is rounded. Not so in the last layers of
+reward, value, policy and termination: they are float32 throughout, because rounded logits blur the value
+of a plan by several times what distinguishes the elites.
 
 Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from, samples of each.
 """
@@ -27,7 +29,7 @@ LAYER_NORM_EPS = 1e-5  # PyTorch's default
 class Origin(NamedTuple):
     """Where plans start."""
 
-    z: Tensor  # [B, L], transposed (see weights.py), in the planning precision
+    z: Tensor  # [B, L], transposed (see weights.py)
     task: Tensor  # [B, task_dim], embeddings; task_dim = 0 without tasks
     mask: Tensor  # [B, A], zero where an action is padding
 
@@ -85,7 +87,7 @@ class FastModel:
 
     def origin(self, z: Tensor, task: Tensor | None = None) -> Origin:
         """Latents `[B, L]`, of tasks `[B]` of a multi-task model, as `score` takes them."""
-        latent = transposed(z, self.config.simnorm_dim).to(self.dtype)
+        latent = transposed(z, self.config.simnorm_dim)
         if task is None:
             return Origin(latent, z[:, :0], z.new_ones(z.shape[0], self.config.action_dim))
         return Origin(latent, self.model.task_embedding(task), self.model.action_masks[task])
@@ -99,7 +101,7 @@ class FastModel:
         for t, action in enumerate(actions.unbind(1)):
             if t == 0:  # the latent is the same for all samples: one row of it will do
                 x = product(at.z[None, :, None], first.weight[:, :latent_dim]) + first.bias
-                x = x + product(action[None].to(self.dtype), first.weight[:, latent_dim:])
+                x = x + product(action[None], first.weight[:, latent_dim:])
             else:
                 x = linear(self._join(end.z, action), first)
             end = self._step(end, x, w)
@@ -109,7 +111,7 @@ class FastModel:
 
     def _join(self, z: Tensor, action: Tensor) -> Tensor:
         """What networks of latent and action read: `[1, B, N, L + A]`."""
-        return torch.cat([z, action.to(self.dtype)], -1)[None]
+        return torch.cat([z, action], -1)[None]
 
     def _step(self, at: Rollout, x: Tensor, w: Weights) -> Rollout:
         """One step on. `x` `[2, B, N, mlp_dim]`: what the first layers make of latent and action."""
@@ -119,7 +121,7 @@ class FastModel:
         reward = two_hot_mean(linear(x[:1], w.reward)[0], w.bins)
         logits = norm(linear(x[1:], w.dynamics), w.dynamics)[0]
         z = logits.unflatten(-1, (self.config.simnorm_dim, -1)).softmax(-2).flatten(-2)
-        z, discount = z.to(self.dtype), at.discount * self.discount
+        discount = at.discount * self.discount
         if self.config.episodic:  # nothing counts after the first latent predicted to be terminal
             discount = discount * (mlp(z[None], w.termination)[0, ..., 0] <= 0)
         return Rollout(at.total + at.discount * reward, discount, z)
@@ -133,8 +135,8 @@ class FastModel:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`[h or 1, B, N, in]` times `[h, in, out]`, as float32 `[h, B, N, out]`."""
-    rows = x.expand(weight.shape[0], -1, -1, -1).flatten(1, 2)
+    """`[h or 1, B, N, in]` times `[h, in, out]`, in that one's precision, as float32 `[h, B, N, out]`."""
+    rows = x.to(weight.dtype).expand(weight.shape[0], -1, -1, -1).flatten(1, 2)
     return torch.bmm(rows, weight).unflatten(1, x.shape[1:3]).float()
 
 
@@ -151,8 +153,8 @@ def norm(x: Tensor, layer: Layer) -> Tensor:
 
 
 def activate(x: Tensor, layer: Layer) -> Tensor:
-    """LayerNorm and Mish, then back to the planning precision."""
-    return mish(norm(x, layer)).to(layer.weight.dtype)
+    """LayerNorm and Mish."""
+    return mish(norm(x, layer))
 
 
 def mlp(x: Tensor, layers: Layers) -> Tensor:

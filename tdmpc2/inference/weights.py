@@ -22,7 +22,7 @@ from ..world_model.model import WorldModel
 class Layer(NamedTuple):
     """`h` linear layers side by side, each with the affine map of the LayerNorm that follows, if any."""
 
-    weight: Tensor  # [h, in, out], in the planning precision
+    weight: Tensor  # [h, in, out], in the planning precision, or float32 (last layers, not normed)
     bias: Tensor  # [h, 1, 1, out], float32 as is all below; [h, B, 1, out] by `for_tasks`
     scale: Tensor | None = None  # [h, 1, 1, out]
     shift: Tensor | None = None  # [h, 1, 1, out]
@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 
 
 def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
-    """The weights of `model`, matrices in `dtype`."""
+    """The weights of `model`, matrices in `dtype` except for last layers that are not normed."""
     c = model.config
     device = next(model.parameters()).device
     order = transposed(torch.arange(c.latent_dim, device=device), c.simnorm_dim)
@@ -65,7 +65,8 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
         return tuple(ready(layer) for layer in [first, *others])
 
     def ready(layer: Layer) -> Layer:
-        return layer._replace(weight=layer.weight.to(dtype).contiguous())
+        is_last = layer.scale is None
+        return layer._replace(weight=layer.weight.to(torch.float32 if is_last else dtype).contiguous())
 
     return Weights(
         hidden=networks([*model.reward_head][:-1], [*model.dynamics][:-1]),
