@@ -216,8 +216,8 @@ class SpeculativeAgent:
             k=torch.zeros(n, window, dtype=torch.long, device=device),
             valid=torch.zeros(n, window, dtype=torch.bool, device=device),
         )
-        # At a horizon of 1 every step begins with a plan, whatever was predicted. A bool, for what is compiled
-        # is tied to the value of every number that it reads: so one compilation serves all horizons.
+        # At a horizon of 1 every step begins with a plan, whatever was predicted. A bool, for compiled code
+        # is tied to the value of every number that it reads: one compilation is to serve all horizons.
         self._predicts = config.execution_horizon > 1
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:
