@@ -27,7 +27,7 @@ from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
 from .losses import correction_loss, squared_error, unroll
 
-VALIDATION_STARTS = 1024  # stretches that a validation looks at
+VALIDATION_STARTS = 256  # stretches that a validation looks at
 
 
 @dataclass(frozen=True)
