@@ -65,7 +65,7 @@ class BenchConfig(PlannerConfig):
     compile: bool = True
     device: str = "cpu"
     threads: int = 0  # of PyTorch on a CPU; 0: its own choice
-    seconds: float = 30.0  # of measuring, for each record
+    seconds: float = 5.0  # of measuring, for each record
     memory_steps: int = 100_000
     out: str = "results/bench.json"
 

@@ -49,6 +49,7 @@ def main(settings: Settings) -> None:
     readme = Path(settings.readme)
     content = between(readme.read_text(), "results", "".join(section(folder) for folder in tasks))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
+    content = between(content, "speed", speed(results))
     with atomic_write(readme) as tmp:
         tmp.write_text(content)
     draw(tasks, Path(settings.figure))
@@ -84,6 +85,41 @@ def teachers(folder: Path) -> str:
         lines.append(f"| {' | '.join([*cells, budget])} |")
     commands = [command(path.parent) for path in sorted(folder.glob("*/train_config.json"))]
     return "\n".join([*lines, "", "Made by", "", "```sh", *commands, "```", ""])
+
+
+def speed(results: Path) -> str:
+    """What `make bench` measured, and what bfloat16 costs, in Markdown."""
+    bench = read_json(results / "bench.json")
+    columns = [
+        "what",
+        "size",
+        "batch",
+        "precision",
+        "time",
+        "times the limit",
+        "times faster than the plain code",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for r in bench["records"]:
+        name = r["name"].replace("_", " ")
+        seconds = r["seconds"]
+        time = f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
+        if r["p99_seconds"] is not None:
+            time += f" (p99 {1e3 * r['p99_seconds']:.2f} ms)"
+        if r["resident_growth_bytes"] is not None:
+            name += f", which grew by {r['resident_growth_bytes'] / 2**20:.1f} MiB in 100,000 steps"
+        ratios = (r["ratio_to_ceiling"], r["speedup_over_reference"])
+        cells = [name, f"{r['size']}M", str(r["batch"]), r["dtype"], time]
+        cells += ["" if x is None else f"{x:.2f}" for x in ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"`{bench['command']}` at commit {bench['commit']}, {bench['machine']}.", ""]
+    for path in sorted((results / "precision").glob("*.json")):
+        r = read_json(path)
+        lines.append(
+            f"Planning in bfloat16 keeps {r['ratio']:.4f} [{r['low']:.4f}, {r['high']:.4f}] of the return of "
+            f"planning in float32 on {path.stem}, {r['episodes']} paired episodes (`{r['command']}`)."
+        )
+    return "\n".join([*lines, ""])
 
 
 def command(folder: Path) -> str:

@@ -1,0 +1,21 @@
+"""The README's figures and `results/speculation.csv` are what the script makes of the raw results."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_nothing_is_typed_by_hand(tmp_path: Path) -> None:
+    for name in ("results", "pretrained"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    readme = shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "results/speculation.csv").unlink()
+    command = [sys.executable, ROOT / "scripts/write_results.py", f"results={tmp_path / 'results'}"]
+    command += [f"pretrained={tmp_path / 'pretrained'}", f"readme={readme}", f"figure={tmp_path / 'a.svg'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("README.md", "results/speculation.csv"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date"
