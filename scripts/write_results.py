@@ -89,6 +89,8 @@ def teachers(folder: Path) -> str:
 
 def speed(results: Path) -> str:
     """What `make bench` measured, and what bfloat16 costs, in Markdown."""
+    if not (results / "bench.json").exists():
+        return "Not measured yet.\n"
     bench = read_json(results / "bench.json")
     columns = [
         "what",

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from ..files import atomic_write
 from .metrics import by_step_in_plan, holds_up
-from .modes import SIMPLER
+from .modes import DISTILLED, HORIZONS, SIMPLER
 
 COLUMNS = {
     "mode": "mode",
@@ -107,8 +107,9 @@ def write_report(
         The file.
     """
     style = styles(list(summary["mode"]))
-    by_k = by_step_in_plan(steps)
-    bars = "Lines join means, bars span the quartiles."
+    # Without a limit, `until` and `distilled` reach the end of the episode, and squeeze all others together.
+    by_k = by_step_in_plan(steps[(steps["k"] <= max(HORIZONS)) & (steps["mode"] != DISTILLED)])
+    bars = f"Lines join means, bars span the quartiles; up to step {max(HORIZONS)}."
     with plt.rc_context({"svg.hashsalt": "report", "font.size": 10}):
         figures = {
             "Return by mode: every episode (dots), their mean and its 95 % bootstrap interval (diamond "
