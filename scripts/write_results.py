@@ -89,8 +89,9 @@ def teachers(folder: Path) -> str:
 
 def speed(results: Path) -> str:
     """What `make bench` measured, and what bfloat16 costs, in Markdown."""
+    precision = [precision_line(path) for path in sorted((results / "precision").glob("*.json"))]
     if not (results / "bench.json").exists():
-        return "Not measured yet.\n"
+        return "\n".join(["`make bench` has no results here yet.", "", *precision, ""])
     bench = read_json(results / "bench.json")
     columns = [
         "what",
@@ -115,13 +116,15 @@ def speed(results: Path) -> str:
         cells += ["" if x is None else f"{x:.2f}" for x in ratios]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"`{bench['command']}` at commit {bench['commit']}, {bench['machine']}.", ""]
-    for path in sorted((results / "precision").glob("*.json")):
-        r = read_json(path)
-        lines.append(
-            f"Planning in bfloat16 keeps {r['ratio']:.4f} [{r['low']:.4f}, {r['high']:.4f}] of the return of "
-            f"planning in float32 on {path.stem}, {r['episodes']} paired episodes (`{r['command']}`)."
-        )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *precision, ""])
+
+
+def precision_line(path: Path) -> str:
+    r = read_json(path)
+    return (
+        f"Planning in bfloat16 keeps {r['ratio']:.4f} [{r['low']:.4f}, {r['high']:.4f}] of the return of "
+        f"planning in float32 on {path.stem}, {r['episodes']} paired episodes (`{r['command']}`)."
+    )
 
 
 def command(folder: Path) -> str:

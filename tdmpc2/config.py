@@ -76,7 +76,7 @@ class ComputeConfig:
 
 EAGER = ComputeConfig()
 # What scripts and `load_agent` use. Not bfloat16, though it plans about twice as fast: it costs the shipped
-# teacher some of its return (`results/bfloat16`).
+# teacher some of its return (`results/precision`).
 COMPILED = ComputeConfig(compile=True)
 
 

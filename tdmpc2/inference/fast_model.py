@@ -3,9 +3,9 @@
 `FastModel` computes what `WorldModel` would, with less work: only the two Q heads that were drawn are
 evaluated, and all samples start at the same latent, so its share of the first layer is computed
 once. What lies between two matrix products is float32, written so that the compiler makes one
-loop of it: in bfloat16, only what a matrix product reads and writes is rounded. Not so in the last layers of
-reward, value, policy and termination: they are float32 throughout, because rounded logits blur the value
-of a plan by several times what distinguishes the elites.
+loop of it: in bfloat16, only what a matrix product reads and writes is rounded. The last layer of the Q heads
+is float32 throughout, because rounded logits blur the value of a plan by more than what distinguishes the
+elites.
 
 Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from, samples of each.
 """

@@ -22,7 +22,7 @@ from ..world_model.model import WorldModel
 class Layer(NamedTuple):
     """`h` linear layers side by side, each with the affine map of the LayerNorm that follows, if any."""
 
-    weight: Tensor  # [h, in, out], in the planning precision, or float32 (last layers, not normed)
+    weight: Tensor  # [h, in, out], in the planning precision; of the last layer of the Q heads float32
     bias: Tensor  # [h, 1, 1, out], float32 as is all below; [h, B, 1, out] by `for_tasks`
     scale: Tensor | None = None  # [h, 1, 1, out]
     shift: Tensor | None = None  # [h, 1, 1, out]
@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 
 
 def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
-    """The weights of `model`, matrices in `dtype` except for last layers that are not normed."""
+    """The weights of `model`, matrices in `dtype`, but for the last layer of the Q heads."""
     c = model.config
     device = next(model.parameters()).device
     order = transposed(torch.arange(c.latent_dim, device=device), c.simnorm_dim)
@@ -64,16 +64,17 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
         )
         return tuple(ready(layer) for layer in [first, *others])
 
-    def ready(layer: Layer) -> Layer:
-        is_last = layer.scale is None
-        return layer._replace(weight=layer.weight.to(torch.float32 if is_last else dtype).contiguous())
+    def ready(layer: Layer, dtype: torch.dtype = dtype) -> Layer:
+        return layer._replace(weight=layer.weight.to(dtype).contiguous())
+
+    hidden_q = networks(model.q)[:-1]
 
     return Weights(
         hidden=networks([*model.reward_head][:-1], [*model.dynamics][:-1]),
         reward=ready(side_by_side([model.reward_head[-1]])),
         dynamics=ready(side_by_side([model.dynamics[-1]]).each(lambda x: x[..., order])),
         policy=networks(model.policy),
-        q=networks(model.q),
+        q=(*hidden_q, ready(side_by_side([model.q[-1]]), torch.float32)),
         termination=networks(model.termination_head) if c.episodic else (),
         bins=torch.linspace(c.vmin, c.vmax, c.num_bins, device=device),
     )
