@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from tdmpc2.agent import TDMPC2, Kind, SpeculativeAgent
-from tdmpc2.config import CorrectorConfig, PlannerConfig, SpeculationConfig
+from tdmpc2.config import (
+    COMPILED,
+    EAGER,
+    ComputeConfig,
+    CorrectorConfig,
+    PlannerConfig,
+    SpeculationConfig,
+)
 from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError, ObservationError
 from tdmpc2.mismatch import calibrate_threshold
@@ -209,6 +216,26 @@ def test_untrained_corrector_executes_the_plan(model, architecture) -> None:
     naive.reset()
     for obs in observations(8, 1):
         torch.testing.assert_close(corrected.act(obs), naive.act(obs))
+
+
+@pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
+def test_compiled_step_is_the_eager_one(model, architecture) -> None:
+    """Replanned, corrected, past the planning horizon; one compilation serves all execution horizons."""
+    corrector, obs = noisy_corrector(model, architecture), observations(8, 1)
+    labeller = TDMPC2(model, BUDGET)
+    plan = labeller.plan(labeller.encode(obs[0]))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def run(horizon: int, compute: ComputeConfig) -> list[torch.Tensor]:
+        mode = SpeculationConfig(execution_horizon=horizon, corrector=architecture)
+        agent = SpeculativeAgent(TDMPC2(model, BUDGET, compute=compute), mode, corrector)
+        agent.reset()
+        return [torch.cat([agent.act(o, plan)[0], agent.info.correction]) for o in obs]
+
+    for horizon in (3, 5):
+        torch.testing.assert_close(run(horizon, COMPILED), run(horizon, EAGER), atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_plan_handed_in_is_used(model) -> None:
