@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from tdmpc2.config import (
 )
 from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError
+from tdmpc2.evaluation.modes import FOREVER
 from tdmpc2.files import write_json
 from tdmpc2.planner import NoiseSource, Planner
 from tdmpc2.training.trainer import TrainConfig, Trainer
@@ -50,7 +51,6 @@ import sys, torch, tdmpc2
 agent = tdmpc2.load_agent(sys.argv[1], sys.argv[2])
 agent.act(torch.zeros(agent.model.config.obs_shape))
 """
-FOREVER = 10**9  # steps
 SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_trajs=4)
 
 
@@ -88,23 +88,42 @@ def plan_record(ours: Planner, size: int, batch: int, config: BenchConfig) -> Re
     plain = {}
     if config.device == "cpu":
         plain["reference"] = lambda: reference_plan(ours.model, config, DISCOUNT, noise, z[0])
-    dtype = ours.fast.dtype
-    seconds = measure(
-        {"plan": lambda: ours.plan(z), **plain, **ceiling_cases(config.device, dtype)}, config.seconds
+    record = against_limit(
+        {"plan": lambda: ours.plan(z), **plain},
+        flops=plan_flops(ours.model.config, config, batch),
+        dtype=ours.fast.dtype,
+        size=size,
+        batch=batch,
+        config=config,
     )
-    flops, limit = plan_flops(ours.model.config, config, batch), ceiling(seconds)
+    # The reference plans from one latent at a time.
+    return replace(record, speedup_over_reference=batch * record.speedup_over_reference) if plain else record
+
+
+def against_limit(
+    cases: dict[str, Callable[[], object]],
+    *,
+    flops: int,
+    dtype: torch.dtype,
+    size: int,
+    batch: int,
+    config: BenchConfig,
+) -> Record:
+    """The first case in turns with the others and the machine's ceiling; a `reference` is what it beats."""
+    name = next(iter(cases))
+    seconds = measure({**cases, **ceiling_cases(config.device, dtype)}, config.seconds)
+    limit = ceiling(seconds)
     return Record(
-        name="plan",
+        name=name,
         size=size,
         batch=batch,
         device=config.device,
-        dtype=ours.compute.precision,
-        seconds=seconds["plan"],
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=seconds[name],
         flops=flops,
         ceiling_flops_per_s=limit,
-        ratio_to_ceiling=seconds["plan"] * limit / flops,
-        # The reference plans from one latent at a time.
-        speedup_over_reference=batch * seconds["reference"] / seconds["plan"] if plain else None,
+        ratio_to_ceiling=seconds[name] * limit / flops,
+        speedup_over_reference=seconds["reference"] / seconds[name] if "reference" in cases else None,
     )
 
 
@@ -150,21 +169,13 @@ def update_record(size: int, compute: ComputeConfig, config: BenchConfig) -> Rec
     if device == "cpu":
         reference = ReferenceUpdate(random_model(size), settings, DISCOUNT, NoiseSource(0))
         plain["reference"] = lambda: reference(batch)
-    seconds = measure(
-        {"update": lambda: ours(batch), **plain, **ceiling_cases(device, ours.dtype)}, config.seconds
-    )
-    flops, limit = update_flops(ours.model.config, config.horizon, b), ceiling(seconds)
-    return Record(
-        name="update",
+    return against_limit(
+        {"update": lambda: ours(batch), **plain},
+        flops=update_flops(ours.model.config, config.horizon, b),
+        dtype=ours.dtype,
         size=size,
         batch=b,
-        device=device,
-        dtype=compute.precision,
-        seconds=seconds["update"],
-        flops=flops,
-        ceiling_flops_per_s=limit,
-        ratio_to_ceiling=seconds["update"] * limit / flops,
-        speedup_over_reference=seconds["reference"] / seconds["update"] if plain else None,
+        config=config,
     )
 
 
@@ -194,7 +205,7 @@ def speculative_step(config: BenchConfig) -> Iterator[Record]:
 
 
 def memory(config: BenchConfig) -> Iterator[Record]:
-    """100,000 steps of a speculative agent: how the process grows after the first tenth of them."""
+    """`memory_steps` steps of a speculative agent: how the process grows after the first tenth of them."""
     agent = speculative_agent("temporal", config, execution_horizon=24)
     observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
     begin, after_warm_up = time.perf_counter(), 0
@@ -210,6 +221,7 @@ def memory(config: BenchConfig) -> Iterator[Record]:
         dtype="float32",
         seconds=(time.perf_counter() - begin) / config.memory_steps,
         resident_growth_bytes=resident() - after_warm_up,
+        steps=config.memory_steps,
     )
 
 

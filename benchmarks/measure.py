@@ -30,7 +30,8 @@ class Record:
     ratio_to_ceiling: float | None = None  # seconds over those that `flops` take at the ceiling
     speedup_over_reference: float | None = None
     p99_seconds: float | None = None  # where `seconds` is a median
-    resident_growth_bytes: int | None = None  # of the process, between the first tenth and the end
+    resident_growth_bytes: int | None = None  # of the process, between the first tenth of `steps` and the end
+    steps: int | None = None
 
 
 def measure(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:

@@ -93,15 +93,7 @@ def speed(results: Path) -> str:
     if not (results / "bench.json").exists():
         return "\n".join(["`make bench` has no results here yet.", "", *precision, ""])
     bench = read_json(results / "bench.json")
-    columns = [
-        "what",
-        "size",
-        "batch",
-        "precision",
-        "time",
-        "times the limit",
-        "times faster than the plain code",
-    ]
+    columns = ["what", "size", "batch", "precision", "time", "/ limit", "times faster than plain"]
     lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
     for r in bench["records"]:
         name = r["name"].replace("_", " ")
@@ -110,7 +102,7 @@ def speed(results: Path) -> str:
         if r["p99_seconds"] is not None:
             time += f" (p99 {1e3 * r['p99_seconds']:.2f} ms)"
         if r["resident_growth_bytes"] is not None:
-            name += f", which grew by {r['resident_growth_bytes'] / 2**20:.1f} MiB in 100,000 steps"
+            name += f", which grew by {r['resident_growth_bytes'] / 2**20:.1f} MiB in {r['steps']:,} steps"
         ratios = (r["ratio_to_ceiling"], r["speedup_over_reference"])
         cells = [name, f"{r['size']}M", str(r["batch"]), r["dtype"], time]
         cells += ["" if x is None else f"{x:.2f}" for x in ratios]

@@ -75,7 +75,7 @@ class ComputeConfig:
 
 
 EAGER = ComputeConfig()
-# What scripts and `load_agent` use. Not bfloat16, though it plans about twice as fast: it costs the shipped
+# What scripts and `load_agent` use. Not bfloat16, though it plans faster: it costs the shipped
 # teacher some of its return (`results/precision`).
 COMPILED = ComputeConfig(compile=True)
 

@@ -9,7 +9,6 @@ on disk after every validation, and once the training is done the header of thei
 import csv
 import math
 import time
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +20,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ..config import CorrectorConfig, at_least
-from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, save_corrector
+from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corrector, save_corrector
 from ..errors import ConfigError, TDMPC2Error
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
-from .losses import correction_loss, squared_error, unroll
+from .losses import Unrolled, correction_loss, squared_error, unroll
 
 VALIDATION_STARTS = 256  # stretches that a validation looks at
 
@@ -153,18 +152,16 @@ def _train(
     c, steps, device = config, config.rollout_steps, data.latent.device
     horizon, action_dim = data.plan_actions.shape[1:]
     starts, validation, test = split_starts(data, c.held_out_every)
-    judge = _Judge(model, data, validation, steps)
     torch.manual_seed(c.seed)  # of the weights
     corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)
+    judge = _Judge(model, data, validation, steps, corrector)
     generator = torch.Generator().manual_seed(c.seed)
     optimizer = torch.optim.AdamW(corrector.parameters(), c.lr, weight_decay=c.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, c.updates)
 
     out.mkdir(parents=True, exist_ok=True)
     save_corrector(out, corrector, data.teacher)  # untrained, it executes the plan: that is to be beaten
-    errors = judge.errors(corrector)
-    best = deepcopy(corrector.state_dict())
-    best_error, plan_error = _mean(errors.corrector), _mean(errors.plan)
+    best_error, plan_error = _mean(judge.error(corrector)), _mean(judge.plan)
     waited, began = 0, time.monotonic()
     total_loss = torch.zeros((), device=device)
     bar = progress.add_task(name, total=c.updates, status="")
@@ -189,7 +186,7 @@ def _train(
             if update % c.validate_every and update != c.updates:
                 continue
 
-            error = _mean(judge.errors(corrector).corrector)
+            error = _mean(judge.error(corrector))
             mean_loss = float(total_loss) / ((update - 1) % c.validate_every + 1)
             if not math.isfinite(error + mean_loss):
                 raise TDMPC2Error(f"training of {name} diverged by update {update}: lower lr")
@@ -198,45 +195,58 @@ def _train(
             file.flush()
             waited += 1
             if error < best_error:
-                best, best_error, waited = deepcopy(corrector.state_dict()), error, 0
+                best_error, waited = error, 0
                 save_corrector(out, corrector, data.teacher)
             progress.update(bar, status=f"error {best_error:.4f}, plan {plan_error:.4f}")
             if waited >= c.patience:
                 progress.update(bar, total=update)
                 break
-    corrector.load_state_dict(best)
-    errors = _Judge(model, data, test, steps).errors(corrector)
+    corrector = load_corrector(out, data.teacher, device)
+    judge = _Judge(model, data, test, steps, corrector)
+    errors = Errors(judge.error(corrector), judge.plan, judge.prior)
     save_corrector(out, corrector, data.teacher, errors=errors._asdict())
-    return Trained(corrector.eval().requires_grad_(False), errors)
+    return Trained(corrector.eval(), errors)
 
 
 class _Judge:
-    """Errors on stretches spread evenly over held-out episodes, always the same."""
+    """Errors on stretches spread evenly over held-out episodes, always the same.
 
-    def __init__(self, model: WorldModel, data: Recording, held_out: Tensor, steps: int):
+    Attributes:
+        plan, prior: those of the two references.
+    """
+
+    def __init__(
+        self, model: WorldModel, data: Recording, held_out: Tensor, steps: int, corrector: BaseCorrector
+    ):
         self.model, self.data = model, data
         self.steps = min(steps, int((data.last[held_out] - held_out).max()))  # beyond, there is no error
         stride = max(len(held_out) // VALIDATION_STARTS, 1)
         self.start = held_out[::stride]
         self.earlier = torch.arange(len(self.start), device=self.start.device) % (steps + 1) + 1
+        ahead = torch.arange(1, self.steps + 1, device=self.start.device)[:, None]
+        step = (self.start + ahead).clamp(max=len(data.latent) - 1)
+        with torch.no_grad():
+            as_planned = self._unroll(corrector, own_actions=False)  # what it answers is not looked at
+            self.plan = squared_error(as_planned.planned, as_planned).tolist()
+            self.prior = squared_error(model.prior(data.latent[step], data.task), as_planned).tolist()
 
-    def errors(self, corrector: BaseCorrector) -> Errors:
-        """Errors of the corrector, which is left in training mode, and of both references."""
-        model, data = self.model, self.data
+    def error(self, corrector: BaseCorrector) -> list[float]:
+        """That of a corrector, for k = 1 ... S; it is left in training mode."""
         corrector.eval()
         with torch.no_grad():
-            u = unroll(model, corrector, data, self.start, self.earlier, self.steps)
-            as_planned = unroll(
-                model, corrector, data, self.start, self.earlier, self.steps, own_actions=False
-            )
-            ahead = torch.arange(1, self.steps + 1, device=self.start.device)[:, None]
-            step = (self.start + ahead).clamp(max=len(data.latent) - 1)
-            prior = model.prior(data.latent[step], data.task)
+            u = self._unroll(corrector)
         corrector.train()
-        return Errors(
-            corrector=squared_error(u.action, u).tolist(),
-            plan=squared_error(as_planned.planned, as_planned).tolist(),
-            prior=squared_error(prior, u).tolist(),
+        return squared_error(u.action, u).tolist()
+
+    def _unroll(self, corrector: BaseCorrector, own_actions: bool = True) -> Unrolled:
+        return unroll(
+            self.model,
+            corrector,
+            self.data,
+            self.start,
+            self.earlier,
+            self.steps,
+            own_actions=own_actions,
         )
 
 

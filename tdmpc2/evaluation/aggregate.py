@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..errors import DataError
 from .metrics import CONFIDENCE, RESAMPLES
 
 ALL = "all"  # the task under which what holds for all tasks stands
@@ -48,6 +49,9 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
     task's baseline; its interval resamples seeds within each task, an episode bringing the baseline's
     along (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", with pairs). Planner
     calls and fallbacks are means over the tasks, latencies quantiles of all steps measured.
+
+    Raises:
+        DataError: a baseline's mean return is not positive.
     """
     returns, counts, times = [], [], []
     for task, mode in modes.items():
@@ -55,6 +59,8 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
         own = r.episodes[r.episodes["mode"] == mode].set_index("seed")
         baseline = r.episodes[r.episodes["mode"] == r.summary["mode"].iloc[0]].set_index("seed")
         pair = np.stack([own["return"], baseline["return"].loc[own.index]])
+        if pair[1].mean() <= 0:
+            raise DataError(f"{task}: its baseline's mean is not positive, a ratio to it says nothing")
         returns.append(pair)  # [2, n]
         counts.append([own[name].sum() / own["length"].sum() for name in ("planner_calls", "fallbacks")])
         times.append(r.latency.loc[r.latency["mode"] == mode, "act_ms"])

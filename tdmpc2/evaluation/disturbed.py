@@ -65,6 +65,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     every = standard_modes(names, about["thresholds"], teacher.planner.iterations)
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
     modes = {name: every[name] for name in wanted if name in every}
+    replace(teacher, disturbance=("push", 0.0)).env().close()  # a task that cannot be disturbed fails here
     out, rows = Path(config.out or folder / "disturbed"), []
     claim(out, {"teacher": teacher.fingerprint, **asdict(config), "kinds": list(config.kinds)})
     for kind in config.kinds:

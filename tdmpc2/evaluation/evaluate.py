@@ -111,8 +111,11 @@ def calibrate(
     with _progress(console) as progress:
         for corrector in subject.correctors:
             free = SpeculationConfig(execution_horizon=max(HORIZONS), corrector=corrector)
-            for name, horizon in corrected(corrector).items():
-                steps = _run_mode(subject, corrector, free, config, seeds, out / "free", progress).steps
+            modes = corrected(corrector)
+            if not modes:
+                continue
+            steps = _run_mode(subject, corrector, free, config, seeds, out / "free", progress).steps
+            for name, horizon in modes.items():
                 drift = steps.loc[steps["k"].between(1, horizon - 1), "mismatch"].to_numpy()
                 thresholds[name] = calibrate_threshold(drift, config.quantile)
     return standard_modes(list(subject.correctors), thresholds, subject.teacher.planner.iterations)

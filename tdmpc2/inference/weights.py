@@ -67,14 +67,12 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
     def ready(layer: Layer, dtype: torch.dtype = dtype) -> Layer:
         return layer._replace(weight=layer.weight.to(dtype).contiguous())
 
-    hidden_q = networks(model.q)[:-1]
-
     return Weights(
         hidden=networks([*model.reward_head][:-1], [*model.dynamics][:-1]),
         reward=ready(side_by_side([model.reward_head[-1]])),
         dynamics=ready(side_by_side([model.dynamics[-1]]).each(lambda x: x[..., order])),
         policy=networks(model.policy),
-        q=(*hidden_q, ready(side_by_side([model.q[-1]]), torch.float32)),
+        q=(*networks([*model.q][:-1]), ready(side_by_side([model.q[-1]]), torch.float32)),
         termination=networks(model.termination_head) if c.episodic else (),
         bins=torch.linspace(c.vmin, c.vmax, c.num_bins, device=device),
     )

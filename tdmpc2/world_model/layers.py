@@ -93,6 +93,8 @@ class Linear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return self.product(x)
         with torch.autocast(x.device.type, enabled=False):
             return self.product(x)
 
