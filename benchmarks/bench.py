@@ -91,7 +91,7 @@ def plan_record(ours: Planner, size: int, batch: int, config: BenchConfig) -> Re
     record = against_limit(
         {"plan": lambda: ours.plan(z), **plain},
         flops=plan_flops(ours.model.config, config, batch),
-        dtype=ours.fast.dtype,
+        dtype=ours.iteration.fast.dtype,
         size=size,
         batch=batch,
         config=config,

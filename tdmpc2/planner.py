@@ -6,6 +6,8 @@ the horizon, refits the Gaussian to the best of them (the elites), and finally d
 time, then the samples of each.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig
 from .errors import ConfigError
-from .inference import FastModel, Origin, Weights
+from .inference import Compiled, FastModel, Origin, Weights, dtype_of
 from .world_model.model import WorldModel
 
 
@@ -67,10 +69,87 @@ def check_budget(config: PlannerConfig) -> None:
             )
 
 
+class Search(NamedTuple):
+    """Where the search for a plan stands after an iteration."""
+
+    mean: Tensor  # [B, H, 1, A] of the distribution, as is `std`
+    std: Tensor
+    elites: Tensor  # [B, H, num_elites, A]
+    value: Tensor  # [B, num_elites], predicted returns of the elites, the best first
+    score: Tensor  # [B, num_elites], their weights, which sum to one
+
+
+class Iteration:
+    """One iteration of MPPI: sample, evaluate, choose the elites, and refit the distribution to them.
+
+    Args:
+        model: what is planned in.
+        config: the planning budget and MPPI's constants.
+        discount: per agent step.
+        compute: precision, and whether to compile.
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+
+    def __init__(self, model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig):
+        self.config, self.fast = config, FastModel(model, discount, dtype_of(compute))
+        self._run: Callable[..., Search] = self._eager
+        if compute.compile:
+            self._run = Compiled(self._eager, cuda_graphs=next(model.parameters()).is_cuda)
+
+    def __call__(
+        self, at: Origin, prior: Tensor, mean: Tensor, std: Tensor, noise: NoiseSource, weights: Weights
+    ) -> Search:
+        """Search around the distribution `mean` and `std` `[B, H, 1, A]`.
+
+        Args:
+            at: where plans start, from `fast.origin`.
+            prior: `[B, H, num_pi_trajs, A]`, action sequences that are samples as well.
+            mean, std: of the other samples.
+            noise: of the samples, of the policy's action at the horizon, and of the choice of Q heads.
+            weights: from `fast.weights`.
+        """
+        c, (batch, horizon, _, action_dim) = self.config, mean.shape
+        eps = noise.normal(horizon, batch, c.num_samples - c.num_pi_trajs, action_dim).transpose(0, 1)
+        eps_pi = noise.normal(batch, c.num_samples, action_dim)
+        heads = noise.two_heads(self.fast.config.num_q)
+        return self._run(at, prior, mean, std, eps, eps_pi, heads=heads, w=weights)
+
+    def _eager(
+        self,
+        at: Origin,
+        prior: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        eps: Tensor,
+        eps_pi: Tensor,
+        *,
+        heads: Tensor,
+        w: Weights,
+    ) -> Search:
+        c, mask = self.config, at.mask[:, None, None]  # [B, 1, 1, A]
+        actions = torch.cat([prior, (mean + std * eps).clamp(-1, 1)], 2) * mask  # [B, H, N, A]
+        value = self.fast.score(at, actions, eps_pi, heads, w).nan_to_num(0.0)  # [B, N]
+        value, index = value.topk(c.num_elites, dim=1)
+        index = index[:, None, :, None].expand(-1, c.horizon, -1, mean.shape[-1])
+        elites = actions.gather(2, index)  # [B, H, num_elites, A]
+        score = (c.temperature * (value - value[:, :1])).exp()
+        score = score / score.sum(1, keepdim=True)  # [B, num_elites]
+        weight = score[:, None, :, None]
+        total = weight.sum(2, keepdim=True) + 1e-9
+        mean = (weight * elites).sum(2, keepdim=True) / total
+        variance = (weight * (elites - mean).square()).sum(2, keepdim=True) / total
+        std = variance.sqrt().clamp(c.min_std, c.max_std) * mask
+        return Search(mean, std, elites, value, score)
+
+
 @lru_cache(maxsize=4)
-def shared_fast_model(model: WorldModel, discount: float, compute: ComputeConfig) -> FastModel:
-    """One `FastModel` for all planners of a model, so that nothing is compiled or copied twice."""
-    return FastModel(model, discount, compute)
+def shared_iteration(
+    model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig
+) -> Iteration:
+    """One `Iteration` for all planners of a model, so that nothing is compiled or copied twice."""
+    return Iteration(model, config, discount, compute)
 
 
 class Planner:
@@ -94,7 +173,8 @@ class Planner:
     ):
         check_budget(config)
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
-        self.compute, self.fast = compute, shared_fast_model(model, discount, compute)
+        self.compute = compute
+        self.iteration = shared_iteration(model, replace(config, iterations=1), discount, compute)
 
     @torch.no_grad()
     def plan(
@@ -115,26 +195,13 @@ class Planner:
         """
         c, noise = self.config, self.noise
         batch, action_dim = z.shape[0], self.model.config.action_dim
-        num_free = c.num_samples - c.num_pi_trajs
-        weights, origin = self.fast.weights(), self.fast.origin(z, task)
-        mask = origin.mask[:, None, None]  # [B, 1, 1, A]
-        prior = self._policy_trajectories(z, task)  # [B, H, num_pi_trajs, A]
-        mean_t = z.new_zeros(batch, c.horizon, 1, action_dim) if mean is None else mean[:, :, None]
-        std = torch.full_like(mean_t, c.max_std)
+        fast = self.iteration.fast
+        weights, origin = fast.weights(), fast.origin(z, task)
+        prior = self._policy_trajectories(z, task)
+        start = z.new_zeros(batch, c.horizon, action_dim) if mean is None else mean
+        mean, std = start[:, :, None], torch.full_like(start, c.max_std)[:, :, None]
         for _ in range(c.iterations):
-            eps = noise.normal(c.horizon, batch, num_free, action_dim).transpose(0, 1)
-            actions = torch.cat([prior, (mean_t + std * eps).clamp(-1, 1)], 2) * mask
-            value = self.estimate_value(origin, actions, weights).nan_to_num(0.0)  # [B, N]
-            elite_value, index = value.topk(c.num_elites, dim=1)
-            index = index[:, None, :, None].expand(-1, c.horizon, -1, action_dim)
-            elites = actions.gather(2, index)  # [B, H, num_elites, A]
-            score = (c.temperature * (elite_value - elite_value[:, :1])).exp()
-            score = score / score.sum(1, keepdim=True)  # [B, num_elites]
-            weight = score[:, None, :, None]
-            mean_t = (weight * elites).sum(2, keepdim=True) / (weight.sum(2, keepdim=True) + 1e-9)
-            variance = (weight * (elites - mean_t).square()).sum(2, keepdim=True)
-            std = (variance / (weight.sum(2, keepdim=True) + 1e-9)).sqrt()
-            std = std.clamp(c.min_std, c.max_std) * mask
+            mean, std, elites, value, score = self.iteration(origin, prior, mean, std, noise, weights)
 
         drawn = (score.log() + noise.gumbel(batch, c.num_elites)).argmax(1)
         rows = torch.arange(batch, device=z.device)
@@ -149,9 +216,9 @@ class Planner:
         return Plan(
             actions=sequence,
             latents=torch.stack(latents, 1),
-            mean=mean_t[:, :, 0],
+            mean=mean[:, :, 0],
             std=std[:, :, 0],
-            value=elite_value[rows, drawn],
+            value=value[rows, drawn],
         )
 
     def _policy_trajectories(self, z: Tensor, task: Tensor | None) -> Tensor:
@@ -166,9 +233,3 @@ class Planner:
                 z = model.next(z, actions[-1], tasks)
             actions.append(model.pi(z, tasks, noise).action)
         return torch.stack(actions, 1)
-
-    def estimate_value(self, origin: Origin, actions: Tensor, weights: Weights) -> Tensor:
-        """Predicted return `[B, N]` of `actions` `[B, H, N, A]`, by two random Q heads."""
-        noise = self.noise.normal(actions.shape[0], *actions.shape[2:])
-        heads = self.noise.two_heads(self.model.config.num_q)
-        return self.fast.score(origin, actions, noise, heads, weights)

@@ -98,13 +98,14 @@ def test_plan(name: str, kind: str, form: str, tmp_path: Path, monkeypatch) -> N
     task = torch.tensor([4]) if name.startswith("mt30") else None
     planner = Planner(model, PlannerConfig(), discount=0.99, noise=RecordedNoise(x))
     values = []
-    estimate = planner.estimate_value
+    fast = planner.iteration.fast
+    estimate = fast.score
 
     def recording(*args):
         values.append(estimate(*args))
         return values[-1]
 
-    monkeypatch.setattr(planner, "estimate_value", recording)
+    monkeypatch.setattr(fast, "score", recording)
     start = None
     if kind == "plan_warm":
         # The recorded `prev_mean` was overwritten in place by the plan's own result; what the plan

@@ -166,9 +166,7 @@ def score(fast: FastModel, batch: int = 4) -> Tensor:
 def test_bfloat16_values_are_close() -> None:
     official = Path(__file__).parent / "fixtures" / "official" / "state_small.pt"
     model = load_world_model(official)
-    exact, rounded = (
-        score(FastModel(model, 0.99, ComputeConfig(precision))) for precision in ("float32", "bfloat16")
-    )
+    exact, rounded = (score(FastModel(model, 0.99, dtype)) for dtype in (torch.float32, torch.bfloat16))
     assert exact.dtype == rounded.dtype == torch.float32
     error = (exact - rounded).square().mean().sqrt()
     assert 0 < error < 0.1 * exact.std(1).mean()
@@ -176,10 +174,10 @@ def test_bfloat16_values_are_close() -> None:
     assert len(top & top_rounded) >= 14
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_planning_follows_the_weights_of_a_model_in_training(precision: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planning_follows_the_weights_of_a_model_in_training(dtype: torch.dtype) -> None:
     model = random_model("plain").requires_grad_(True)
-    fast = FastModel(model, 0.99, ComputeConfig(precision))
+    fast = FastModel(model, 0.99, dtype)
     with torch.no_grad():
         before = score(fast)
     assert fast.weights() is fast.weights(), "nothing changed, nothing to copy"
@@ -187,7 +185,7 @@ def test_planning_follows_the_weights_of_a_model_in_training(precision: str) -> 
     model.reward(model.encode(torch.ones(2, 5)), torch.ones(2, 3)).sum().backward()
     optimizer.step()
     with torch.no_grad():
-        after, fresh = score(fast), score(FastModel(model, 0.99, ComputeConfig(precision)))
+        after, fresh = score(fast), score(FastModel(model, 0.99, dtype))
     assert torch.equal(after, fresh)
     assert not torch.equal(after, before)
 
@@ -206,4 +204,4 @@ def test_without_a_compiler_it_plans_all_the_same_and_says_so(capsys, monkeypatc
 
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32"):
-        FastModel(random_model("plain"), 0.99, ComputeConfig("float16"))
+        Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float16"))

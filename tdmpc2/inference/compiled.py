@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..config import ComputeConfig
 from ..errors import ConfigError
 
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp.vec_isa_ok": True,  # finding out at every start whether the compiler knows this CPU takes a second
+    "realize_reads_threshold": 32,  # else what lies between a norm and its activation is written to memory
+}
 PATIENCE = 4.0  # seconds of compiling before it is mentioned
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,7 +39,8 @@ class Compiled:
         what: it is, for people.
         batch_varies: from call to call; it is then the first axis of all positional arguments, which are
             tensors or tuples of tensors, and keyword arguments do not depend on it.
-        cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only.
+        cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only. Results
+            are then copies, for the next replay writes where the last one wrote.
     """
 
     def __init__(
@@ -48,9 +53,10 @@ class Compiled:
     ):
         self._function, self._what, self._batch_varies = function, what, batch_varies
         if cuda_graphs:
-            self._compiled = torch.compile(function, mode="reduce-overhead")
-        else:  # trying at every start whether the compiler knows this CPU would take a second
-            self._compiled = torch.compile(function, options={"cpp.vec_isa_ok": True})
+            graphs = torch.compile(function, mode="reduce-overhead")
+            self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
+        else:
+            self._compiled = torch.compile(function, options=OPTIONS)
         self._called: set[bool] = set()  # with a batch of one; with a larger one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

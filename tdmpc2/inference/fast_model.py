@@ -10,17 +10,15 @@ elites.
 Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from, samples of each.
 """
 
-from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import ComputeConfig
 from ..world_model.layers import mish
 from ..world_model.model import WorldModel
 from ..world_model.two_hot import symexp
-from .compiled import Compiled, dtype_of
 from .weights import Layer, Layers, Weights, copy_weights, for_tasks, transposed
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default
@@ -48,20 +46,13 @@ class FastModel:
     Args:
         model: the world model; later changes of its weights are followed.
         discount: per agent step.
-        compute: precision, and whether to compile.
-
-    Raises:
-        ConfigError: there is no such precision.
+        dtype: of matrix products.
     """
 
-    def __init__(self, model: WorldModel, discount: float, compute: ComputeConfig):
-        self.model, self.config, self.discount = model, model.config, discount
-        self.dtype = dtype_of(compute)
+    def __init__(self, model: WorldModel, discount: float, dtype: torch.dtype):
+        self.model, self.config, self.discount, self.dtype = model, model.config, discount, dtype
         self._weights: Weights | None = None
         self._version: list[tuple[int, int]] = []
-        self._score: Callable[..., Tensor] = self._eager_score
-        if compute.compile:
-            self._score = Compiled(self._eager_score, cuda_graphs=next(model.parameters()).is_cuda)
 
     def score(self, at: Origin, actions: Tensor, noise: Tensor, heads: Tensor, w: Weights) -> Tensor:
         """Predicted returns `[B, N]` of action sequences (paper, eq. 6).
@@ -76,7 +67,20 @@ class FastModel:
             heads: `[2]`.
             w: from `weights`.
         """
-        return self._score(at, actions, noise, heads=heads, w=w)
+        w = for_tasks(w, at.task)
+        first, latent_dim = w.hidden[0], self.config.latent_dim
+        end = Rollout(0.0, 1.0, at.z)
+        for t, action in enumerate(actions.unbind(1)):
+            if t == 0:  # the latent is the same for all samples: one row of it will do
+                x = product(at.z[None, :, None], first.weight[:, :latent_dim]) + first.bias
+                x = x + product(action[None], first.weight[:, latent_dim:])
+            else:
+                x = linear(self._join(end.z, action), first)
+            end = self._step(end, x, w)
+        x = self._join(end.z, self._pi(end.z, noise, at.mask, w))
+        # Of two heads there is one choice, and the order in which they are drawn makes no difference.
+        q = w.q if self.config.num_q == 2 else select(w.q, heads)
+        return end.total + end.discount * two_hot_mean(mlp(x, q), w.bins).mean(0)
 
     def weights(self) -> Weights:
         """The model's weights as they are now."""
@@ -92,34 +96,18 @@ class FastModel:
             return Origin(latent, z[:, :0], z.new_ones(z.shape[0], self.config.action_dim))
         return Origin(latent, self.model.task_embedding(task), self.model.action_masks[task])
 
-    def _eager_score(
-        self, at: Origin, actions: Tensor, noise: Tensor, *, heads: Tensor, w: Weights
-    ) -> Tensor:
-        w = for_tasks(w, at.task)
-        first, latent_dim = w.hidden[0], self.config.latent_dim
-        end = Rollout(0.0, 1.0, at.z)
-        for t, action in enumerate(actions.unbind(1)):
-            if t == 0:  # the latent is the same for all samples: one row of it will do
-                x = product(at.z[None, :, None], first.weight[:, :latent_dim]) + first.bias
-                x = x + product(action[None], first.weight[:, latent_dim:])
-            else:
-                x = linear(self._join(end.z, action), first)
-            end = self._step(end, x, w)
-        x = self._join(end.z, self._pi(end.z, noise, at.mask, w))
-        q = two_hot_mean(mlp(x, select(w.q, heads)), w.bins).mean(0)
-        return end.total + end.discount * q
-
     def _join(self, z: Tensor, action: Tensor) -> Tensor:
         """What networks of latent and action read: `[1, B, N, L + A]`."""
         return torch.cat([z, action], -1)[None]
 
     def _step(self, at: Rollout, x: Tensor, w: Weights) -> Rollout:
         """One step on. `x` `[2, B, N, mlp_dim]`: what the first layers make of latent and action."""
-        x = activate(x, w.hidden[0])
-        for layer in w.hidden[1:]:
-            x = activate(linear(x, layer), layer)
-        reward = two_hot_mean(linear(x[:1], w.reward)[0], w.bins)
-        logits = norm(linear(x[1:], w.dynamics), w.dynamics)[0]
+        for layer, following in pairwise(w.hidden):
+            x = linear(activate(x, layer), following)
+        # One by one: of a slice of what it has activated, the compiler makes a second loop.
+        for_reward, for_dynamics = (activate(x[i : i + 1], w.hidden[-1].one(i)) for i in range(2))
+        reward = two_hot_mean(linear(for_reward, w.reward)[0], w.bins)
+        logits = norm(linear(for_dynamics, w.dynamics), w.dynamics)[0]
         z = logits.unflatten(-1, (self.config.simnorm_dim, -1)).softmax(-2).flatten(-2)
         discount = at.discount * self.discount
         if self.config.episodic:  # nothing counts after the first latent predicted to be terminal

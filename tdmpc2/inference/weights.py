@@ -32,6 +32,10 @@ class Layer(NamedTuple):
         """All of it changed in one way."""
         return Layer(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
+    def one(self, i: int) -> "Layer":
+        """The one with that index, by itself."""
+        return self.each(lambda x: x[i : i + 1])
+
 
 Layers = tuple[Layer, ...]
 
