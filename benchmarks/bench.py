@@ -36,20 +36,21 @@ from tdmpc2.config import (
     UpdateConfig,
     WorldModelConfig,
 )
-from tdmpc2.corrector import build_corrector
+from tdmpc2.corrector import BaseCorrector, build_corrector, save_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.modes import FOREVER
 from tdmpc2.files import write_json
 from tdmpc2.planner import NoiseSource, Planner
 from tdmpc2.training.trainer import TrainConfig, Trainer
 from tdmpc2.training.update import Batch, Update
-from tdmpc2.world_model import WorldModel, save_world_model
+from tdmpc2.world_model import WorldModel, fingerprint, save_world_model
 
 OBS_DIM, ACTION_DIM, DISCOUNT = 24, 6, 0.99  # those of walker-walk
 FIRST_ACTION = """
 import sys, torch, tdmpc2
 agent = tdmpc2.load_agent(sys.argv[1], sys.argv[2])
-agent.act(torch.zeros(agent.model.config.obs_shape))
+agent.act(torch.zeros(int(sys.argv[3])))
+print(flush=True)
 """
 SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_trajs=4)
 
@@ -128,24 +129,40 @@ def against_limit(
 
 
 def start_up(config: BenchConfig) -> Iterator[Record]:
-    """A new process to a compiled agent's first action, the compiler's results being cached."""
+    """A new process to a compiled agent's first action, the compiler's results being cached.
+
+    The agent is a teacher, or a speculative one whose corrector is compiled too.
+    """
     for size in config.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            save_world_model(folder, random_model(size))
-            command = [sys.executable, "-c", FIRST_ACTION, folder, config.device]
-            times = []
-            for _ in range(4):  # the first fills the cache
-                begin = time.perf_counter()
-                subprocess.run(command, check=True)
-                times.append(time.perf_counter() - begin)
-        yield Record(
-            name="start_up",
-            size=size,
-            batch=1,
-            device=config.device,
-            dtype=COMPILED.precision,
-            seconds=float(np.median(times[1:])),
-        )
+        model = random_model(size)
+        for architecture in ("", "temporal"):
+            mode = SpeculationConfig(corrector=architecture)
+            with tempfile.TemporaryDirectory() as folder:
+                save_world_model(folder, model, **({"speculation": asdict(mode)} if architecture else {}))
+                if architecture:
+                    corrector = random_corrector(model, architecture)
+                    save_corrector(Path(folder) / "correctors" / architecture, corrector, fingerprint(model))
+                times = [seconds_to_act(folder, config.device) for _ in range(4)]  # the first fills the cache
+            yield Record(
+                name="start_up_speculative" if architecture else "start_up",
+                size=size,
+                batch=1,
+                device=config.device,
+                dtype=COMPILED.precision,
+                seconds=float(np.median(times[1:])),
+            )
+
+
+def seconds_to_act(folder: str, device: str) -> float:
+    command = [sys.executable, "-c", FIRST_ACTION, folder, device, str(OBS_DIM)]
+    begin = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return seconds
 
 
 def update(config: BenchConfig) -> Iterator[Record]:
@@ -230,12 +247,16 @@ def speculative_agent(
 ) -> SpeculativeAgent:
     model = random_model(1).to(config.device)
     teacher = TDMPC2(model, SMALLEST, compute=ComputeConfig(compile=config.compile))
-    sizes = CorrectorConfig(model.config.latent_dim, ACTION_DIM, architecture)
-    corrector = build_corrector(sizes).to(config.device).eval().requires_grad_(False)
+    corrector = random_corrector(model, architecture).to(config.device)
     mode = SpeculationConfig(execution_horizon=execution_horizon, corrector=architecture)
     agent = SpeculativeAgent(teacher, mode, corrector)
     agent.reset()
     return agent
+
+
+def random_corrector(model: WorldModel, architecture: str) -> BaseCorrector:
+    sizes = CorrectorConfig(model.config.latent_dim, ACTION_DIM, architecture)
+    return build_corrector(sizes).eval().requires_grad_(False)
 
 
 def training(config: BenchConfig) -> Iterator[Record]:
@@ -321,6 +342,7 @@ def resident() -> int:
 def table(records: list[Record]) -> Table:
     """The records, for people: `limit` is the ceiling, `faster` the speedup over the reference."""
     out = Table("name", "size", "B", "dtype", "ms", "p99", "GFLOP", "GFLOP/s", "limit", "/ limit", "faster")
+    out.box, out.columns[0].no_wrap = None, True
     for r in records:
         achieved = None if r.flops is None else r.flops / r.seconds / 1e9
         limit = None if r.ceiling_flops_per_s is None else r.ceiling_flops_per_s / 1e9

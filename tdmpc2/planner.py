@@ -130,7 +130,7 @@ class Iteration:
     ) -> Search:
         c, mask = self.config, at.mask[:, None, None]  # [B, 1, 1, A]
         actions = torch.cat([prior, (mean + std * eps).clamp(-1, 1)], 2) * mask  # [B, H, N, A]
-        value = self.fast.score(at, actions, eps_pi, heads, w).nan_to_num(0.0)  # [B, N]
+        value = self.fast.score(at, actions, mean, eps_pi, heads, w).nan_to_num(0.0)  # [B, N]
         value, index = value.topk(c.num_elites, dim=1)
         index = index[:, None, :, None].expand(-1, c.horizon, -1, mean.shape[-1])
         elites = actions.gather(2, index)  # [B, H, num_elites, A]

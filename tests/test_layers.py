@@ -42,8 +42,8 @@ def test_mish_as_compiled(monkeypatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     mish(ours).sum().backward()
     F.mish(theirs).sum().backward()
-    torch.testing.assert_close(mish(x), F.mish(x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mish(x), F.mish(x), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=2e-6)
 
 
 def test_autocast_rounds_hidden_layers_only() -> None:

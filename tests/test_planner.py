@@ -160,7 +160,8 @@ def score(fast: FastModel, batch: int = 4) -> Tensor:
     z = fast.model.encode(torch.randn(batch, *c.obs_shape, generator=generator))
     actions = torch.rand(batch, 3, 200, c.action_dim, generator=generator) * 2 - 1
     noise = torch.randn(batch, 200, c.action_dim, generator=generator)
-    return fast.score(fast.origin(z), actions, noise, torch.tensor([0, 1]), fast.weights())
+    centre = actions.mean(2, keepdim=True)
+    return fast.score(fast.origin(z), actions, centre, noise, torch.tensor([0, 1]), fast.weights())
 
 
 def test_bfloat16_values_are_close() -> None:
@@ -193,11 +194,11 @@ def test_planning_follows_the_weights_of_a_model_in_training(dtype: torch.dtype)
 def test_without_a_compiler_it_plans_all_the_same_and_says_so(capsys, monkeypatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/c++"))
     function = Compiled(lambda x: x.cos() + 41.375)  # nothing that a cache could hold
     x = torch.zeros(3, 2)
-    for _ in range(2):
-        assert torch.equal(function(x), torch.full((3, 2), 42.375))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
+        for _ in range(2):
+            assert torch.equal(function(x), torch.full((3, 2), 42.375))
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) >= 1 and said[0].startswith("the planner stays uncompiled")
 

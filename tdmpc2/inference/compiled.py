@@ -4,8 +4,10 @@ PyTorch caches what the compiler makes on disk, so only the very first start tak
 varies, one compilation serves a batch of one, a second one every larger batch.
 """
 
+import contextlib
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +33,18 @@ def dtype_of(compute: ComputeConfig) -> torch.dtype:
     return PRECISIONS[compute.precision]
 
 
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """The compiler makes objects by the million that stay: looking for garbage among them slows a start."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Compiled:
     """`function`, compiled; eager where this machine cannot compile, after one line that says so.
 
@@ -52,11 +66,12 @@ class Compiled:
         cuda_graphs: bool = False,
     ):
         self._function, self._what, self._batch_varies = function, what, batch_varies
-        if cuda_graphs:
-            graphs = torch.compile(function, mode="reduce-overhead")
-            self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
-        else:
-            self._compiled = torch.compile(function, options=OPTIONS)
+        with no_garbage_collection():  # this loads the compiler
+            if cuda_graphs:
+                graphs = torch.compile(function, mode="reduce-overhead")
+                self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
+            else:
+                self._compiled = torch.compile(function, options=OPTIONS)
         self._called: set[bool] = set()  # with a batch of one; with a larger one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,9 +92,11 @@ class Compiled:
         timer.daemon = True
         timer.start()
         try:
-            return self._compiled(*args, **kwargs)
+            with no_garbage_collection(), torch._dynamo.config.patch(run_gc_after_compile=False):
+                return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as e:
-            reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+            # The first line may only say which part of the compiler failed.
+            reason = " ".join(str(e).split("\n\n")[0].split()) or type(e).__name__
             say(f"{self._what} stays uncompiled, and slower: {reason}")
             self._compiled = self._function
             return self._function(*args, **kwargs)

@@ -3,15 +3,19 @@
 `FastModel` computes what `WorldModel` would, with less work: only the two Q heads that were drawn are
 evaluated, and all samples start at the same latent, so its share of the first layer is computed
 once. What lies between two matrix products is float32, written so that the compiler makes one
-loop of it: in bfloat16, only what a matrix product reads and writes is rounded. The last layer of the Q heads
-is float32 throughout, because rounded logits blur the value of a plan by more than what distinguishes the
-elites.
+loop of it: in bfloat16, only what a matrix product reads and writes is rounded.
+
+Even that would blur the value of a plan by more than what distinguishes the elites. So in bfloat16 one
+sequence, the mean of those that are scored, is computed in float32, and of all others only how they differ
+from it is rounded, layer by layer: `W x = W c + W (x - c)`. The closer the search, the smaller the error.
 
 Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from, samples of each.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from ..world_model.two_hot import symexp
 from .weights import Layer, Layers, Weights, copy_weights, for_tasks, transposed
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default
+Linear = Callable[[Tensor, Layer], Tensor]  # `[h or 1, B, N, in]` to float32 `[h, B, N, out]`
 
 
 class Origin(NamedTuple):
@@ -54,7 +59,9 @@ class FastModel:
         self._weights: Weights | None = None
         self._version: list[tuple[int, int]] = []
 
-    def score(self, at: Origin, actions: Tensor, noise: Tensor, heads: Tensor, w: Weights) -> Tensor:
+    def score(
+        self, at: Origin, actions: Tensor, centre: Tensor, noise: Tensor, heads: Tensor, w: Weights
+    ) -> Tensor:
         """Predicted returns `[B, N]` of action sequences (paper, eq. 6).
 
         The mean of two Q heads stands for what comes after the horizon. In an episodic model nothing
@@ -63,24 +70,34 @@ class FastModel:
         Args:
             at: where they start, from `origin`.
             actions: `[B, H, N, A]`.
+            centre: `[B, H, 1, A]`, where these lie around: there precision is highest.
             noise: `[B, N, A]`, standard normal, of the policy's action at the horizon.
             heads: `[2]`.
             w: from `weights`.
         """
         w = for_tasks(w, at.task)
+        # Of two heads there is one choice, and the order in which they are drawn makes no difference.
+        w = w if self.config.num_q == 2 else w._replace(q=select(w.q, heads))
+        if self.dtype == torch.float32:
+            return self._value(at, actions, noise, w, linear)
+        trace: list[tuple[Tensor, Tensor]] = []
+        self._value(at, centre, torch.zeros_like(noise[:, :1]), w, partial(traced, trace))
+        return self._value(at, actions, noise, w, partial(around, iter(trace)))
+
+    def _value(self, at: Origin, actions: Tensor, noise: Tensor, w: Weights, linear: Linear) -> Tensor:
         first, latent_dim = w.hidden[0], self.config.latent_dim
+        # At first the latent is the same for all samples: what it comes to is part of the bias.
+        latent_share = linear(at.z[None, :, None], first.of_inputs(slice(0, latent_dim)))
+        first_of_all = first.of_inputs(slice(latent_dim, None))._replace(bias=latent_share)
         end = Rollout(0.0, 1.0, at.z)
         for t, action in enumerate(actions.unbind(1)):
-            if t == 0:  # the latent is the same for all samples: one row of it will do
-                x = product(at.z[None, :, None], first.weight[:, :latent_dim]) + first.bias
-                x = x + product(action[None], first.weight[:, latent_dim:])
+            if t == 0:
+                x = linear(action[None], first_of_all)
             else:
                 x = linear(self._join(end.z, action), first)
-            end = self._step(end, x, w)
-        x = self._join(end.z, self._pi(end.z, noise, at.mask, w))
-        # Of two heads there is one choice, and the order in which they are drawn makes no difference.
-        q = w.q if self.config.num_q == 2 else select(w.q, heads)
-        return end.total + end.discount * two_hot_mean(mlp(x, q), w.bins).mean(0)
+            end = self._step(end, x, w, linear)
+        x = self._join(end.z, self._pi(end.z, noise, at.mask, w, linear))
+        return end.total + end.discount * two_hot_mean(mlp(x, w.q, linear), w.bins).mean(0)
 
     def weights(self) -> Weights:
         """The model's weights as they are now."""
@@ -100,7 +117,7 @@ class FastModel:
         """What networks of latent and action read: `[1, B, N, L + A]`."""
         return torch.cat([z, action], -1)[None]
 
-    def _step(self, at: Rollout, x: Tensor, w: Weights) -> Rollout:
+    def _step(self, at: Rollout, x: Tensor, w: Weights, linear: Linear) -> Rollout:
         """One step on. `x` `[2, B, N, mlp_dim]`: what the first layers make of latent and action."""
         for layer, following in pairwise(w.hidden):
             x = linear(activate(x, layer), following)
@@ -111,26 +128,39 @@ class FastModel:
         z = logits.unflatten(-1, (self.config.simnorm_dim, -1)).softmax(-2).flatten(-2)
         discount = at.discount * self.discount
         if self.config.episodic:  # nothing counts after the first latent predicted to be terminal
-            discount = discount * (mlp(z[None], w.termination)[0, ..., 0] <= 0)
+            discount = discount * (mlp(z[None], w.termination, linear)[0, ..., 0] <= 0)
         return Rollout(at.total + at.discount * reward, discount, z)
 
-    def _pi(self, z: Tensor, noise: Tensor, mask: Tensor, w: Weights) -> Tensor:
+    def _pi(self, z: Tensor, noise: Tensor, mask: Tensor, w: Weights, linear: Linear) -> Tensor:
         """The policy prior's actions `[B, N, A]` in `z` `[B, N, L]`."""
         low, high = self.config.log_std_min, self.config.log_std_max
-        mean, log_std = mlp(z[None], w.policy)[0].chunk(2, -1)
+        mean, log_std = mlp(z[None], w.policy, linear)[0].chunk(2, -1)
         log_std = low + 0.5 * (high - low) * (log_std.tanh() + 1)
         return (mean + noise * log_std.exp()).tanh() * mask[:, None]
+
+
+def linear(x: Tensor, layer: Layer) -> Tensor:
+    """As it is."""
+    return product(x, layer.weight) + layer.bias
+
+
+def traced(trace: list[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
+    """As it is; input and output join the trace."""
+    y = linear(x, layer)
+    trace.append((x, y))
+    return y
+
+
+def around(trace: Iterator[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
+    """From the next input and output in the trace and, rounded, how `x` differs from that input."""
+    x_c, y_c = next(trace)
+    return product(x - x_c, cast(Tensor, layer.rounded)) + y_c
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`[h or 1, B, N, in]` times `[h, in, out]`, in that one's precision, as float32 `[h, B, N, out]`."""
     rows = x.to(weight.dtype).expand(weight.shape[0], -1, -1, -1).flatten(1, 2)
     return torch.bmm(rows, weight).unflatten(1, x.shape[1:3]).float()
-
-
-def linear(x: Tensor, layer: Layer) -> Tensor:
-    """`[h or 1, B, N, in]` to float32 `[h, B, N, out]`."""
-    return product(x, layer.weight) + layer.bias
 
 
 def norm(x: Tensor, layer: Layer) -> Tensor:
@@ -145,7 +175,7 @@ def activate(x: Tensor, layer: Layer) -> Tensor:
     return mish(norm(x, layer))
 
 
-def mlp(x: Tensor, layers: Layers) -> Tensor:
+def mlp(x: Tensor, layers: Layers, linear: Linear) -> Tensor:
     """`[h or 1, B, N, in]` to float32 `[h, B, N, out]`."""
     for layer in layers[:-1]:
         x = activate(linear(x, layer), layer)

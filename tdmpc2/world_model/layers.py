@@ -29,7 +29,7 @@ def mish(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return F.mish(x)
     e = x.clamp(max=20.0).exp()  # beyond 20, Mish is `x` in float32
-    return x - 2 * x / ((1 + e).square() + 1)
+    return x - 2 * x / ((1 + e).square() + 1)  # an `e` used twice would be written to memory
 
 
 @torch.library.custom_op("tdmpc2::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
