@@ -280,7 +280,7 @@ def training(config: BenchConfig) -> Iterator[Record]:
                 model_size=1,
                 seed_steps=20,
                 compile=config.compile,
-                update_precision=precision,
+                precision=precision,
                 device=config.device,
                 work_dir=folder,
             )

@@ -74,14 +74,21 @@ def between(content: str, mark: str, text: str) -> str:
 
 def teachers(folder: Path) -> str:
     """A table of the shipped teachers in Markdown."""
-    lines = ["| teacher | agent steps | return, mean of 10 | sd | planning budget |"]
-    lines.append("| --- | ---: | ---: | ---: | --- |")
+    published = pd.read_csv(folder / "published_returns.csv", index_col="task")
+    columns = ["teacher", "agent steps", "return, mean of 10", "sd", "published", "planning budget"]
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     for path in sorted(folder.glob("*/evaluation/evaluation.json")):
         result, config = read_json(path), read_json(path.parents[1] / "config.json")
         budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(
             **result["planner"]
         )
-        cells = [path.parents[1].name, f"{config['step']:,}", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
+        task = path.parents[1].name
+        cells = [task, f"{config['step']:,}", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
+        if task in published.index:
+            reached = published.loc[task]
+            cells.append(f"{reached['step_100k']:.0f}, {reached['last']:.0f}")
+        else:
+            cells.append("")
         lines.append(f"| {' | '.join([*cells, budget])} |")
     commands = [command(path.parent) for path in sorted(folder.glob("*/train_config.json"))]
     return "\n".join([*lines, "", "Made by", "", "```sh", *commands, "```", ""])
@@ -120,14 +127,16 @@ def precision_line(path: Path) -> str:
 
 
 def command(folder: Path) -> str:
-    """The training command of a teacher: its settings where they are not the defaults."""
+    """The training command of a teacher, its settings where they are not the defaults, and the code's commit."""
     settings = read_json(folder / "train_config.json")
+    usual = {f.name: f.default for f in fields(TrainConfig)}
     given = [
-        f"{f.name}={settings[f.name]}"
-        for f in sorted(fields(TrainConfig), key=lambda f: f.name != "task")
-        if f.name not in ("work_dir", "resume") and settings.get(f.name, f.default) != f.default
+        f"{name}={value}"
+        for name, value in sorted(settings.items(), key=lambda item: item[0] != "task")
+        if name not in ("work_dir", "resume") and value != usual.get(name)
     ]
-    return " ".join(["python scripts/train.py", *given])
+    commit = read_json(folder / "config.json")["provenance"]["commit"]
+    return " ".join(["python scripts/train.py", *given, f" # at {commit}"])
 
 
 def section(folder: Path) -> str:

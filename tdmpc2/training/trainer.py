@@ -72,8 +72,8 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     resume: bool = False  # go on with the run in work_dir
     device: str = "cpu"
     threads: int | None = None  # of torch; None: its own choice
-    compile: bool = True  # the planner, in float32, and the update
-    update_precision: str = "float32"  # of the hidden layers' products in an update, or bfloat16
+    compile: bool = True  # the planner and the update
+    precision: str = "float32"  # of products in planning and of hidden layers' in updates, or bfloat16
     wandb_project: str = ""
 
 
@@ -110,7 +110,7 @@ class Trainer:
         self.discount = discount_of(length)
         default = max(1000, 5 * length)
         self.seed_steps = default if config.seed_steps is None else config.seed_steps
-        compute = ComputeConfig(compile=config.compile)
+        compute = ComputeConfig(config.precision, config.compile)
         self.agent = TDMPC2(model, self.planner, discount=self.discount, seed=config.seed, compute=compute)
         self.evaluated = TDMPC2(
             model,
@@ -120,13 +120,7 @@ class Trainer:
             compute=compute,
         )
         noise = self.agent.planner.noise
-        self.update = Update(
-            model,
-            part(UpdateConfig, config),
-            self.discount,
-            noise,
-            ComputeConfig(config.update_precision, config.compile),
-        )
+        self.update = Update(model, part(UpdateConfig, config), self.discount, noise, compute)
         self.replay = Replay(config.buffer_size, self.planner.horizon, config.seed)
         self.generators = {"noise": noise.generator, "replay": self.replay.generator}
         self.step = self.episode = self.updates = self.saved_rows = 0
