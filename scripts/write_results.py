@@ -127,7 +127,7 @@ def precision_line(path: Path) -> str:
 
 
 def command(folder: Path) -> str:
-    """The training command of a teacher, its settings where they are not the defaults, and the code's commit."""
+    """The training command of a teacher, its settings where they are not the defaults, and its commit."""
     settings = read_json(folder / "train_config.json")
     usual = {f.name: f.default for f in fields(TrainConfig)}
     given = [

@@ -15,7 +15,7 @@ Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,12 +140,12 @@ class FastModel:
 
 
 def linear(x: Tensor, layer: Layer) -> Tensor:
-    """As it is."""
-    return product(x, layer.weight) + layer.bias
+    """In float32."""
+    return product(x, layer.weight.float()) + layer.bias
 
 
 def traced(trace: list[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
-    """As it is; input and output join the trace."""
+    """In float32; input and output join the trace."""
     y = linear(x, layer)
     trace.append((x, y))
     return y
@@ -154,7 +154,7 @@ def traced(trace: list[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tenso
 def around(trace: Iterator[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
     """From the next input and output in the trace and, rounded, how `x` differs from that input."""
     x_c, y_c = next(trace)
-    return product(x - x_c, cast(Tensor, layer.rounded)) + y_c
+    return product(x - x_c, layer.weight) + y_c
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

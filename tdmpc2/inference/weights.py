@@ -22,12 +22,11 @@ from ..world_model.model import WorldModel
 class Layer(NamedTuple):
     """`h` linear layers side by side, each with the affine map of the LayerNorm that follows, if any."""
 
-    weight: Tensor  # [h, in, out], float32 as is all but `rounded`
-    bias: Tensor  # [h, 1, 1, out]; [h, B, 1, out] by `for_tasks`
+    weight: Tensor  # [h, in, out], in the planning precision, stored along the inputs
+    bias: Tensor  # [h, 1, 1, out], float32 as is all below; [h, B, 1, out] by `for_tasks`
     scale: Tensor | None = None  # [h, 1, 1, out]
     shift: Tensor | None = None  # [h, 1, 1, out]
     task: Tensor | None = None  # [h, task_dim, out], of a first layer: its weights for the task
-    rounded: Tensor | None = None  # the weight in a lower planning precision, if there is one
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Layer":
         """All of it changed in one way."""
@@ -35,8 +34,7 @@ class Layer(NamedTuple):
 
     def of_inputs(self, some: slice) -> "Layer":
         """For some of its inputs."""
-        rounded = None if self.rounded is None else self.rounded[:, some]
-        return self._replace(weight=self.weight[:, some], rounded=rounded)
+        return self._replace(weight=self.weight[:, some])
 
     def one(self, i: int) -> "Layer":
         """The one with that index, by itself."""
@@ -59,7 +57,7 @@ class Weights(NamedTuple):
 
 
 def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
-    """The weights of `model`, matrices in `dtype` as well."""
+    """The weights of `model`, matrices in `dtype`."""
     c = model.config
     device = next(model.parameters()).device
     order = transposed(torch.arange(c.latent_dim, device=device), c.simnorm_dim)
@@ -75,11 +73,7 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
         return tuple(ready(layer) for layer in [first, *others])
 
     def ready(layer: Layer) -> Layer:
-        weight = layer.weight
-        if dtype == weight.dtype:
-            return layer._replace(weight=weight.contiguous())
-        # What is exact is multiplied with single rows then, by loops that run along the inputs.
-        return layer._replace(weight=weight.mT.contiguous().mT, rounded=weight.to(dtype).contiguous())
+        return layer._replace(weight=layer.weight.mT.to(dtype).contiguous().mT)
 
     return Weights(
         hidden=networks([*model.reward_head][:-1], [*model.dynamics][:-1]),
