@@ -1,4 +1,4 @@
-"""Write `results/speculation.csv`, and the README's tables and figure, from the raw results.
+"""Write `results/speculation.csv`, the README's tables and figure and `docs/results.md` from the raw results.
 
     python scripts/write_results.py
 
@@ -11,6 +11,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -21,7 +22,8 @@ import pandas as pd
 
 from tdmpc2.cli import run
 from tdmpc2.errors import DataError
-from tdmpc2.evaluation.aggregate import TaskResults, speculation_table
+from tdmpc2.evaluation.aggregate import ALL, TaskResults, speculation_table
+from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
@@ -36,7 +38,7 @@ class Settings:
     results: str = str(ROOT / "results")  # folder of a folder per task
     pretrained: str = str(ROOT / "pretrained")  # folder of a folder per teacher
     readme: str = str(ROOT / "README.md")
-    figure: str = str(ROOT / "docs" / "front.svg")
+    docs: str = str(ROOT / "docs")  # folder of the figure and of the full tables
 
 
 def main(settings: Settings) -> None:
@@ -44,16 +46,20 @@ def main(settings: Settings) -> None:
     tasks = sorted(p.parent for p in results.glob("*/summary.csv"))
     if not tasks:
         raise DataError(f"no results in {settings.results}: run scripts/accelerate.py first")
+    table = speculation_table({folder.name: read(folder) for folder in tasks})
     with atomic_write(results / "speculation.csv") as tmp:
-        speculation_table({folder.name: read(folder) for folder in tasks}).to_csv(tmp, index=False)
-    readme = Path(settings.readme)
-    content = between(readme.read_text(), "results", "".join(section(folder) for folder in tasks))
+        table.to_csv(tmp, index=False)
+    readme, docs = Path(settings.readme), Path(settings.docs)
+    docs.mkdir(parents=True, exist_ok=True)
+    with atomic_write(docs / "results.md") as tmp:
+        tmp.write_text("# Results, task by task\n\n" + "".join(section(folder) for folder in tasks))
+    content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
     content = between(content, "speed", speed(results))
     with atomic_write(readme) as tmp:
         tmp.write_text(content)
-    draw(tasks, Path(settings.figure))
-    print(f"{len(tasks)} tasks written to {readme} and {settings.figure}", file=sys.stderr)
+    draw(tasks, docs / "front.svg")
+    print(f"{len(tasks)} tasks written to {readme} and {docs}", file=sys.stderr)
 
 
 def read(folder: Path) -> TaskResults:
@@ -70,6 +76,36 @@ def between(content: str, mark: str, text: str) -> str:
     if count != 1:
         raise DataError(f"the README lacks the marks <!-- {mark} --> and <!-- /{mark} -->")
     return content
+
+
+def overview(table: pd.DataFrame) -> str:
+    """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
+    beside = ["two_tower_6", "temporal_6", "naive_6", "prior", "distilled"]
+    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "baseline's", *beside]
+    lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
+    for task, rows in table.groupby("task", sort=False):
+        by_setting = rows.set_index("setting")
+        own = rows[rows["chosen"]].iloc[0]
+        cells = [task, own.setting, interval(own), f"{100 * own.planner_calls:.1f} %"]
+        cells += [f"{x:.2f} ms" for x in (own.act_ms_median, by_setting["act_ms_median"][BASELINE])]
+        cells += [f"{by_setting['return_ratio'][name]:.3f}" for name in beside]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ""])
+
+
+def pooled_rows(table: pd.DataFrame) -> str:
+    """All tasks together, a row a setting, in Markdown."""
+    columns = ["setting", "return, ratio [95 %]", "planner calls", "fallbacks", "act, median", "act, p99"]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for row in table[table["task"] == ALL].itertuples():
+        calls = [f"{100 * x:.1f} %" for x in (row.planner_calls, row.fallbacks)]
+        times = [f"{x:.2f} ms" for x in (row.act_ms_median, row.act_ms_p99)]
+        lines.append(f"| {' | '.join([row.setting, interval(row), *calls, *times])} |")
+    return "\n".join([*lines, ""])
+
+
+def interval(row: Any) -> str:
+    return f"{row.return_ratio:.3f} [{row.return_ratio_low:.3f}, {row.return_ratio_high:.3f}]"
 
 
 def teachers(folder: Path) -> str:
@@ -147,8 +183,7 @@ def section(folder: Path) -> str:
     lines += [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
     for row in summary.itertuples():
         name = f"**{row.mode}** (chosen)" if row.mode == chosen else row.mode
-        ratio = f"{row.return_ratio:.3f} [{row.return_ratio_low:.3f}, {row.return_ratio_high:.3f}]"
-        cells = [name, f"{row.return_mean:.1f}", ratio, f"{100 * row.planner_calls:.1f} %"]
+        cells = [name, f"{row.return_mean:.1f}", interval(row), f"{100 * row.planner_calls:.1f} %"]
         cells += [f"{row.act_ms_median:.2f} ms", f"{row.act_ms_mean:.2f} ms"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}.", "", ""]
@@ -157,19 +192,23 @@ def section(folder: Path) -> str:
 
 def draw(tasks: list[Path], path: Path) -> None:
     """Return ratio against planner calls, one panel a task."""
+    across = min(len(tasks), 3)
+    down = -(-len(tasks) // across)
     figure, panels = plt.subplots(
-        1, len(tasks), figsize=(7 * len(tasks), 4.2), squeeze=False, layout="constrained"
+        down, across, figsize=(2 + 4.4 * across, 3.8 * down), squeeze=False, layout="constrained"
     )
-    for axes, folder in zip(panels[0], tasks, strict=True):
+    for axes in panels.flat[len(tasks) :]:
+        axes.remove()
+    for axes, folder in zip(panels.flat, tasks, strict=False):
         for i, row in enumerate(pd.read_csv(folder / "summary.csv").itertuples()):
             x = 100 * row.planner_calls
             axes.plot(x, row.return_ratio, "osDv^<>PX*hp"[i % 12], ms=9, label=row.mode, color=f"C{i % 10}")
             axes.plot([x, x], [row.return_ratio_low, row.return_ratio_high], color=f"C{i % 10}")
         axes.axhline(1.0, color="black", lw=0.8, ls=":")
         axes.set(title=folder.name, xlabel="planner calls, % of steps")
-        axes.set_ylabel("return, ratio to replanning at every step")
+        axes.set_ylabel("return, ratio to the baseline")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="svg", metadata={"Date": None})

@@ -14,8 +14,8 @@ def test_nothing_is_typed_by_hand(tmp_path: Path) -> None:
     readme = shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "results/speculation.csv").unlink()
     command = [sys.executable, ROOT / "scripts/write_results.py", f"results={tmp_path / 'results'}"]
-    command += [f"pretrained={tmp_path / 'pretrained'}", f"readme={readme}", f"figure={tmp_path / 'a.svg'}"]
+    command += [f"pretrained={tmp_path / 'pretrained'}", f"readme={readme}", f"docs={tmp_path / 'docs'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("README.md", "results/speculation.csv"):
+    for name in ("README.md", "results/speculation.csv", "docs/results.md"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date"
