@@ -1,6 +1,7 @@
 """The plain planner and the plain update: straight from the paper, written for clarity and in no hurry.
 
-Eager, float32, one latent, one step, one Q head after another, every head evaluated even where two are used.
+Eager, float32, one latent, one step after another, every Q head evaluated even where two are used. The plan
+asks the model's own functions, which have the heads in one product; the update takes the heads apart.
 The benchmarks measure how much faster the package is than this, and the tests take it for an oracle. Both
 ask for their noise in the same order as the package does.
 """

@@ -81,7 +81,7 @@ def between(content: str, mark: str, text: str) -> str:
 def overview(table: pd.DataFrame) -> str:
     """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
     beside = ["two_tower_6", "temporal_6", "naive_6", "prior", "distilled"]
-    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "baseline's", *beside]
+    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "baseline", *beside]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
     for task, rows in table.groupby("task", sort=False):
         by_setting = rows.set_index("setting")
