@@ -320,7 +320,7 @@ def main(config: BenchConfig) -> None:
         raise ConfigError(f"only={sorted(unknown)}: there are {', '.join(BENCHMARKS)}")
     if config.threads:
         torch.set_num_threads(config.threads)
-    console = Console()
+    console, about = Console(), cli.provenance()  # of the tree as it is before there are results
     records = []
     for name, benchmark in BENCHMARKS.items():
         if config.only and name not in config.only:
@@ -328,7 +328,7 @@ def main(config: BenchConfig) -> None:
         for record in benchmark(config):
             records.append(record)
             console.print(f"{name}: {record.size}M, batch {record.batch}, {record.dtype}")
-            content = {**cli.provenance(), "records": [asdict(r) for r in records]}
+            content = {**about, "records": [asdict(r) for r in records]}
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
             write_json(config.out, content)
     console.print(table(records))

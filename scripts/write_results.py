@@ -22,7 +22,7 @@ import pandas as pd
 
 from tdmpc2.cli import run
 from tdmpc2.errors import DataError
-from tdmpc2.evaluation.aggregate import ALL, TaskResults, speculation_table
+from tdmpc2.evaluation.aggregate import ALL, CHOSEN, TaskResults, speculation_table
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
@@ -54,6 +54,7 @@ def main(settings: Settings) -> None:
     with atomic_write(docs / "results.md") as tmp:
         tmp.write_text("# Results, task by task\n\n" + "".join(section(folder) for folder in tasks))
     content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
+    content = between(content, "disturbed", disturbed(tasks))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
     content = between(content, "speed", speed(results))
     with atomic_write(readme) as tmp:
@@ -102,6 +103,30 @@ def pooled_rows(table: pd.DataFrame) -> str:
         times = [f"{x:.2f} ms" for x in (row.act_ms_median, row.act_ms_p99)]
         lines.append(f"| {' | '.join([row.setting, interval(row), *calls, *times])} |")
     return "\n".join([*lines, ""])
+
+
+def disturbed(tasks: list[Path]) -> str:
+    """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
+    tables = []
+    for folder in tasks:
+        path = folder / "disturbed" / "summary.csv"
+        if path.exists():
+            chosen = read_json(folder / "chosen.json")["mode"]
+            tables.append(pd.read_csv(path).replace({"mode": {chosen: CHOSEN}}).assign(task=folder.name))
+    if not tables:
+        return "Not measured yet.\n"
+    modes = [CHOSEN, "naive_6", "distilled", "prior"]
+    columns = ["disturbance", "chosen, worst task", *modes, "its planner calls", "its fallbacks"]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for (kind, strength), rows in pd.concat(tables).groupby(["kind", "strength"], sort=False):
+        ratio = rows.pivot(index="task", columns="mode", values="return_ratio")
+        own = rows[rows["mode"] == CHOSEN]
+        worst = f"{ratio[CHOSEN].min():.3f} ({ratio[CHOSEN].idxmin()})"
+        cells = [f"{kind.replace('_', ' ')} {strength}", worst]
+        cells += [f"{ratio[mode].mean():.3f}" for mode in modes]
+        cells += [f"{100 * own[name].mean():.1f} %" for name in ("planner_calls", "fallbacks")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Means over {len(tables)} tasks.", ""])
 
 
 def interval(row: Any) -> str:

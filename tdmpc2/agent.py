@@ -252,7 +252,7 @@ class SpeculativeAgent:
         k = self._k
         z = self.teacher.encode(obs)
         due = k >= self.config.execution_horizon
-        drift = mismatch(z, self._z_pred)
+        drift = self._drift(z)
         replan = due | ~(drift <= self._threshold)  # a mismatch that is no number is too large
         if replan.any():
             self._replan(z, replan, plan)
@@ -277,6 +277,10 @@ class SpeculativeAgent:
             mismatch=drift.masked_fill(due, torch.nan),
             correction=(action - planned).norm(dim=-1),
         )
+
+    def _drift(self, z: Tensor) -> Tensor:
+        """What is held against the threshold `[B]`: how far the real latents are from those predicted."""
+        return mismatch(z, self._z_pred)
 
     def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None) -> None:
         """Put the rows `replan` `[B]` bool at step 0 of a fresh plan."""

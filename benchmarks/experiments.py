@@ -1,0 +1,192 @@
+"""What each ingredient of corrected execution is worth, on the data of an accelerated agent.
+
+    python benchmarks/experiments.py agent=accelerated/walker-walk
+
+Every experiment changes one thing. Where that is a matter of training, a corrector is trained anew from the
+agent's data, and executes 24 steps a plan without fallback; where it is a matter of accepting, the agent's
+own corrector executes plans until it is told to stop, in the world as it is and under pushes. Writes
+`results/experiments/TASK.csv`, a row a variant, and `TASK.json`, where the numbers come from.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from tdmpc2 import cli
+from tdmpc2.agent import SpeculativeAgent
+from tdmpc2.config import BudgetOverride, SpeculationConfig
+from tdmpc2.corrector import BaseCorrector, load_corrector
+from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
+from tdmpc2.distillation.dataset import Recording
+from tdmpc2.evaluation.evaluate import EvaluationConfig
+from tdmpc2.evaluation.metrics import paired_ratio
+from tdmpc2.evaluation.modes import FOREVER
+from tdmpc2.evaluation.rollout import Rollout, rollout
+from tdmpc2.files import atomic_write, read_json, write_json
+from tdmpc2.mismatch import calibrate_threshold
+from tdmpc2.teacher import Teacher, open_teacher
+from tdmpc2.world_model.checkpoint import read_config
+
+LONG = 24  # steps a plan
+UNROLLED = (6, 12, 24)
+QUANTILES = (0.9, 0.99, 0.999)
+PUSH = ("push", 0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
+    """Which agent the experiments are made on, and how correctors are trained."""
+
+    agent: str  # a folder that scripts/accelerate.py made
+    architecture: str = "temporal"
+    device: str = "cpu"
+    out: str = "results/experiments"
+
+
+class RelativeDrift(SpeculativeAgent):
+    """Mismatch in units of how far the real latent has just moved."""
+
+    _before: Tensor | None = None
+
+    def _drift(self, z: Tensor) -> Tensor:
+        drift, before = super()._drift(z), self._before
+        self._before = z
+        return drift if before is None else drift / ((z - before).norm(dim=-1) + 1e-3)
+
+
+class ValueGap(SpeculativeAgent):
+    """By how much the Q heads prefer the policy prior's action to the planned one."""
+
+    def _drift(self, z: Tensor) -> Tensor:
+        model, task = self.teacher.model, self.teacher.task
+        planned = self._planned_action(self._z_pred, self._actions, self._k)
+        better, worse = (model.value(z, a, task).mean(0) for a in (model.prior(z, task), planned))
+        return better - worse
+
+
+RULES: Mapping[str, type[SpeculativeAgent]] = {
+    "mismatch": SpeculativeAgent,
+    "mismatch over last step": RelativeDrift,
+    "value gap": ValueGap,
+}
+
+
+class Bench:
+    """Runs modes of a teacher on the evaluation seeds, beside replanning at every step."""
+
+    def __init__(self, teacher: Teacher, config: ExperimentConfig):
+        self.teacher, self.config = teacher, config
+        self.rows: list[dict[str, object]] = []
+        self._baselines: dict[tuple[str, float] | None, Rollout] = {}
+
+    def rollout(
+        self,
+        mode: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+        disturbance: tuple[str, float] | None = None,
+        agent_type: type[SpeculativeAgent] = SpeculativeAgent,
+        seeds: range | None = None,
+    ) -> Rollout:
+        seeds = seeds or self.config.eval_seeds
+        teacher = replace(self.teacher, disturbance=disturbance)
+        agent = agent_type(teacher.agent(min(self.config.num_envs, len(seeds)), seeds[0]), mode, corrector)
+        return rollout(agent, teacher.env, seeds)
+
+    def add(
+        self, experiment: str, variant: str, result: Rollout, disturbance: tuple[str, float] | None = None
+    ) -> None:
+        if disturbance not in self._baselines:
+            self._baselines[disturbance] = self.rollout(SpeculationConfig(1), disturbance=disturbance)
+        own, baseline = result.episodes, self._baselines[disturbance].episodes
+        ratio, low, high = paired_ratio(own["return"].to_numpy(), baseline["return"].to_numpy())
+        self.rows.append(
+            {
+                "experiment": experiment,
+                "variant": variant,
+                "disturbance": "" if disturbance is None else f"{disturbance[0]} {disturbance[1]}",
+                "episodes": len(own),
+                "return_ratio": ratio,
+                "return_ratio_low": low,
+                "return_ratio_high": high,
+                "planner_calls": own["planner_calls"].sum() / own["length"].sum(),
+            }
+        )
+
+
+def main(config: ExperimentConfig) -> None:
+    console, folder = Console(), Path(config.agent)
+    task = read_config(folder)["task"]
+    teacher = open_teacher(task, str(folder), config, config.device)
+    corrector = load_corrector(folder / "correctors" / config.architecture, teacher.fingerprint)
+    bench = Bench(teacher, config)
+    path = Path(config.out) / task
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        with atomic_write(path.with_suffix(".csv")) as tmp:
+            pd.DataFrame(bench.rows).to_csv(tmp, index=False)
+        provenance = {**cli.provenance(), "agent": read_json(folder / "config.json")["provenance"]}
+        write_json(path.with_suffix(".json"), {**provenance, "settings": asdict(config)})
+
+    def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
+        console.print(f"{experiment}: {variant}")
+        with TemporaryDirectory() as out:
+            new = train_corrector(teacher.model, data, settings, out)[config.architecture].corrector
+        mode = SpeculationConfig(LONG, corrector=config.architecture)
+        bench.add(experiment, variant, bench.rollout(mode, new))
+        save()
+
+    training(load_shards(folder / "data", teacher.fingerprint), folder, teacher, config, trained)
+    free = SpeculationConfig(LONG, corrector=config.architecture)
+    for rule, agent_type in RULES.items():
+        seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
+        for quantile in QUANTILES:
+            threshold = calibrate_threshold(seen.loc[seen["k"] > 0, "mismatch"].to_numpy(), quantile)
+            mode = SpeculationConfig(FOREVER, threshold, config.architecture)
+            for disturbance in (None, PUSH):
+                console.print(f"acceptance: {rule} at {quantile}, {disturbance or 'undisturbed'}")
+                result = bench.rollout(mode, corrector, disturbance, agent_type)
+                bench.add("acceptance", f"{rule}, quantile {quantile}", result, disturbance)
+                save()
+
+
+def training(
+    data: Recording,
+    folder: Path,
+    teacher: Teacher,
+    config: ExperimentConfig,
+    run: Callable[[str, str, Recording, ExperimentConfig], None],
+) -> None:
+    """The experiments whose variants are trained: unrolled steps, labels, and amount of data."""
+    for steps in UNROLLED:
+        run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
+    run("label", "mean of the plan's distribution", data, config)
+    run("label", "the action drawn", data._replace(teacher_action=data.plan_actions[:, 0]), config)
+    shards = sorted(p for p in (folder / "data").iterdir() if p.is_dir())
+    kept = torch.zeros(0, dtype=torch.long)
+    for shard in sorted(shards, key=lambda p: p.name != "teacher"):
+        kept = torch.cat([kept, load_shards(shard, teacher.fingerprint).seed.unique()])
+        run("data", f"up to {shard.name}: {len(kept)} episodes", episodes(data, kept), config)
+
+
+def episodes(data: Recording, seeds: Tensor) -> Recording:
+    """The episodes of those seeds."""
+    rows = torch.isin(data.seed, seeds).nonzero().squeeze(1)
+    moved = rows.new_full((len(data.seed),), -1)
+    moved[rows] = torch.arange(len(rows))
+    columns = ("latent", "plan_actions", "plan_latents", "teacher_action", "seed")
+    return data._replace(
+        **{name: getattr(data, name)[rows] for name in columns},
+        first=moved[data.first[rows]],
+        last=moved[data.last[rows]],
+    )
+
+
+if __name__ == "__main__":
+    cli.run(ExperimentConfig, main)
