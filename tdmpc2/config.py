@@ -75,8 +75,8 @@ class ComputeConfig:
 
 
 EAGER = ComputeConfig()
-# What scripts and `load_agent` use. Not bfloat16, though it plans faster: it costs the shipped
-# teacher some of its return (`results/precision`).
+# What scripts and `load_agent` use. Not bfloat16, which is faster where the processor has it: elsewhere it is
+# slower, and float32 is the same everywhere to within rounding.
 COMPILED = ComputeConfig(compile=True)
 
 
@@ -88,7 +88,7 @@ class BudgetOverride:
     iterations: int | None = None
     num_elites: int | None = None
     num_pi_trajs: int | None = None
-    precision: str = COMPILED.precision  # or bfloat16: faster, less exact
+    precision: str = COMPILED.precision  # or bfloat16: faster where the processor has it
     compile: bool = COMPILED.compile
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
