@@ -83,25 +83,25 @@ def overview(table: pd.DataFrame) -> str:
     """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
     beside = ["two_tower_6", "temporal_6", "naive_6", "prior", "distilled"]
     columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "baseline", *beside]
-    lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
+    lines = header(columns, words=2)
     for task, rows in table.groupby("task", sort=False):
         by_setting = rows.set_index("setting")
         own = rows[rows["chosen"]].iloc[0]
         cells = [task, own.setting, interval(own), f"{100 * own.planner_calls:.1f} %"]
         cells += [f"{x:.2f} ms" for x in (own.act_ms_median, by_setting["act_ms_median"][BASELINE])]
         cells += [f"{by_setting['return_ratio'][name]:.3f}" for name in beside]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join([*lines, "", ""])
 
 
 def pooled_rows(table: pd.DataFrame) -> str:
     """All tasks together, a row a setting, in Markdown."""
     columns = ["setting", "return, ratio [95 %]", "planner calls", "fallbacks", "act, median", "act, p99"]
-    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines = header(columns)
     for row in table[table["task"] == ALL].itertuples():
         calls = [f"{100 * x:.1f} %" for x in (row.planner_calls, row.fallbacks)]
         times = [f"{x:.2f} ms" for x in (row.act_ms_median, row.act_ms_p99)]
-        lines.append(f"| {' | '.join([row.setting, interval(row), *calls, *times])} |")
+        lines.append(line([row.setting, interval(row), *calls, *times]))
     return "\n".join([*lines, ""])
 
 
@@ -117,7 +117,7 @@ def disturbed(tasks: list[Path]) -> str:
         return "Not measured yet.\n"
     modes = [CHOSEN, "naive_6", "distilled", "prior"]
     columns = ["disturbance", "chosen, worst task", *modes, "its planner calls", "its fallbacks"]
-    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines = header(columns)
     for (kind, strength), rows in pd.concat(tables).groupby(["kind", "strength"], sort=False):
         ratio = rows.pivot(index="task", columns="mode", values="return_ratio")
         own = rows[rows["mode"] == CHOSEN]
@@ -125,8 +125,17 @@ def disturbed(tasks: list[Path]) -> str:
         cells = [f"{kind.replace('_', ' ')} {strength}", worst]
         cells += [f"{ratio[mode].mean():.3f}" for mode in modes]
         cells += [f"{100 * own[name].mean():.1f} %" for name in ("planner_calls", "fallbacks")]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join([*lines, "", f"Means over {len(tables)} tasks.", ""])
+
+
+def header(columns: list[str], words: int = 1) -> list[str]:
+    """The first two lines of a table in Markdown; the first `words` columns are not numbers."""
+    return [line(columns), "|" + " --- |" * words + " ---: |" * (len(columns) - words)]
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def interval(row: Any) -> str:
@@ -137,7 +146,7 @@ def teachers(folder: Path) -> str:
     """A table of the shipped teachers in Markdown."""
     published = pd.read_csv(folder / "published_returns.csv", index_col="task")
     columns = ["teacher", "agent steps", "return, mean of 10", "sd", "published", "planning budget"]
-    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    lines = [line(columns), "| --- | ---: | ---: | ---: | ---: | --- |"]
     for path in sorted(folder.glob("*/evaluation/evaluation.json")):
         result, config = read_json(path), read_json(path.parents[1] / "config.json")
         budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(
@@ -150,7 +159,7 @@ def teachers(folder: Path) -> str:
             cells.append(f"{reached['step_100k']:.0f}, {reached['last']:.0f}")
         else:
             cells.append("")
-        lines.append(f"| {' | '.join([*cells, budget])} |")
+        lines.append(line([*cells, budget]))
     commands = [command(path.parent) for path in sorted(folder.glob("*/train_config.json"))]
     return "\n".join([*lines, "", "Made by", "", "```sh", *commands, "```", ""])
 
@@ -162,7 +171,7 @@ def speed(results: Path) -> str:
         return "\n".join(["`make bench` has no results here yet.", "", *precision, ""])
     bench = read_json(results / "bench.json")
     columns = ["what", "size", "batch", "precision", "time", "/ limit", "times faster than plain"]
-    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    lines = header(columns)
     for r in bench["records"]:
         name = r["name"].replace("_", " ")
         seconds = r["seconds"]
@@ -174,7 +183,7 @@ def speed(results: Path) -> str:
         ratios = (r["ratio_to_ceiling"], r["speedup_over_reference"])
         cells = [name, f"{r['size']}M", str(r["batch"]), r["dtype"], time]
         cells += ["" if x is None else f"{x:.2f}" for x in ratios]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     lines += ["", f"`{bench['command']}` at commit {bench['commit']}, {bench['machine']}.", ""]
     return "\n".join([*lines, *precision, ""])
 
@@ -205,12 +214,12 @@ def section(folder: Path) -> str:
     summary, about = pd.read_csv(folder / "summary.csv"), read_json(folder / "provenance.json")
     chosen = read_json(folder / "chosen.json")["mode"]
     lines = [f"**{folder.name}**, {summary['episodes'].iloc[0]} held-out episodes a mode", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    lines += header(COLUMNS)
     for row in summary.itertuples():
         name = f"**{row.mode}** (chosen)" if row.mode == chosen else row.mode
         cells = [name, f"{row.return_mean:.1f}", interval(row), f"{100 * row.planner_calls:.1f} %"]
         cells += [f"{row.act_ms_median:.2f} ms", f"{row.act_ms_mean:.2f} ms"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}.", "", ""]
     return "\n".join(lines)
 
