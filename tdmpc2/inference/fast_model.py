@@ -164,9 +164,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def norm(x: Tensor, layer: Layer) -> Tensor:
-    """LayerNorm over the last axis."""
-    centred = x - x.mean(-1, keepdim=True)
-    x = centred * (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+    """LayerNorm over the last axis of what has a mean of zero (see weights.py)."""
+    x = x * (x.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
     return x * layer.scale + layer.shift  # type: ignore[operator]  # layers that are normed have them
 
 

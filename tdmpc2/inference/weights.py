@@ -1,7 +1,8 @@
 """The weights that planning needs, copied from a world model into the arrangement that is fastest.
 
 Networks that read the same input (reward and dynamics; the Q heads) are stacked on a leading axis `h`, so
-that one batched matrix product evaluates them.
+that one batched matrix product evaluates them. Layers that are normed have the mean of their outputs taken
+out of their weights: the norm need not look for it.
 
 Latents are kept transposed: the entries of one simplex lie `L / simnorm_dim` apart instead of side by
 side, so that SimNorm is arithmetic on long vectors. With simplices of two, (a0 a1 b0 b1 c0 c1) is kept as
@@ -73,6 +74,7 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
         return tuple(ready(layer) for layer in [first, *others])
 
     def ready(layer: Layer) -> Layer:
+        layer = layer if layer.scale is None else centred(layer)
         return layer._replace(weight=layer.weight.mT.to(dtype).contiguous().mT)
 
     return Weights(
@@ -118,6 +120,16 @@ def side_by_side(layers: Sequence[nn.Module]) -> Layer:
     if not isinstance(layers[0], NormedLinear):
         return Layer(weight, bias)
     return Layer(weight, bias, stack("ln.weight")[:, None, None], stack("ln.bias")[:, None, None])
+
+
+def centred(layer: Layer) -> Layer:
+    """A layer whose outputs are those of `layer` without their mean, which a LayerNorm takes off anyway."""
+
+    def off(x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True)
+
+    task = None if layer.task is None else off(layer.task)
+    return layer._replace(weight=off(layer.weight), bias=off(layer.bias), task=task)
 
 
 def transposed(z: Tensor, simnorm_dim: int) -> Tensor:
