@@ -9,6 +9,7 @@
 
 Correctors fail by leaving the states that they were trained on. So data is collected in rounds: under the
 current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011).
+Some of their actions are replaced by random ones, so that correctors learn to recover.
 A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice.
 """
 
@@ -83,6 +84,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
             num_envs=c.num_envs,
             behaviours=behaviours,
             correctors=correctors,
+            bursts=correctors is not None,
         )
 
     def train(folder: Path) -> dict[str, BaseCorrector]:

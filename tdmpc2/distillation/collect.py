@@ -6,7 +6,8 @@ and leaves the same files as one that was not.
 
 Each state costs one planner call: that plan is the label, warm-started by the last label's mean,
 and also what an agent executes when a replan is due. Replanning at every step, the default, gives
-the teacher's own episodes; other behaviours go where a speculative agent goes.
+the teacher's own episodes; other behaviours go where a speculative agent goes. Bursts of random actions
+take an agent to where a push would: how to come back is in the labels too.
 """
 
 import time
@@ -33,6 +34,8 @@ from .dataset import read_shard, write_shard
 
 TEACHER = SpeculationConfig(execution_horizon=1)
 TRUNCATED, TERMINATED = 1, 2
+BURST_EVERY = 100  # agent steps from one burst to the next, on average
+BURST_STEPS = 8  # agent steps that a burst lasts, at most
 
 
 def collect(
@@ -44,6 +47,7 @@ def collect(
     num_envs: int = 8,
     behaviours: Sequence[SpeculationConfig] = (TEACHER,),
     correctors: Mapping[str, BaseCorrector] | None = None,
+    bursts: bool = False,
 ) -> list[Path]:
     """Collect episodes with the seeds `seed ... seed + episodes - 1` and return their shards.
 
@@ -55,6 +59,7 @@ def collect(
         num_envs: episodes that run at once, which make one shard.
         behaviours: who acts; the episodes of a shard take them in turn.
         correctors: those that behaviours name.
+        bursts: whether random actions are executed now and then.
 
     Raises:
         ConfigError: a number is not positive, or a behaviour names a corrector that is not there.
@@ -75,6 +80,7 @@ def collect(
         "planner": asdict(teacher.planner),
         "discount": teacher.discount,
         "behaviours": [_describe(b, correctors) for b in behaviours],
+        "bursts": bursts,
     }
     envs: list[gym.Env] = []
     paths = []
@@ -95,7 +101,7 @@ def collect(
                     limit = max_episode_steps(envs[0])
                     progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
                     tick = _ticker(progress, bar, len(seeds))
-                    tensors = _run(teacher, envs, seeds, behaviours, correctors, tick)
+                    tensors = _run(teacher, envs, seeds, behaviours, correctors, bursts, tick)
                     write_shard(path, tensors, expected)
             progress.update(bar, total=1, completed=1)
     finally:
@@ -110,6 +116,7 @@ def _run(
     seeds: Sequence[int],
     behaviours: Sequence[SpeculationConfig],
     correctors: Mapping[str, BaseCorrector],
+    bursts: bool,
     tick: Callable[[], None],
 ) -> dict[str, Tensor]:
     """The tensors of one shard; rows whose episode has ended idle until the last one ends."""
@@ -124,6 +131,7 @@ def _run(
         groups.append((rows, agent))
     obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs[:n], seeds, strict=True)])
     action = torch.zeros(n, teacher.model.config.action_dim)
+    disturb = [Bursts(s) for s in seeds] if bursts else []
     recorded: list[list[dict[str, Tensor]]] = [[] for _ in range(n)]
     running = np.ones(n, dtype=bool)
     while running.any():
@@ -132,6 +140,8 @@ def _run(
         seen = torch.from_numpy(obs.copy())
         for rows, agent in groups:
             action[rows] = agent.act(seen[rows], Plan(*(x[rows] for x in plan))).cpu()
+        for row, burst in enumerate(disturb):
+            action[row] = burst(action[row])
         batch = {
             "obs": seen,
             "latent": z,
@@ -152,6 +162,20 @@ def _run(
         tick()
     steps = [step for episode in recorded for step in episode]
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+
+class Bursts:
+    """Random actions instead of an episode's own, for a few steps now and then, as its seed has it."""
+
+    def __init__(self, seed: int):
+        self._rng = np.random.default_rng([seed, 2])
+        self._left = 0  # steps that the running burst still lasts
+
+    def __call__(self, action: Tensor) -> Tensor:
+        begins, steps = self._rng.random() < 1 / BURST_EVERY, self._rng.integers(1, BURST_STEPS + 1)
+        noise = torch.from_numpy(self._rng.uniform(-1, 1, len(action))).float()
+        self._left = steps if begins else max(self._left - 1, 0)
+        return noise if self._left else action
 
 
 def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrector]) -> dict[str, Any]:
