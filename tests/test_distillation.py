@@ -25,6 +25,7 @@ from tdmpc2.distillation import (
     load_shards,
     train_corrector,
 )
+from tdmpc2.distillation.collect import BURST_EVERY, BURST_STEPS, Bursts
 from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts
 from tdmpc2.distillation.losses import correction_loss, unroll
 from tdmpc2.errors import ConfigError, DataError, TDMPC2Error
@@ -254,6 +255,28 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
         t, taught = i - int(first[i]), first[i] == 0
         expected = plans[i, 0] if taught or t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
+
+
+def test_bursts_are_the_seeds_own_and_short() -> None:
+    bursts = [Bursts(7) for _ in range(2)]
+    action = torch.full((2,), 5.0)
+    first, second = (torch.stack([b(action) for _ in range(5000)]) for b in bursts)
+    assert torch.equal(first, second)
+    random = (first != 5.0).all(1)
+    assert torch.equal(random, (first != 5.0).any(1)) and first[random].abs().max() <= 1
+    expected = (1 + BURST_STEPS) / 2 / BURST_EVERY
+    assert 0.5 * expected < random.float().mean() < 1.5 * expected
+
+
+def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tdmpc2.distillation.collect.BURST_EVERY", 1)  # one after another
+    (path,) = collect(teacher, tmp_path, episodes=1, bursts=True)
+    tensors, header = read_shard(path)
+    burst = Bursts(0)
+    assert header["bursts"]
+    assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
+    assert (tensors["action"] != tensors["plan_actions"][:, 0]).all()
+    assert tensors["teacher_action"].abs().sum() > 0
 
 
 def test_impossible_collecting_is_refused(teacher: Drifting, tmp_path: Path) -> None:

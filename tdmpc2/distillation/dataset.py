@@ -10,7 +10,7 @@ A shard is a safetensors file. Its steps stand one after another, episode after 
 
 Because every state carries its own plan and its own label, any stretch of any length may be cut
 out when the data is read (see `losses.py`), whoever drove. The header names task, teacher, budget,
-seeds and behaviours, and holds a checksum of the tensors.
+seeds, behaviours and bursts, and holds a checksum of the tensors.
 """
 
 import json
@@ -39,7 +39,7 @@ TENSORS = {
     "episode_end": "[T] uint8",
 }
 # Entries in which shards may differ and still be read together.
-VARYING = ("seeds", "behaviours", "checksum")
+VARYING = ("seeds", "behaviours", "bursts", "checksum")
 
 
 class Recording(NamedTuple):
