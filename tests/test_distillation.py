@@ -269,7 +269,7 @@ def test_bursts_are_the_seeds_own_and_short() -> None:
 
 
 def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tdmpc2.distillation.collect.BURST_EVERY", 1)  # one after another
+    monkeypatch.setitem(Bursts.__call__.__globals__, "BURST_EVERY", 1)  # one after another
     (path,) = collect(teacher, tmp_path, episodes=1, bursts=True)
     tensors, header = read_shard(path)
     burst = Bursts(0)
