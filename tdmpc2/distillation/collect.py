@@ -172,7 +172,7 @@ class Bursts:
         self._left = 0  # steps that the running burst still lasts
 
     def __call__(self, action: Tensor) -> Tensor:
-        begins, steps = self._rng.random() < 1 / BURST_EVERY, self._rng.integers(1, BURST_STEPS + 1)
+        begins, steps = self._rng.random() < 1 / BURST_EVERY, int(self._rng.integers(1, BURST_STEPS + 1))
         noise = torch.from_numpy(self._rng.uniform(-1, 1, len(action))).float()
         self._left = steps if begins else max(self._left - 1, 0)
         return noise if self._left else action
