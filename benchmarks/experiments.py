@@ -4,10 +4,11 @@
 
 Every experiment changes one thing. Where that is a matter of training, a corrector is trained anew from the
 agent's data, and executes 24 steps a plan without fallback; where it is a matter of accepting, the agent's
-own corrector executes plans until it is told to stop, in the world as it is and under pushes. Writes
+own corrector executes plans until it is told to stop. Both in the world as it is and under pushes. Writes
 `results/experiments/TASK.csv`, a row a variant, and `TASK.json`, where the numbers come from.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tdmpc2 import cli
 from tdmpc2.agent import SpeculativeAgent
 from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, load_corrector
-from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
+from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
 from tdmpc2.evaluation.evaluate import EvaluationConfig
 from tdmpc2.evaluation.metrics import paired_ratio
@@ -45,6 +46,8 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
 
     agent: str  # a folder that scripts/accelerate.py made
     architecture: str = "temporal"
+    round_episodes: int = 8  # collected for the experiment on bursts
+    round_seed: int = 30_000
     device: str = "cpu"
     out: str = "results/experiments"
 
@@ -134,16 +137,19 @@ def main(config: ExperimentConfig) -> None:
         provenance = {**cli.provenance(), "agent": read_json(folder / "config.json")["provenance"]}
         write_json(path.with_suffix(".json"), {**provenance, "settings": asdict(config)})
 
+    free = SpeculationConfig(LONG, corrector=config.architecture)
+
     def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
-        console.print(f"{experiment}: {variant}")
         with TemporaryDirectory() as out:
             new = train_corrector(teacher.model, data, settings, out)[config.architecture].corrector
-        mode = SpeculationConfig(LONG, corrector=config.architecture)
-        bench.add(experiment, variant, bench.rollout(mode, new))
-        save()
+        for disturbance in (None, PUSH):
+            console.print(f"{experiment}: {variant}, {disturbance or 'undisturbed'}")
+            bench.add(experiment, variant, bench.rollout(free, new, disturbance), disturbance)
+            save()
 
     training(load_shards(folder / "data", teacher.fingerprint), folder, teacher, config, trained)
-    free = SpeculationConfig(LONG, corrector=config.architecture)
+    for name, bursts in {"none": False, "of random actions": True}.items():
+        trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
     for rule, agent_type in RULES.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
         for quantile in QUANTILES:
@@ -173,6 +179,25 @@ def training(
     for shard in sorted(shards, key=lambda p: p.name != "teacher")[:-1]:
         kept = torch.cat([kept, load_shards(shard, teacher.fingerprint).seed.unique()])
         run("data", f"up to {shard.name}: {len(kept)} episodes", episodes(data, kept), config)
+
+
+def with_a_round(
+    folder: Path, teacher: Teacher, corrector: BaseCorrector, config: ExperimentConfig, bursts: bool
+) -> Recording:
+    """The teacher's own episodes of an agent's data, and a round under its corrector made now."""
+    with TemporaryDirectory() as out:
+        shutil.copytree(folder / "data" / "teacher", Path(out) / "teacher")
+        collect(
+            teacher,
+            Path(out) / "round",
+            episodes=config.round_episodes,
+            seed=config.round_seed,
+            num_envs=config.num_envs,
+            behaviours=[SpeculationConfig(LONG, corrector=config.architecture)],
+            correctors={config.architecture: corrector},
+            bursts=bursts,
+        )
+        return load_shards(out, teacher.fingerprint)
 
 
 def episodes(data: Recording, seeds: Tensor) -> Recording:

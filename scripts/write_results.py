@@ -31,6 +31,15 @@ ROOT = Path(__file__).parents[1]
 COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
 
 
+EXPERIMENTS = """# What each ingredient is worth
+
+Every row changes one thing and is compared with replanning at every step on the same held-out episodes, in
+the world as it is and under pushes. Where a corrector is trained anew, it executes 24 steps of each plan without
+fallback; acceptance rules execute plans until they stop it.
+
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What is read and written."""
@@ -51,8 +60,12 @@ def main(settings: Settings) -> None:
         table.to_csv(tmp, index=False)
     readme, docs = Path(settings.readme), Path(settings.docs)
     docs.mkdir(parents=True, exist_ok=True)
-    with atomic_write(docs / "results.md") as tmp:
-        tmp.write_text("# Results, task by task\n\n" + "".join(section(folder) for folder in tasks))
+    pages = {"results": "# Results, task by task\n\n" + "".join(section(folder) for folder in tasks)}
+    if found := sorted((results / "experiments").glob("*.csv")):
+        pages["experiments"] = EXPERIMENTS + "".join(experiments(path) for path in found)
+    for name, text in pages.items():
+        with atomic_write(docs / f"{name}.md") as tmp:
+            tmp.write_text(text)
     content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
     content = between(content, "disturbed", disturbed(tasks))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
@@ -222,6 +235,18 @@ def section(folder: Path) -> str:
         lines.append(line(cells))
     lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}.", "", ""]
     return "\n".join(lines)
+
+
+def experiments(path: Path) -> str:
+    """The experiments on one task in Markdown, with where their numbers come from."""
+    table, about = pd.read_csv(path, keep_default_na=False), read_json(path.with_suffix(".json"))
+    columns = ["experiment", "variant", "disturbance", "return, ratio [95 %]", "planner calls"]
+    lines = [f"## {path.stem}", "", *header(columns, words=3)]
+    for row in table.itertuples():
+        calls = f"{100 * row.planner_calls:.1f} %"
+        lines.append(line([row.experiment, row.variant, row.disturbance, interval(row), calls]))
+    lines += ["", f"{table['episodes'].iloc[0]} episodes a row. `{about['command']}` at commit"]
+    return "\n".join([*lines, f"{about['commit']}, {about['machine']}.", "", ""])
 
 
 def draw(tasks: list[Path], path: Path) -> None:
