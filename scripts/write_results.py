@@ -34,8 +34,8 @@ COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act
 EXPERIMENTS = """# What each ingredient is worth
 
 Every row changes one thing and is compared with replanning at every step on the same held-out episodes, in
-the world as it is and under pushes. Where a corrector is trained anew, it executes 24 steps of each plan without
-fallback; acceptance rules execute plans until they stop it.
+the world as it is and under pushes. Where a corrector is trained anew, it executes 24 steps of each plan
+without fallback; acceptance rules execute plans until they stop it.
 
 """
 
