@@ -35,12 +35,12 @@ class Record:
 
 
 def measure(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Seconds that each case takes, from at least five rounds and `seconds` of them."""
+    """Seconds that each case takes, from at least three rounds and `seconds` of them."""
     for case in cases.values():  # compile, allocate, fill caches
         case()
     times: dict[str, list[float]] = {name: [] for name in cases}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+    while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, case in cases.items():
             _synchronize()
             begin = time.perf_counter()
