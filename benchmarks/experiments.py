@@ -11,6 +11,7 @@ own corrector executes plans until it is told to stop. Both in the world as it i
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,9 +21,9 @@ from rich.console import Console
 from torch import Tensor
 
 from tdmpc2 import cli
-from tdmpc2.agent import SpeculativeAgent
+from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, load_corrector
+from tdmpc2.corrector import BaseCorrector, CorrectorInput, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
 from tdmpc2.evaluation.evaluate import EvaluationConfig
@@ -73,11 +74,41 @@ class ValueGap(SpeculativeAgent):
         return better - worse
 
 
-RULES: Mapping[str, type[SpeculativeAgent]] = {
-    "mismatch": SpeculativeAgent,
-    "mismatch over last step": RelativeDrift,
-    "value gap": ValueGap,
-}
+class SlowStart(SpeculativeAgent):
+    """After a fallback the next plan is executed for one step, then plans for two, four, eight, ..."""
+
+    _reach: Tensor | None = None
+
+    def _drift(self, z: Tensor) -> Tensor:
+        drift, begins = super()._drift(z), self._k >= self.config.execution_horizon
+        reach = torch.full_like(self._k, FOREVER) if self._reach is None else self._reach
+        reach = reach.masked_fill(begins, FOREVER)
+        lost, ended = ~begins & ~(drift <= self._threshold), self._k >= reach
+        self._reach = torch.where(lost, 1, torch.where(ended, 2 * reach, reach))
+        return drift.masked_fill(ended, torch.inf)
+
+
+class Disagreement(SpeculativeAgent):
+    """How far the corrector's action is from that of `other`, a corrector that sees one step."""
+
+    def __init__(
+        self,
+        teacher: TDMPC2,
+        config: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+        *,
+        other: BaseCorrector,
+    ):
+        super().__init__(teacher, config, corrector)
+        self.other = other
+
+    def _drift(self, z: Tensor) -> Tensor:
+        assert self.corrector is not None
+        planned = self._planned_action(self._z_pred, self._actions, self._k)
+        newest = CorrectorInput(z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
+        windows = (torch.cat([w[:, 1:], x[:, None]], 1) for w, x in zip(self._history, newest, strict=True))
+        seen = CorrectorInput(*windows)
+        return (self.corrector(seen) - self.other(seen)).norm(dim=-1)
 
 
 class Bench:
@@ -93,7 +124,7 @@ class Bench:
         mode: SpeculationConfig,
         corrector: BaseCorrector | None = None,
         disturbance: tuple[str, float] | None = None,
-        agent_type: type[SpeculativeAgent] = SpeculativeAgent,
+        agent_type: Callable[..., SpeculativeAgent] = SpeculativeAgent,
         seeds: range | None = None,
     ) -> Rollout:
         seeds = seeds or self.config.eval_seeds
@@ -150,7 +181,15 @@ def main(config: ExperimentConfig) -> None:
     training(load_shards(folder / "data", teacher.fingerprint), folder, teacher, config, trained)
     for name, bursts in {"none": False, "of random actions": True}.items():
         trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
-    for rule, agent_type in RULES.items():
+    two_tower = load_corrector(folder / "correctors" / "two_tower", teacher.fingerprint)
+    rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
+        "mismatch": SpeculativeAgent,
+        "mismatch, slow start after it": SlowStart,
+        "mismatch over last step": RelativeDrift,
+        "value gap": ValueGap,
+        "disagreement of correctors": partial(Disagreement, other=two_tower),
+    }
+    for rule, agent_type in rules.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
         for quantile in QUANTILES:
             threshold = calibrate_threshold(seen.loc[seen["k"] > 0, "mismatch"].to_numpy(), quantile)

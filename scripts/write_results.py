@@ -27,6 +27,7 @@ from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
+plt.rcParams["svg.hashsalt"] = "tdmpc2"  # one name for each part of a figure, in every run
 ROOT = Path(__file__).parents[1]
 COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
 
