@@ -69,7 +69,7 @@ class ValueGap(SpeculativeAgent):
 
     def _drift(self, z: Tensor) -> Tensor:
         model, task = self.teacher.model, self.teacher.task
-        planned = self._planned_action(self._z_pred, self._actions, self._k)
+        planned = self._planned_action(z, self._actions, self._k)
         better, worse = (model.value(z, a, task).mean(0) for a in (model.prior(z, task), planned))
         return better - worse
 
@@ -104,7 +104,7 @@ class Disagreement(SpeculativeAgent):
 
     def _drift(self, z: Tensor) -> Tensor:
         assert self.corrector is not None
-        planned = self._planned_action(self._z_pred, self._actions, self._k)
+        planned = self._planned_action(z, self._actions, self._k)
         newest = CorrectorInput(z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
         windows = (torch.cat([w[:, 1:], x[:, None]], 1) for w, x in zip(self._history, newest, strict=True))
         seen = CorrectorInput(*windows)

@@ -10,7 +10,7 @@ and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's
     0                a0               z_0, the real one    a0
     1                a1               y1 = d(z_0, a0)      b1 = c(z_1, y1, a1)
     2                a2               y2 = d(y1, b1)       b2 = c(z_2, y2, a2)
-    3 (past H)       pi(y3)           y3 = d(y2, b2)       b3 = c(z_3, y3, pi(y3))
+    3 (past H)       pi(z_3)          y3 = d(y2, b2)       b3 = c(z_3, y3, pi(z_3))
     4                a replan is due: k = 0 again
 """
 
@@ -313,7 +313,7 @@ class SpeculativeAgent:
             history: of earlier steps; this one becomes the last of the window.
         """
         model, task = self.teacher.model, self.teacher.task
-        planned = self._planned_action(z_pred, plan, k)
+        planned = self._planned_action(z, plan, k)
         newest = CorrectorInput(z, z_pred, planned, k, torch.ones_like(replan))
         windows = (torch.cat([w[:, 1:], x[:, None]], 1) for w, x in zip(history, newest, strict=True))
         action, history = planned, CorrectorInput(*windows)
@@ -323,17 +323,20 @@ class SpeculativeAgent:
             z_pred = model.next(z_pred, action, task)
         return Step(planned, action, z_pred, history)
 
-    def _planned_action(self, z_pred: Tensor, plan: Tensor, k: Tensor) -> Tensor:
-        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the predicted latent."""
+    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor) -> Tensor:
+        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
+
+        At the predicted latent the prior would follow the model's errors; see `benchmarks/experiments.py`.
+        """
         model, task = self.teacher.model, self.teacher.task
         if not self.plan_length:
-            return model.prior(z_pred, task)
+            return model.prior(z, task)
         in_plan = k < self.plan_length
         index = k.clamp(max=plan.shape[1] - 1)[:, None, None]
         planned = plan.gather(1, index.expand(-1, 1, plan.shape[2])).squeeze(1)
         if not torch.compiler.is_compiling() and in_plan.all():
             return planned
-        return torch.where(in_plan[:, None], planned, model.prior(z_pred, task))
+        return torch.where(in_plan[:, None], planned, model.prior(z, task))
 
 
 def like(action: Tensor, obs: Array, model: WorldModel) -> Array:

@@ -75,7 +75,7 @@ def unroll(
         planned = data.plan_actions[plan_at, k.clamp(max=horizon - 1)]
         if (k >= horizon).any():
             with torch.no_grad():
-                prior = model.prior(z_pred, task)
+                prior = model.prior(data.latent[step], task)
             planned = torch.where((k < horizon)[:, None], planned, prior)
 
         history = [*history, (data.latent[step], z_pred, planned, k, inside)][-window:]
