@@ -188,7 +188,7 @@ def test_prior_alone_never_plans(model, monkeypatch) -> None:
         assert agent.info.kind.tolist() == [Kind.PRIOR]
 
 
-def test_prediction_follows_the_executed_actions_past_the_horizon(model) -> None:
+def test_past_the_horizon_the_prior_plans_and_prediction_follows_what_is_executed(model) -> None:
     corrector = noisy_corrector(model)
     agent = agent_of(model, corrector, execution_horizon=6, corrector="two_tower")
     teacher = TDMPC2(model, BUDGET)
@@ -197,8 +197,10 @@ def test_prediction_follows_the_executed_actions_past_the_horizon(model) -> None
     plan = teacher.plan(teacher.encode(obs[0]))
     z_pred = model.encode(obs[0])
     for t in range(6):
-        action = agent.act(obs[t])
-        planned = plan.actions[:, t] if t < 3 else model.pi(z_pred).mean
+        action, z = agent.act(obs[t]), model.encode(obs[t])
+        if t > 0:
+            torch.testing.assert_close(agent.info.mismatch, (z - z_pred).norm(dim=-1))
+        planned = plan.actions[:, t] if t < 3 else model.pi(z).mean
         moved = (action - planned).norm(dim=-1)
         torch.testing.assert_close(agent.info.correction, moved, atol=1e-5, rtol=1e-4)
         assert (moved > 1e-3).all() == (t > 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tdmpc2 import load_world_model
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, build_corrector, load_corrector, read_header
+from tdmpc2.corrector import BaseCorrector, CorrectorInput, build_corrector, load_corrector, read_header
 from tdmpc2.distillation import (
     TEACHER,
     CorrectorTrainConfig,
@@ -393,8 +393,8 @@ def test_rollout_loss_by_hand(model: WorldModel) -> None:
     z_pred = model.next(data.latent[2], data.plan_actions[2, 0])
     total = 0.0
     for k in (1, 2, 3, 4):
-        planned = data.plan_actions[2, k] if k < HORIZON else model.pi(z_pred).mean
         z = data.latent[2 + k]
+        planned = data.plan_actions[2, k] if k < HORIZON else model.pi(z).mean
         x = [v[None] for v in (z, z_pred, z - z_pred, planned)]
         hidden = [corrector.real(x[0]), corrector.predicted(x[1]), corrector.difference(x[2])]  # type: ignore[operator]
         step = corrector.step(torch.tensor([k]))  # type: ignore[operator]
@@ -415,10 +415,12 @@ def test_plan_driven_stretch_reads_recorded_predictions(model: WorldModel) -> No
     one, start = torch.tensor([1]), torch.tensor([2])
     u = unroll(model, corrector, data, start, one, 4, own_actions=False)
     torch.testing.assert_close(u.planned[:2, 0], data.plan_actions[2, 1:])
-    z3 = data.plan_latents[2, 3]
-    torch.testing.assert_close(u.planned[2, 0], model.pi(z3).mean)
-    z4 = model.next(z3, u.planned[2, 0])
-    torch.testing.assert_close(u.planned[3, 0], model.pi(z4).mean)
+    torch.testing.assert_close(u.planned[2:, 0], model.pi(data.latent[5:7]).mean)
+    z4 = model.next(data.plan_latents[2, 3], u.planned[2, 0])
+    z_pred = torch.stack([*data.plan_latents[2, 1:], z4])
+    k, valid = torch.arange(1, 5), torch.ones(4, dtype=torch.bool)
+    x = CorrectorInput(*(v[:, None] for v in (data.latent[3:7], z_pred, u.planned[:, 0], k, valid)))
+    torch.testing.assert_close(u.action[:, 0], corrector(x))
 
 
 # --- training
