@@ -56,6 +56,8 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     out = Path(c.out or f"accelerated/{c.task}")
     check(c)
     check_evaluation(c)
+    if c.architecture == DISTILLED:
+        raise ConfigError(f"architecture={DISTILLED} corrects nothing: choose all, or another one")
     at_least(3, c, "episodes")
     at_least(1, c, "round_episodes")
     at_least(0, c, "rounds", "collect_seed")
@@ -87,10 +89,10 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
             bursts=correctors is not None,
         )
 
-    def train(folder: Path) -> dict[str, BaseCorrector]:
+    def train(folder: Path, without: Sequence[str] = ()) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
-            trained = train_corrector(teacher.model, data, c, folder)
+            trained = train_corrector(teacher.model, data, c, folder, without)
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
@@ -99,12 +101,11 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     gather("teacher", c.collect_seed, c.episodes)
     for r in range(c.rounds):
         console.print(f"round {r + 1} of {c.rounds}: episodes under the correctors so far")
-        correctors = train(out / "rounds" / str(r + 1))
+        correctors = train(out / "rounds" / str(r + 1), without=[DISTILLED])
         behaviours = [
             SpeculationConfig(execution_horizon=horizon, corrector=n)
             for horizon in HORIZONS[::-1]
             for n in correctors
-            if n != DISTILLED
         ]
         first = c.collect_seed + c.episodes + r * c.round_episodes
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)

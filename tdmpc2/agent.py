@@ -326,7 +326,7 @@ class SpeculativeAgent:
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
 
-        At the predicted latent the prior would follow the model's errors; see `benchmarks/experiments.py`.
+        At the predicted one the prior would follow the model's errors.
         """
         model, task = self.teacher.model, self.teacher.task
         if not self.plan_length:

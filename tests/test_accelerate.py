@@ -198,6 +198,7 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
         {"width": 33},
         {"held_out_every": 1},
         {"architecture": "three_tower"},
+        {"architecture": "distilled"},
         {"label_episodes": 5, "num_envs": 4},
         {"quantile": 0.0},
         {"episodes": 2},

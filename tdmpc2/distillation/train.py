@@ -9,6 +9,7 @@ on disk after every validation, and once the training is done the header of thei
 import csv
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -99,7 +100,11 @@ def _architecture(
 
 
 def train_corrector(
-    model: WorldModel, data: Recording, config: CorrectorTrainConfig, out: str | Path
+    model: WorldModel,
+    data: Recording,
+    config: CorrectorTrainConfig,
+    out: str | Path,
+    without: Sequence[str] = (),
 ) -> dict[str, Trained]:
     """Train one corrector or all, print how good they are, and return them by architecture.
 
@@ -110,6 +115,7 @@ def train_corrector(
         data: from `load_shards`.
         config: how to train.
         out: folder, one folder for each architecture inside.
+        without: architectures that are left out.
 
     Raises:
         ConfigError: there is no such architecture, or a setting cannot be.
@@ -120,7 +126,9 @@ def train_corrector(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
         trained = {
-            name: _train(name, model, data, config, Path(out) / name, progress) for name in _names(config)
+            name: _train(name, model, data, config, Path(out) / name, progress)
+            for name in _names(config)
+            if name not in without
         }
     Console().print(error_table({name: t.errors for name, t in trained.items()}))
     return trained
