@@ -23,7 +23,7 @@ from torch import Tensor
 from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, CorrectorInput, load_corrector
+from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
 from tdmpc2.evaluation.evaluate import EvaluationConfig
@@ -103,12 +103,12 @@ class Disagreement(SpeculativeAgent):
         self.other = other
 
     def _drift(self, z: Tensor) -> Tensor:
-        assert self.corrector is not None
+        assert self.corrector is not None and self._history is not None
         planned = self._planned_action(z, self._actions, self._k)
-        newest = CorrectorInput(z, self._z_pred, planned, self._k, torch.ones_like(self._k, dtype=torch.bool))
-        windows = (torch.cat([w[:, 1:], x[:, None]], 1) for w, x in zip(self._history, newest, strict=True))
-        seen = CorrectorInput(*windows)
-        return (self.corrector(seen) - self.other(seen)).norm(dim=-1)
+        seen = z, self._z_pred, planned, self._k
+        own = self.corrector(self._history.then(self.corrector.embed(*seen)), planned)
+        nothing = self.other.no_history(self.num_envs)
+        return (own - self.other(nothing.then(self.other.embed(*seen)), planned)).norm(dim=-1)
 
 
 class Bench:

@@ -34,7 +34,7 @@ from .config import (
     discount_of,
     published_budget,
 )
-from .corrector import BaseCorrector, CorrectorInput, load_corrector
+from .corrector import BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import Compiled
 from .mismatch import mismatch
@@ -71,7 +71,7 @@ class Step(NamedTuple):
     planned: Tensor  # [B, A]
     action: Tensor  # [B, A], corrected
     z_pred: Tensor  # [B, L], predicted for the next step
-    history: CorrectorInput  # this step included
+    history: History | None  # this step included
 
 
 class TDMPC2:
@@ -205,17 +205,10 @@ class SpeculativeAgent:
         self._threshold = math.inf if config.threshold is None else config.threshold
         n, model = teacher.num_envs, teacher.model
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
-        window = 1 if corrector is None else corrector.window
         self._actions = torch.zeros(n, horizon, action, device=device)
         self._z_pred = torch.zeros(n, latent, device=device)
         self._k = torch.full((n,), config.execution_horizon, device=device)
-        self._history = CorrectorInput(
-            z=torch.zeros(n, window, latent, device=device),
-            z_pred=torch.zeros(n, window, latent, device=device),
-            planned=torch.zeros(n, window, action, device=device),
-            k=torch.zeros(n, window, dtype=torch.long, device=device),
-            valid=torch.zeros(n, window, dtype=torch.bool, device=device),
-        )
+        self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted. A bool, for compiled code
         # is tied to the value of every number that it reads: one compilation is to serve all horizons.
         self._predicts = config.execution_horizon > 1
@@ -234,7 +227,8 @@ class SpeculativeAgent:
         index: slice | Tensor = slice(None) if mask is None else mask
         self.teacher.reset(mask)
         self._k[index] = self.config.execution_horizon  # a replan is due
-        self._history.valid[index] = False
+        if self._history is not None:
+            self._history.valid[index] = False
 
     @torch.no_grad()
     def act(self, obs: Array, plan: Plan | None = None) -> Array:
@@ -300,7 +294,7 @@ class SpeculativeAgent:
         plan: Tensor,
         k: Tensor,
         replan: Tensor,
-        history: CorrectorInput,
+        history: History | None,
     ) -> Step:
         """Execute step `k` `[B]` of the plans `[B, H, A]`, corrected where none was made now.
 
@@ -310,15 +304,14 @@ class SpeculativeAgent:
             plan: planned actions.
             k: step in plan.
             replan: `[B]`, where plans were made now.
-            history: of earlier steps; this one becomes the last of the window.
+            history: of earlier steps, where there is a corrector.
         """
         model, task = self.teacher.model, self.teacher.task
         planned = self._planned_action(z, plan, k)
-        newest = CorrectorInput(z, z_pred, planned, k, torch.ones_like(replan))
-        windows = (torch.cat([w[:, 1:], x[:, None]], 1) for w, x in zip(history, newest, strict=True))
-        action, history = planned, CorrectorInput(*windows)
-        if self.corrector is not None:
-            action = torch.where(replan[:, None], planned, self.corrector(history))
+        action = planned
+        if self.corrector is not None and history is not None:
+            history = history.then(self.corrector.embed(z, z_pred, planned, k))
+            action = torch.where(replan[:, None], planned, self.corrector(history, planned))
         if self._predicts:
             z_pred = model.next(z_pred, action, task)
         return Step(planned, action, z_pred, history)

@@ -2,7 +2,8 @@
 
 A corrector sees, for each of the last `window` steps of an episode, the real latent, the latent
 that the plan predicted, the planned action and the step in plan, and answers with a residual on the
-newest planned action. Its last layer starts at zero: untrained, it executes the plan as it is.
+newest planned action. It embeds a step when it happens and remembers the embedding only. Its last
+layer starts at zero: untrained, it executes the plan as it is.
 
 A trained corrector is one file, `corrector.safetensors`, in a folder of its own: weights, and in
 its header the configuration as JSON with the fingerprint of the teacher that it belongs to.
@@ -30,42 +31,65 @@ FILE = "corrector.safetensors"
 FORMAT = "tdmpc2-corrector-1"
 
 
-class CorrectorInput(NamedTuple):
+class History(NamedTuple):
     """The last `W` steps of each row's episode; the newest step is the last and always valid."""
 
-    z: Tensor  # [B, W, L], real latents
-    z_pred: Tensor  # [B, W, L], predicted by the plan, driven by the actions really executed
-    planned: Tensor  # [B, W, A], in [-1, 1]
-    k: Tensor  # [B, W] long, step in plan
+    steps: Tensor  # [B, W, E], each as `BaseCorrector.embed` has it
     valid: Tensor  # [B, W] bool; False where the episode is younger than the window
+
+    def then(self, step: Tensor) -> "History":
+        """The history one step `[B, E]` later."""
+        newest = torch.ones_like(self.valid[:, :1])
+        return History(
+            torch.cat([self.steps[:, 1:], step[:, None]], 1), torch.cat([self.valid[:, 1:], newest], 1)
+        )
 
 
 class BaseCorrector(nn.Module):
-    """What all correctors share: the input, the clamp, and the residual on the planned action.
+    """What all correctors share: the history, the clamp, and the residual on the planned action.
 
     Attributes:
         config: the architecture.
         window: number `W` of steps that it wants to see.
+        embedding_dim: number `E` of entries that it remembers of a step.
     """
 
     window: int
+    embedding_dim: int
 
     def __init__(self, config: CorrectorConfig):
         super().__init__()
         self.config = config
 
-    def forward(self, x: CorrectorInput) -> Tensor:
-        """The corrected action `[B, A]` of the newest step, in [-1, 1].
+    def no_history(self, rows: int) -> History:
+        """The history of `B` episodes that begin."""
+        weight = next(self.parameters())
+        steps = weight.new_zeros(rows, self.window, self.embedding_dim)
+        return History(steps, torch.zeros(steps.shape[:2], dtype=torch.bool, device=weight.device))
+
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
+        """What is remembered of steps, `[..., E]`.
+
+        Args:
+            z: `[..., L]`, real latents.
+            z_pred: `[..., L]`, predicted by the plan, driven by the actions really executed.
+            planned: `[..., A]`, planned actions in [-1, 1].
+            k: `[...]` long, step in plan.
+        """
+        raise NotImplementedError
+
+    def forward(self, history: History, planned: Tensor) -> Tensor:
+        """The corrected action `[B, A]` of the newest step, in [-1, 1], where `planned` `[B, A]` was planned.
 
         While training, the clamp's gradient is that of the identity: where the sum leaves the box
         towards the right answer nothing pulls, where it does so wrongly everything pulls it back.
         """
-        action = x.planned[:, -1] + self.residual(x)
+        action = planned + self.residual(history)
         if self.training:
             return action + (action.clamp(-1, 1) - action).detach()
         return action.clamp(-1, 1)
 
-    def residual(self, x: CorrectorInput) -> Tensor:
+    def residual(self, history: History) -> Tensor:
         """What is added to the newest planned action, `[B, A]`, before the clamp."""
         raise NotImplementedError
 
@@ -95,24 +119,28 @@ class TwoTowerCorrector(BaseCorrector):
         self.predicted = NormedLinear(c.latent_dim, width, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, width, nn.Mish())
         self.step = self._embedding(width // 8)
-        joined = 3 * width + width // 8 + c.action_dim
-        self.trunk = mlp(joined, [width], width, last=nn.Mish())
+        self.embedding_dim = 3 * width + width // 8 + c.action_dim
+        self.trunk = mlp(self.embedding_dim, [width], width, last=nn.Mish())
         self.gate = nn.Linear(width, c.action_dim)
         self.update = _zero_linear(width, c.action_dim)
 
-    def residual(self, x: CorrectorInput) -> Tensor:
-        z, z_pred, planned = x.z[:, -1], x.z_pred[:, -1], x.planned[:, -1]
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
         towers = [self.real(z), self.predicted(z_pred), self.difference(z - z_pred)]
-        hidden = self.trunk(torch.cat([*towers, self.step(self._known(x.k[:, -1])), planned], -1))
+        return torch.cat([*towers, self.step(self._known(k)), planned], -1)
+
+    def residual(self, history: History) -> Tensor:
+        hidden = self.trunk(history.steps[:, -1])
         return self.gate(hidden).sigmoid() * self.update(hidden)
 
 
 class DistilledPolicy(TwoTowerCorrector):
     """The same network without a plan, for comparison: its action depends on the real latent alone."""
 
-    def forward(self, x: CorrectorInput) -> Tensor:
-        nothing = torch.zeros_like(x.planned)
-        return super().forward(CorrectorInput(x.z, x.z, nothing, torch.zeros_like(x.k), x.valid))
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
+        return super().embed(z, z, torch.zeros_like(planned), torch.zeros_like(k))
+
+    def forward(self, history: History, planned: Tensor) -> Tensor:
+        return super().forward(history, torch.zeros_like(planned))
 
 
 class TemporalTransformerCorrector(BaseCorrector):
@@ -125,7 +153,7 @@ class TemporalTransformerCorrector(BaseCorrector):
     def __init__(self, config: CorrectorConfig):
         super().__init__(config)
         c, dim = config, config.width // 2
-        self.window = c.window
+        self.window, self.embedding_dim = c.window, dim
         self.latents = NormedLinear(2 * c.latent_dim + c.action_dim, dim, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, dim, nn.Mish())
         self.step = self._embedding(dim)
@@ -135,11 +163,13 @@ class TemporalTransformerCorrector(BaseCorrector):
         self.norm = nn.LayerNorm(dim)
         self.update = _zero_linear(dim, c.action_dim)
 
-    def residual(self, x: CorrectorInput) -> Tensor:
-        tokens = self.latents(torch.cat([x.z, x.z_pred, x.planned], -1))
-        tokens = tokens + self.difference(x.z - x.z_pred)
-        tokens = tokens + self.step(self._known(x.k)) + self.position
-        visible = x.valid[:, None, None]  # [B, 1 head, 1 query, W]
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
+        tokens = self.latents(torch.cat([z, z_pred, planned], -1))
+        return tokens + self.difference(z - z_pred) + self.step(self._known(k))
+
+    def residual(self, history: History) -> Tensor:
+        tokens = history.steps + self.position
+        visible = history.valid[:, None, None]  # [B, 1 head, 1 query, W]
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             tokens = block(tokens[:, -1:] if last else tokens, tokens, visible)

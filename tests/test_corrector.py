@@ -1,6 +1,7 @@
 """Correctors: what they do untrained, what they may see, and their files."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tdmpc2.config import CorrectorConfig
 from tdmpc2.corrector import (
     FILE,
     BaseCorrector,
-    CorrectorInput,
+    History,
     build_corrector,
     load_corrector,
     read_header,
@@ -31,7 +32,25 @@ def make(architecture: str, trained: bool = True) -> BaseCorrector:
     return corrector
 
 
-def random_input(batch: int = 5, window: int = 4) -> CorrectorInput:
+class Steps(NamedTuple):
+    """The last steps of some episodes, before a corrector embeds them."""
+
+    z: Tensor  # [B, W, L]
+    z_pred: Tensor  # [B, W, L]
+    planned: Tensor  # [B, W, A]
+    k: Tensor  # [B, W]
+    valid: Tensor  # [B, W]
+
+
+def residual(corrector: BaseCorrector, x: Steps) -> Tensor:
+    return corrector.residual(History(corrector.embed(*x[:4]), x.valid))
+
+
+def act(corrector: BaseCorrector, x: Steps) -> Tensor:
+    return corrector(History(corrector.embed(*x[:4]), x.valid), x.planned[:, -1])
+
+
+def random_input(batch: int = 5, window: int = 4) -> Steps:
     generator = torch.Generator().manual_seed(1)
 
     def uniform(*shape: int) -> Tensor:
@@ -40,20 +59,20 @@ def random_input(batch: int = 5, window: int = 4) -> CorrectorInput:
     valid = torch.ones(batch, window, dtype=torch.bool)
     k = torch.arange(window).expand(batch, -1)
     latents = uniform(2, batch, window, 16)
-    return CorrectorInput(latents[0], latents[1], uniform(batch, window, 3) * 2 - 1, k, valid)
+    return Steps(latents[0], latents[1], uniform(batch, window, 3) * 2 - 1, k, valid)
 
 
 @BOTH
 def test_untrained_corrector_executes_the_plan(architecture: str) -> None:
     corrector, x = make(architecture, trained=False), random_input()
-    assert torch.equal(corrector(x), x.planned[:, -1])
-    assert torch.equal(corrector.train()(x), x.planned[:, -1])
+    assert torch.equal(act(corrector, x), x.planned[:, -1])
+    assert torch.equal(act(corrector.train(), x), x.planned[:, -1])
 
 
 @BOTH
 def test_action_stays_in_the_box_and_every_input_counts(architecture: str) -> None:
     corrector, x = make(architecture), random_input()
-    action = corrector(x)
+    action = act(corrector, x)
     assert action.shape == (5, 3)
     assert (action.abs() <= 1).all() and (action.abs() == 1).any() and (action.abs() < 1).any()
     for changed in (
@@ -62,7 +81,7 @@ def test_action_stays_in_the_box_and_every_input_counts(architecture: str) -> No
         x._replace(planned=x.planned * 0.9),
         x._replace(k=x.k + 1),
     ):
-        assert not torch.allclose(corrector.residual(changed), corrector.residual(x))
+        assert not torch.allclose(residual(corrector, changed), residual(corrector, x))
 
 
 @BOTH
@@ -71,7 +90,7 @@ def test_clamp_lets_gradients_pull_a_saturated_action_back(architecture: str) ->
     x.planned[:] = 1.0
     corrector.update.bias.data.fill_(1.0)  # type: ignore[union-attr, operator]
     corrector.update.weight.data.zero_()  # type: ignore[union-attr, operator]
-    action = corrector(x)
+    action = act(corrector, x)
     torch.testing.assert_close(action, torch.ones_like(action))
     bias = corrector.update.bias  # type: ignore[union-attr]
     (right,) = torch.autograd.grad((action - 1.0).square().sum(), bias, retain_graph=True)  # type: ignore[arg-type]
@@ -83,9 +102,9 @@ def test_clamp_lets_gradients_pull_a_saturated_action_back(architecture: str) ->
 def test_gate_weighs_plan_against_update() -> None:
     corrector, x = make("two_tower"), random_input()
     corrector.gate.bias.data.fill_(-100.0)  # type: ignore[union-attr, operator]
-    assert torch.equal(corrector(x), x.planned[:, -1])
+    assert torch.equal(act(corrector, x), x.planned[:, -1])
     corrector.gate.bias.data.fill_(100.0)  # type: ignore[union-attr, operator]
-    assert not torch.allclose(corrector(x), x.planned[:, -1])
+    assert not torch.allclose(act(corrector, x), x.planned[:, -1])
 
 
 def test_masked_history_has_no_influence_and_valid_history_has() -> None:
@@ -97,18 +116,18 @@ def test_masked_history_has_no_influence_and_valid_history_has() -> None:
         other[:, :2] = 37.0
         other[:, 2:] = mine[:, 2:]
     rubbish.k[:, 2:] = x.k[:, 2:]
-    torch.testing.assert_close(corrector.residual(rubbish), corrector.residual(x))
+    torch.testing.assert_close(residual(corrector, rubbish), residual(corrector, x))
     x.valid[:, 1] = True
     other_history = x._replace(z=x.z.clone())
     other_history.z[:, 1] = 0.0
-    assert not torch.allclose(corrector.residual(other_history), corrector.residual(x))
+    assert not torch.allclose(residual(corrector, other_history), residual(corrector, x))
 
 
 @BOTH
 def test_steps_beyond_the_last_embedding_take_it(architecture: str) -> None:
     corrector, x = make(architecture), random_input()
-    at_last = corrector(x._replace(k=torch.full_like(x.k, 7)))
-    torch.testing.assert_close(corrector(x._replace(k=torch.full_like(x.k, 500))), at_last)
+    at_last = act(corrector, x._replace(k=torch.full_like(x.k, 7)))
+    torch.testing.assert_close(act(corrector, x._replace(k=torch.full_like(x.k, 500))), at_last)
 
 
 @BOTH
@@ -117,7 +136,7 @@ def test_file_round_trip(architecture: str, tmp_path: Path) -> None:
     save_corrector(tmp_path / "c", corrector, "teacher-a", note={"validation": [0.1]})
     loaded = load_corrector(tmp_path / "c", "teacher-a")
     assert loaded.config == corrector.config and not loaded.training
-    torch.testing.assert_close(loaded(x), corrector(x))
+    torch.testing.assert_close(act(loaded, x), act(corrector, x))
     assert read_header(tmp_path / "c")["note"] == {"validation": [0.1]}
     assert [p.name for p in (tmp_path / "c").iterdir()] == [FILE]
 

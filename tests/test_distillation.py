@@ -17,7 +17,7 @@ from torch import Tensor
 from tdmpc2 import load_world_model
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, CorrectorInput, build_corrector, load_corrector, read_header
+from tdmpc2.corrector import BaseCorrector, History, build_corrector, load_corrector, read_header
 from tdmpc2.distillation import (
     TEACHER,
     CorrectorTrainConfig,
@@ -419,8 +419,8 @@ def test_plan_driven_stretch_reads_recorded_predictions(model: WorldModel) -> No
     z4 = model.next(data.plan_latents[2, 3], u.planned[2, 0])
     z_pred = torch.stack([*data.plan_latents[2, 1:], z4])
     k, valid = torch.arange(1, 5), torch.ones(4, dtype=torch.bool)
-    x = CorrectorInput(*(v[:, None] for v in (data.latent[3:7], z_pred, u.planned[:, 0], k, valid)))
-    torch.testing.assert_close(u.action[:, 0], corrector(x))
+    seen = History(corrector.embed(data.latent[3:7], z_pred, u.planned[:, 0], k)[:, None], valid[:, None])
+    torch.testing.assert_close(u.action[:, 0], corrector(seen, u.planned[:, 0]))
 
 
 # --- training
