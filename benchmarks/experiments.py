@@ -26,7 +26,7 @@ from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
-from tdmpc2.evaluation.evaluate import EvaluationConfig
+from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.modes import FOREVER
 from tdmpc2.evaluation.rollout import Rollout, rollout
@@ -38,7 +38,6 @@ from tdmpc2.world_model.checkpoint import read_config
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
-PUSH = ("push", 0.3)
 
 
 @dataclass(frozen=True, kw_only=True)

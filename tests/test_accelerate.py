@@ -19,11 +19,12 @@ import tdmpc2
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
-from tdmpc2.config import EAGER, SpeculationConfig
+from tdmpc2.config import EAGER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError
-from tdmpc2.evaluation import disturbed
+from tdmpc2.evaluation import disturbed, evaluate
+from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +251,32 @@ def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path
     arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false"]
     result = script("eval_corrector", workdir, *arguments, "correctors=half", "out=refused")
     one_line(result, "half/two_tower did not end")
+
+
+@pytest.mark.parametrize(("least", "chosen"), [(0.85, "far"), (0.95, "near"), (0.99, "baseline")])
+def test_the_chosen_mode_withstands_pushes(
+    least: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"baseline": 1.0, "near": 0.2, "far": 0.1, "lossy": 0.05, "prior": 0.0}
+    undisturbed = {"baseline": 100.0, "near": 100.0, "far": 100.0, "lossy": 90.0, "prior": 100.0}
+    pushed = {"baseline": 80.0, "near": 78.0, "far": 70.0}
+
+    def summary(subject: evaluate.Subject, modes: dict[str, Any], *_: Any) -> pd.DataFrame:
+        assert "prior" not in modes
+        returns = pd.Series(undisturbed if subject.teacher.disturbance is None else pushed)[list(modes)]
+        ratio = returns / returns["baseline"]
+        table = {
+            "return_mean": returns,
+            "return_ratio_low": ratio,
+            "planner_calls": pd.Series(calls)[list(modes)],
+        }
+        return pd.DataFrame(table).rename_axis("mode").reset_index()
+
+    monkeypatch.setattr(evaluate, "_calibration_summary", summary)
+    teacher = open_teacher("walker-walk", str(TEACHER), BudgetOverride())
+    config = evaluate.EvaluationConfig(min_return_pushed=least)
+    modes = dict.fromkeys(calls, SpeculationConfig(1))
+    assert evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console()) == chosen
 
 
 def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
     OUT/calibration/free/NAME/           corrected modes without fallback, for the thresholds
     OUT/calibration/modes/NAME/          the modes to choose from, on the calibration seeds
+    OUT/calibration/pushed/NAME/         those that were tried under pushes, on the same seeds
     OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
     OUT/episodes.csv, steps.csv, latency.csv, summary.csv, report.html       all of these together
     OUT/chosen.json                      the mode that was chosen
@@ -10,7 +11,7 @@ A run that is killed goes on with the modes that are missing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..agent import SpeculativeAgent
 from ..config import SpeculationConfig, at_least
 from ..corrector import BaseCorrector
-from ..errors import ConfigError
+from ..errors import ConfigError, TaskError
 from ..files import atomic_write, read_json, write_json
 from ..mismatch import calibrate_threshold
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import holds_up, summarise
-from .modes import HORIZONS, SIMPLER, corrected, standard_modes
+from .modes import BASELINE, HORIZONS, SIMPLER, corrected, standard_modes
 from .report import print_table, write_report
 from .rollout import Rollout, measure_latency, rollout
+
+PUSH = ("push", 0.3)  # the disturbance that a chosen mode must withstand
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class EvaluationConfig:
     latency_steps: int = 200  # per mode
     num_envs: int = 10  # episodes run as one batch
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
+    min_return_pushed: float = 0.95  # the same where both are pushed, on average
 
     @property
     def eval_seeds(self) -> range:
@@ -162,17 +166,45 @@ def choose(
     out: Path,
     console: Console,
 ) -> str:
-    """The mode with the fewest planner calls whose return on the calibration seeds holds up, none of SIMPLER.
+    """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
 
-    The baseline's own always does. What is simpler never plans, or executes plans unwatched: that its return
-    holds up says nothing of a world that is not as modelled. The report names what would have done.
+    Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
+    pushes too. The baseline always holds up. What is simpler never plans, or executes plans unwatched; the
+    report names what of it would have done.
     """
     candidates = {name: mode for name, mode in modes.items() if name not in SIMPLER}
-    result = run_modes(subject, candidates, config, config.calibration_seeds, out, console)
+    summary = _calibration_summary(subject, candidates, config, out / "modes", console)
+    good = summary[holds_up(summary, config.min_return)]
+    names = list(good.sort_values("planner_calls", kind="stable")["mode"])
+    pushed = Subject(replace(subject.teacher, disturbance=PUSH), subject.correctors)
+    try:
+        pushed.teacher.env().close()
+    except TaskError as e:
+        console.print(f"{e}; the mode is chosen without pushes")
+        return names[0]
+    tried = {BASELINE: modes[BASELINE]}
+    for name in names[: names.index(BASELINE)]:
+        tried[name] = modes[name]
+        returns = _calibration_summary(pushed, tried, config, out / "pushed", console)
+        returns = returns.set_index("mode")["return_mean"]
+        lost = returns[BASELINE] - returns[name]
+        if lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
+            return name
+    return BASELINE
+
+
+def _calibration_summary(
+    subject: Subject,
+    modes: Mapping[str, SpeculationConfig],
+    config: EvaluationConfig,
+    out: Path,
+    console: Console,
+) -> pd.DataFrame:
+    """Modes on the calibration seeds, summed up in `out/summary.csv`."""
+    result = run_modes(subject, modes, config, config.calibration_seeds, out, console)
     summary = summarise(result.episodes, result.steps, None)
     write_csv(out / "summary.csv", summary)
-    good = summary[holds_up(summary, config.min_return)]
-    return str(good.sort_values("planner_calls", kind="stable")["mode"].iloc[0])
+    return summary
 
 
 def evaluate(
@@ -208,7 +240,7 @@ def evaluate(
     }
     claim(out, settings)
     modes = calibrate(subject, config, out / "calibration", console)
-    chosen = choose(subject, modes, config, out / "calibration" / "modes", console)
+    chosen = choose(subject, modes, config, out / "calibration", console)
     write_json(out / "chosen.json", {"mode": chosen, "speculation": asdict(modes[chosen])})
     episodes, steps = run_modes(subject, modes, config, seeds, out / "modes", console, config.label_episodes)
     console.print("measuring the latency of single steps, all modes in turn")
