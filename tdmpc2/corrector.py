@@ -1,16 +1,21 @@
 """Correctors: small networks that turn a planned action into the one the planner would choose now.
 
 A corrector sees, for each of the last `window` steps of an episode, the real latent, the latent
-that the plan predicted, the planned action and the step in plan, and answers with a residual on the
-newest planned action. It embeds a step when it happens and remembers the embedding only. Its last
-layer starts at zero: untrained, it executes the plan as it is.
+that the plan predicted, the planned action and the step in plan. It has an action of its own, and a
+gate in (-1, 1) for each action dimension that weighs the newest planned action against it:
+
+    planned + gate * (own - planned)
+
+Where the plan is of no use the gate lets go of it, which a residual alone would have to cancel. The gate
+starts at zero: untrained, a corrector executes the plan as it is. It embeds a step when it happens and
+remembers the embedding only.
 
 A trained corrector is one file, `corrector.safetensors`, in a folder of its own: weights, and in
 its header the configuration as JSON with the fingerprint of the teacher that it belongs to.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +51,11 @@ class History(NamedTuple):
 
 
 class BaseCorrector(nn.Module):
-    """What all correctors share: the history, the clamp, and the residual on the planned action.
+    """What all correctors share: the history, the gate, and the clamp.
+
+    Args:
+        config: the architecture.
+        hidden: number `F` of features that actions are made of.
 
     Attributes:
         config: the architecture.
@@ -57,9 +66,13 @@ class BaseCorrector(nn.Module):
     window: int
     embedding_dim: int
 
-    def __init__(self, config: CorrectorConfig):
+    def __init__(self, config: CorrectorConfig, hidden: int):
         super().__init__()
         self.config = config
+        self.own = nn.Linear(hidden, config.action_dim)
+        self.gate = nn.Linear(hidden, config.action_dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
 
     def no_history(self, rows: int) -> History:
         """The history of `B` episodes that begin."""
@@ -84,13 +97,14 @@ class BaseCorrector(nn.Module):
         While training, the clamp's gradient is that of the identity: where the sum leaves the box
         towards the right answer nothing pulls, where it does so wrongly everything pulls it back.
         """
-        action = planned + self.residual(history)
+        hidden = self.features(history)
+        action = planned + self.gate(hidden).tanh() * (self.own(hidden) - planned)
         if self.training:
             return action + (action.clamp(-1, 1) - action).detach()
         return action.clamp(-1, 1)
 
-    def residual(self, history: History) -> Tensor:
-        """What is added to the newest planned action, `[B, A]`, before the clamp."""
+    def features(self, history: History) -> Tensor:
+        """What the gate and the corrector's own action are made of, `[B, F]`."""
         raise NotImplementedError
 
     def _embedding(self, dim: int) -> nn.Embedding:
@@ -104,16 +118,12 @@ class BaseCorrector(nn.Module):
 
 
 class TwoTowerCorrector(BaseCorrector):
-    """Separate towers for the real, the predicted and the difference latent; sees one step.
-
-    A gate in (0, 1) for each action dimension weighs the planned action against the learned one:
-    `(1 - gate) * planned + gate * (planned + update)`.
-    """
+    """Separate towers for the real, the predicted and the difference latent; sees one step."""
 
     window = 1
 
     def __init__(self, config: CorrectorConfig):
-        super().__init__(config)
+        super().__init__(config, config.width)
         c, width = config, config.width
         self.real = NormedLinear(c.latent_dim, width, nn.Mish())
         self.predicted = NormedLinear(c.latent_dim, width, nn.Mish())
@@ -121,16 +131,13 @@ class TwoTowerCorrector(BaseCorrector):
         self.step = self._embedding(width // 8)
         self.embedding_dim = 3 * width + width // 8 + c.action_dim
         self.trunk = mlp(self.embedding_dim, [width], width, last=nn.Mish())
-        self.gate = nn.Linear(width, c.action_dim)
-        self.update = _zero_linear(width, c.action_dim)
 
     def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
         towers = [self.real(z), self.predicted(z_pred), self.difference(z - z_pred)]
         return torch.cat([*towers, self.step(self._known(k)), planned], -1)
 
-    def residual(self, history: History) -> Tensor:
-        hidden = self.trunk(history.steps[:, -1])
-        return self.gate(hidden).sigmoid() * self.update(hidden)
+    def features(self, history: History) -> Tensor:
+        return self.trunk(history.steps[:, -1])
 
 
 class DistilledPolicy(TwoTowerCorrector):
@@ -151,8 +158,8 @@ class TemporalTransformerCorrector(BaseCorrector):
     """
 
     def __init__(self, config: CorrectorConfig):
-        super().__init__(config)
         c, dim = config, config.width // 2
+        super().__init__(config, dim)
         self.window, self.embedding_dim = c.window, dim
         self.latents = NormedLinear(2 * c.latent_dim + c.action_dim, dim, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, dim, nn.Mish())
@@ -161,19 +168,18 @@ class TemporalTransformerCorrector(BaseCorrector):
         nn.init.trunc_normal_(self.position, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, c.width, c.num_heads) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(dim)
-        self.update = _zero_linear(dim, c.action_dim)
 
     def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
         tokens = self.latents(torch.cat([z, z_pred, planned], -1))
         return tokens + self.difference(z - z_pred) + self.step(self._known(k))
 
-    def residual(self, history: History) -> Tensor:
+    def features(self, history: History) -> Tensor:
         tokens = history.steps + self.position
         visible = history.valid[:, None, None]  # [B, 1 head, 1 query, W]
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             tokens = block(tokens[:, -1:] if last else tokens, tokens, visible)
-        return self.update(self.norm(tokens[:, -1]))
+        return self.norm(tokens[:, -1])
 
 
 class Block(nn.Module):
@@ -204,7 +210,7 @@ class Block(nn.Module):
         return x + self.feed_forward(x)
 
 
-ARCHITECTURES: Mapping[str, type[BaseCorrector]] = {
+ARCHITECTURES: Mapping[str, Callable[[CorrectorConfig], BaseCorrector]] = {
     "two_tower": TwoTowerCorrector,
     "temporal": TemporalTransformerCorrector,
     "distilled": DistilledPolicy,
@@ -295,10 +301,3 @@ def load_corrector(
     if not whole:
         raise CheckpointError(f"{path} is damaged, its weights have changed: train it again")
     return corrector.to(device).eval().requires_grad_(False)
-
-
-def _zero_linear(in_dim: int, out_dim: int) -> nn.Linear:
-    layer = nn.Linear(in_dim, out_dim)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer

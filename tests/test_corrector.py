@@ -28,7 +28,8 @@ def make(architecture: str, trained: bool = True) -> BaseCorrector:
     config = CorrectorConfig(16, 3, architecture, width=32, window=4, num_heads=2, max_k=8)
     corrector = build_corrector(config).eval()
     if trained:
-        torch.nn.init.normal_(corrector.update.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+        torch.nn.init.normal_(corrector.gate.weight, std=0.5)
+        torch.nn.init.normal_(corrector.own.weight, std=0.5)
     return corrector
 
 
@@ -40,10 +41,6 @@ class Steps(NamedTuple):
     planned: Tensor  # [B, W, A]
     k: Tensor  # [B, W]
     valid: Tensor  # [B, W]
-
-
-def residual(corrector: BaseCorrector, x: Steps) -> Tensor:
-    return corrector.residual(History(corrector.embed(*x[:4]), x.valid))
 
 
 def act(corrector: BaseCorrector, x: Steps) -> Tensor:
@@ -81,30 +78,36 @@ def test_action_stays_in_the_box_and_every_input_counts(architecture: str) -> No
         x._replace(planned=x.planned * 0.9),
         x._replace(k=x.k + 1),
     ):
-        assert not torch.allclose(residual(corrector, changed), residual(corrector, x))
+        assert not torch.allclose(act(corrector, changed), act(corrector, x))
 
 
 @BOTH
 def test_clamp_lets_gradients_pull_a_saturated_action_back(architecture: str) -> None:
     corrector, x = make(architecture).train(), random_input()
     x.planned[:] = 1.0
-    corrector.update.bias.data.fill_(1.0)  # type: ignore[union-attr, operator]
-    corrector.update.weight.data.zero_()  # type: ignore[union-attr, operator]
+    corrector.own.weight.data.zero_()
+    corrector.own.bias.data.fill_(2.0)
+    corrector.gate.bias.data.fill_(100.0)
     action = act(corrector, x)
     torch.testing.assert_close(action, torch.ones_like(action))
-    bias = corrector.update.bias  # type: ignore[union-attr]
-    (right,) = torch.autograd.grad((action - 1.0).square().sum(), bias, retain_graph=True)  # type: ignore[arg-type]
-    (wrong,) = torch.autograd.grad((action - 0.5).square().sum(), bias)  # type: ignore[arg-type]
+    bias = corrector.own.bias
+    (right,) = torch.autograd.grad((action - 1.0).square().sum(), bias, retain_graph=True)
+    (wrong,) = torch.autograd.grad((action - 0.5).square().sum(), bias)
     assert right.abs().max() < 1e-5
     assert (wrong > 0.1).all()
 
 
-def test_gate_weighs_plan_against_update() -> None:
-    corrector, x = make("two_tower"), random_input()
-    corrector.gate.bias.data.fill_(-100.0)  # type: ignore[union-attr, operator]
-    assert torch.equal(act(corrector, x), x.planned[:, -1])
-    corrector.gate.bias.data.fill_(100.0)  # type: ignore[union-attr, operator]
-    assert not torch.allclose(act(corrector, x), x.planned[:, -1])
+@BOTH
+@pytest.mark.parametrize(("gate", "weight"), [(0.0, 0.0), (100.0, 1.0), (0.5493, 0.5)])
+def test_gate_weighs_the_plan_against_an_action_of_its_own(
+    architecture: str, gate: float, weight: float
+) -> None:
+    corrector, x = make(architecture), random_input()
+    corrector.gate.weight.data.zero_()
+    corrector.gate.bias.data.fill_(gate)
+    own = corrector.own(corrector.features(History(corrector.embed(*x[:4]), x.valid)))
+    expected = ((1 - weight) * x.planned[:, -1] + weight * own).clamp(-1, 1)
+    torch.testing.assert_close(act(corrector, x), expected, atol=1e-4, rtol=0.0)
 
 
 def test_masked_history_has_no_influence_and_valid_history_has() -> None:
@@ -116,11 +119,11 @@ def test_masked_history_has_no_influence_and_valid_history_has() -> None:
         other[:, :2] = 37.0
         other[:, 2:] = mine[:, 2:]
     rubbish.k[:, 2:] = x.k[:, 2:]
-    torch.testing.assert_close(residual(corrector, rubbish), residual(corrector, x))
+    torch.testing.assert_close(act(corrector, rubbish), act(corrector, x))
     x.valid[:, 1] = True
     other_history = x._replace(z=x.z.clone())
     other_history.z[:, 1] = 0.0
-    assert not torch.allclose(residual(corrector, other_history), residual(corrector, x))
+    assert not torch.allclose(act(corrector, other_history), act(corrector, x))
 
 
 @BOTH

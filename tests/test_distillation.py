@@ -82,7 +82,7 @@ def make_corrector(model: WorldModel, architecture: str) -> BaseCorrector:
     torch.manual_seed(3)
     config = CorrectorConfig(model.config.latent_dim, ACTION, architecture, width=32, window=5, num_heads=2)
     corrector = build_corrector(config).eval()
-    torch.nn.init.normal_(corrector.update.weight, std=0.2)  # type: ignore[union-attr, arg-type]
+    torch.nn.init.normal_(corrector.gate.weight, std=0.2)
     return corrector
 
 
@@ -240,7 +240,7 @@ def test_resumed_collecting_equals_uninterrupted(teacher: Drifting, tmp_path: Pa
 
     with pytest.raises(DataError, match="behaviours"):  # other settings, same folder
         collect(teacher, killed, episodes=5, num_envs=2)
-    corrector.update.weight.data *= 2  # type: ignore[union-attr, operator]
+    corrector.gate.weight.data *= 2
     with pytest.raises(DataError, match="behaviours"):  # the same settings, another corrector
         collect(teacher, killed, **options)
 
@@ -399,7 +399,7 @@ def test_rollout_loss_by_hand(model: WorldModel) -> None:
         hidden = [corrector.real(x[0]), corrector.predicted(x[1]), corrector.difference(x[2])]  # type: ignore[operator]
         step = corrector.step(torch.tensor([k]))  # type: ignore[operator]
         hidden = corrector.trunk(torch.cat([*hidden, step, x[3]], -1))  # type: ignore[operator]
-        delta = corrector.gate(hidden).sigmoid() * corrector.update(hidden)  # type: ignore[operator]
+        delta = corrector.gate(hidden).tanh() * (corrector.own(hidden) - planned)
         action = (planned + delta[0]).clamp(-1, 1)
         total += float((action - data.teacher_action[2 + k]).square().sum())
         total += 0.3 * float((action - planned).square().sum())
