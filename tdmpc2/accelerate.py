@@ -8,7 +8,8 @@
     OUT/config.json, model.safetensors     the agent that `tdmpc2.load_agent(OUT)` opens
 
 Correctors fail by leaving the states that they were trained on. So data is collected in rounds: under the
-current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011).
+current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011),
+and training goes on from the correctors that there are.
 Some of their actions are replaced by random ones, so that correctors learn to recover.
 A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice.
 """
@@ -89,28 +90,30 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
             bursts=correctors is not None,
         )
 
-    def train(folder: Path, without: Sequence[str] = ()) -> dict[str, BaseCorrector]:
+    def train(folder: Path, initial: Mapping[str, BaseCorrector]) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
-            trained = train_corrector(teacher.model, data, c, folder, without)
+            trained = train_corrector(teacher.model, data, c, folder, initial)
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
 
     console.print(f"[bold]{c.task}[/]: the teacher's own episodes")
     gather("teacher", c.collect_seed, c.episodes)
+    correctors: dict[str, BaseCorrector] = {}
     for r in range(c.rounds):
         console.print(f"round {r + 1} of {c.rounds}: episodes under the correctors so far")
-        correctors = train(out / "rounds" / str(r + 1), without=[DISTILLED])
+        correctors = train(out / "rounds" / str(r + 1), correctors)
         behaviours = [
             SpeculationConfig(execution_horizon=horizon, corrector=n)
             for horizon in HORIZONS[::-1]
             for n in correctors
+            if n != DISTILLED
         ]
         first = c.collect_seed + c.episodes + r * c.round_episodes
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
     console.print("the final correctors")
-    train(out / "correctors")
+    train(out / "correctors", correctors)
     evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
     save_world_model(
         out,

@@ -9,9 +9,10 @@ on disk after every validation, and once the training is done the header of thei
 import csv
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def train_corrector(
     data: Recording,
     config: CorrectorTrainConfig,
     out: str | Path,
-    without: Sequence[str] = (),
+    initial: Mapping[str, BaseCorrector] = MappingProxyType({}),
 ) -> dict[str, Trained]:
     """Train one corrector or all, print how good they are, and return them by architecture.
 
@@ -115,7 +116,7 @@ def train_corrector(
         data: from `load_shards`.
         config: how to train.
         out: folder, one folder for each architecture inside.
-        without: architectures that are left out.
+        initial: correctors that training goes on from, by architecture; others begin anew.
 
     Raises:
         ConfigError: there is no such architecture, or a setting cannot be.
@@ -126,9 +127,8 @@ def train_corrector(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
         trained = {
-            name: _train(name, model, data, config, Path(out) / name, progress)
+            name: _train(name, model, data, config, Path(out) / name, progress, initial.get(name))
             for name in _names(config)
-            if name not in without
         }
     Console().print(error_table({name: t.errors for name, t in trained.items()}))
     return trained
@@ -156,19 +156,22 @@ def _train(
     config: CorrectorTrainConfig,
     out: Path,
     progress: Progress,
+    initial: BaseCorrector | None,
 ) -> Trained:
     c, steps, device = config, config.rollout_steps, data.latent.device
     horizon, action_dim = data.plan_actions.shape[1:]
     starts, validation, test = split_starts(data, c.held_out_every)
     torch.manual_seed(c.seed)  # of the weights
     corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)
+    if initial is not None:
+        corrector.load_state_dict(initial.state_dict())
     judge = _Judge(model, data, validation, steps, corrector)
     generator = torch.Generator().manual_seed(c.seed)
     optimizer = torch.optim.AdamW(corrector.parameters(), c.lr, weight_decay=c.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, c.updates)
 
     out.mkdir(parents=True, exist_ok=True)
-    save_corrector(out, corrector, data.teacher)  # untrained, it executes the plan: that is to be beaten
+    save_corrector(out, corrector, data.teacher)  # what is to be beaten; untrained, it executes the plan
     best_error, plan_error = _mean(judge.error(corrector)), _mean(judge.plan)
     waited, began = 0, time.monotonic()
     total_loss = torch.zeros((), device=device)
