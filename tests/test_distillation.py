@@ -492,6 +492,9 @@ def test_training_stops_early_and_keeps_the_best(model: WorldModel, tmp_path: Pa
     assert again.errors == trained.errors  # the seed decides
     other = train_corrector(model, data, replace(config, seed=1), tmp_path / "other")["two_tower"]
     assert other.errors != trained.errors
+    still = replace(config, updates=1, lr=1e-12)
+    went_on = train_corrector(model, data, still, tmp_path / "on", {"two_tower": trained.corrector})
+    assert went_on["two_tower"].errors.corrector == pytest.approx(trained.errors.corrector)
 
 
 def test_what_is_worse_than_the_plan_is_not_kept(model: WorldModel, tmp_path: Path) -> None:
