@@ -55,32 +55,6 @@ def unroll(
         own_actions: predicted latents follow the corrector's actions; False: the plan's (within the
             planning horizon these are the recorded predictions).
     """
-    # No gradient runs from step to step: they are replayed without, then one call answers at all of them.
-    z, z_pred, planned, k, inside, teacher = _replay(
-        model, corrector, data, start, earlier, steps, own_actions
-    )
-    window, newest = corrector.window, slice(-steps, None)
-    embedded = corrector.embed(z, z_pred, planned, k).unfold(0, window, 1)[newest]  # [S, B, E, W]
-    seen = History(embedded.flatten(0, 1).mT, inside.unfold(0, window, 1)[newest].flatten(0, 1))
-    action = corrector(seen, planned[newest].flatten(0, 1)).unflatten(0, (steps, -1))
-    return Unrolled(action, planned[newest], teacher[newest], inside[newest])
-
-
-@torch.no_grad()
-def _replay(
-    model: WorldModel,
-    corrector: BaseCorrector,
-    data: Recording,
-    start: Tensor,
-    earlier: Tensor,
-    steps: int,
-    own_actions: bool,
-) -> tuple[Tensor, ...]:
-    """Real and predicted latents, planned actions, step in plan, `inside` and the teacher's actions.
-
-    Each begins with `[W + S, B]`: the steps before `start` that its corrector sees, `start` itself, and `S`
-    after it.
-    """
     horizon, task, window = data.plan_actions.shape[1], data.task, corrector.window
     first, last = data.first[start], data.last[start]
     # The oldest step in the window may be the last one of a plan: start where that plan starts.
@@ -88,33 +62,40 @@ def _replay(
     at = start + torch.arange(-before, steps + 1, device=start.device)[:, None]
     inside, at = (at >= first) & (at <= last), at.clamp(min=0, max=len(data.latent) - 1)
     z, teacher = data.latent[at], data.teacher_action[at]
-    prior = model.prior(z, task)
     z_pred, plan_at = z[before], start
-    history, replayed = corrector.no_history(len(start)), []
-    for i in range(-before, steps + 1):
-        t = i + before
-        if i <= 0:
-            fresh = ((-i) % earlier == 0) | (at[t] == first)
-            plan_at = torch.where(fresh, at[t], plan_at)
-            z_pred = torch.where(fresh[:, None], z[t], z_pred)
-        k = (at[t] - plan_at).clamp(min=0)
-        planned = data.plan_actions[plan_at, k.clamp(max=horizon - 1)]
-        planned = torch.where((k < horizon)[:, None], planned, prior[t])
-        replayed.append((z_pred, planned, k))
-        if own_actions and i > -window:
-            history = history.then(corrector.embed(z[t], z_pred, planned, k))
-            history.valid[:, -1] = inside[t]
-        if i <= 0:
-            executed = torch.where((k == 0)[:, None], planned, teacher[t])
-        else:
-            executed = corrector(history, planned) if own_actions else planned
-        if i >= 0 and not own_actions and i < horizon:
-            z_pred = data.plan_latents[start, i + 1]
-        elif i < steps:
-            z_pred = model.next(z_pred, executed, task)
-    seen = slice(-(window + steps), None)
-    z_preds, planneds, ks = (torch.stack(x)[seen] for x in zip(*replayed, strict=True))
-    return z[seen], z_preds, planneds, ks, inside[seen], teacher[seen]
+    replayed = []
+    with torch.no_grad():  # from step to step no gradient runs
+        prior, history = model.prior(z, task), corrector.no_history(len(start))
+        for i in range(-before, steps + 1):
+            t = i + before
+            if i <= 0:
+                fresh = ((-i) % earlier == 0) | (at[t] == first)
+                plan_at = torch.where(fresh, at[t], plan_at)
+                z_pred = torch.where(fresh[:, None], z[t], z_pred)
+            k = (at[t] - plan_at).clamp(min=0)
+            planned = data.plan_actions[plan_at, k.clamp(max=horizon - 1)]
+            planned = torch.where((k < horizon)[:, None], planned, prior[t])
+            replayed.append((z_pred, planned, k))
+            if own_actions and i > -window:
+                history = history.then(corrector.embed(z[t], z_pred, planned, k))
+                history.valid[:, -1] = inside[t]
+            if i <= 0:
+                executed = torch.where((k == 0)[:, None], planned, teacher[t])
+            else:
+                executed = corrector(history, planned) if own_actions else planned
+            if i >= 0 and not own_actions and i < horizon:
+                z_pred = data.plan_latents[start, i + 1]
+            elif i < steps:
+                z_pred = model.next(z_pred, executed, task)
+    # What the windows of the answers hold, once; then one call of the corrector serves all answers.
+    held, answers = slice(-(window + steps), None), slice(-steps, None)
+    z_preds, planneds, ks = (torch.stack(x) for x in zip(*replayed, strict=True))
+    embedded = corrector.embed(z[held], z_preds[held], planneds[held], ks[held])
+    seen = embedded.unfold(0, window, 1)[answers].flatten(0, 1).mT  # [S B, W, E]
+    valid = inside.unfold(0, window, 1)[answers].flatten(0, 1)
+    planneds, teacher, inside = planneds[answers], teacher[answers], inside[answers]
+    action = corrector(History(seen, valid), planneds.flatten(0, 1)).unflatten(0, (steps, -1))
+    return Unrolled(action, planneds, teacher, inside)
 
 
 def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
