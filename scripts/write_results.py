@@ -9,6 +9,8 @@ Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evalu
 
 import re
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from tdmpc2.cli import run
+from tdmpc2.corrector import ARCHITECTURES
 from tdmpc2.errors import DataError
 from tdmpc2.evaluation.aggregate import ALL, CHOSEN, TaskResults, speculation_table
-from tdmpc2.evaluation.modes import BASELINE
+from tdmpc2.evaluation.evaluate import EvaluationConfig
+from tdmpc2.evaluation.metrics import paired_ratio
+from tdmpc2.evaluation.modes import BASELINE, DISTILLED, corrected
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
 plt.rcParams["svg.hashsalt"] = "tdmpc2"  # one name for each part of a figure, in every run
 ROOT = Path(__file__).parents[1]
+MIN_RETURN, MIN_RETURN_DISTURBED = EvaluationConfig.min_return, EvaluationConfig.min_return_pushed
 COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
 
 
@@ -56,19 +62,22 @@ def main(settings: Settings) -> None:
     tasks = sorted(p.parent for p in results.glob("*/summary.csv"))
     if not tasks:
         raise DataError(f"no results in {settings.results}: run scripts/accelerate.py first")
-    table = speculation_table({folder.name: read(folder) for folder in tasks})
+    found = {folder.name: read(folder) for folder in tasks}
+    table = speculation_table(found)
     with atomic_write(results / "speculation.csv") as tmp:
         table.to_csv(tmp, index=False)
     readme, docs = Path(settings.readme), Path(settings.docs)
     docs.mkdir(parents=True, exist_ok=True)
     pages = {"results": "# Results, task by task\n\n" + "".join(section(folder) for folder in tasks)}
-    if found := sorted((results / "experiments").glob("*.csv")):
-        pages["experiments"] = EXPERIMENTS + "".join(experiments(path) for path in found)
+    if measured := sorted((results / "experiments").glob("*.csv")):
+        pages["experiments"] = EXPERIMENTS + "".join(experiments(path) for path in measured)
     for name, text in pages.items():
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
     content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
+    content = between(content, "correctors", correctors(found, table))
     content = between(content, "disturbed", disturbed(tasks))
+    content = between(content, "when_not", when_not(table, tasks))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
     content = between(content, "speed", speed(results))
     with atomic_write(readme) as tmp:
@@ -119,28 +128,108 @@ def pooled_rows(table: pd.DataFrame) -> str:
     return "\n".join([*lines, ""])
 
 
-def disturbed(tasks: list[Path]) -> str:
-    """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
+def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
+    """The two correctors side by side, a row an execution horizon, and which one to use, in Markdown."""
+    both = first, second = [name for name in ARCHITECTURES if name != DISTILLED]
+    columns = [f"{name}{what}" for what in (", ratio [95 %]", " better", ", act") for name in both]
+    lines, wins = header(["execution", *columns]), Counter[str]()
+    pooled = table[table["task"] == ALL].set_index("setting")
+    for mode_a, mode_b in zip(corrected(first), corrected(second), strict=True):
+        better = dict.fromkeys(both, 0)
+        for task in results.values():
+            by_mode = task.episodes.pivot(index="seed", columns="mode", values="return")
+            _, low, high = paired_ratio(by_mode[mode_a].to_numpy(), by_mode[mode_b].to_numpy())
+            better[first] += low > 1
+            better[second] += high < 1
+        rows = [pooled.loc[mode] for mode in (mode_a, mode_b)]
+        cells = [mode_a.removeprefix(f"{first}_"), *map(interval, rows)]
+        cells += [f"{n} of {len(results)} tasks" for n in better.values()]
+        lines.append(line(cells + [f"{row.act_ms_median:.2f} ms" for row in rows]))
+        wins.update(better)
+    chosen = Counter(task.chosen.rpartition("_")[0] for task in results.values())
+    lines += ["", "Better: the 95 % interval of the ratio of the two returns, paired by seed, leaves 1 out."]
+    lines += [
+        f"Of {len(results)} tasks, `{first}` was chosen on {chosen[first]}, `{second}` on {chosen[second]}."
+    ]
+    for name, other in ((first, second), (second, first)):
+        if not wins[name]:
+            lines.append(f"`{name}` is never the better one: use `{other}` (`architecture={other}`).")
+    return "\n".join([*lines, ""])
+
+
+def when_not(table: pd.DataFrame, tasks: list[Path]) -> str:
+    """Where speculation did not pay, or something simpler did as well, in Markdown."""
+    table = table[table["task"] != ALL]
+    chosen, baseline = table[table["chosen"]], table[table["setting"] == BASELINE]
+    holds = table["return_ratio_low"] >= MIN_RETURN
+    lines = [
+        "- **Your deadline is for the slowest step.** A step that replans takes as long as ever: the 99th "
+        f"percentile of `act` is {chosen['act_ms_p99'].median():.1f} ms, in the median over tasks, against "
+        f"{baseline['act_ms_p99'].median():.1f} ms of replanning at every step. What falls is the median."
+    ]
+    idle = table[holds & table["setting"].isin(["prior", DISTILLED])]
+    kept = [f"{r.task} ({r.setting} {interval(r)})" for r in idle.itertuples()]
+    lines.append(
+        "- **A network without a planner does it.** "
+        + (f"So it is with {', '.join(kept)}. " if kept else "On no task measured here. ")
+        + "The report names such modes; take them if the disturbances above do not matter to you."
+    )
+    fell = [f"{r.task} ({r.setting} {interval(r)})" for r in table[table["chosen"] & ~holds].itertuples()]
+    lines.append(
+        f"- **You need {MIN_RETURN} of the return for certain, and your task is like one of these.** "
+        + (
+            f"On held-out seeds the lower end of the interval is below it on {', '.join(fell)}."
+            if fell
+            else "On no task measured here is the lower end of the interval on held-out seeds below it."
+        )
+    )
+    disturbed_rows = disturbed_tables(tasks)
+    if disturbed_rows is not None:
+        own = disturbed_rows[disturbed_rows["mode"] == CHOSEN]
+        lost = own[own["return_ratio"] < MIN_RETURN_DISTURBED].sort_values("return_ratio")
+        cells = [
+            f"{r.task}, {disturbance(r.kind, r.strength)} ({r.return_ratio:.2f})" for r in lost.itertuples()
+        ]
+        lines.append(
+            f"- **The world is much unlike the model.** Of {len(own)} pairs of a task and a disturbance, the "
+            f"chosen mode keeps less than {MIN_RETURN_DISTURBED} of what replanning keeps in {len(lost)}"
+            + (f": {', '.join(cells)}." if cells else ".")
+        )
+    return "\n".join([*lines, ""])
+
+
+def disturbance(kind: str, strength: float) -> str:
+    return f"{kind.replace('_', ' ')} {strength}"
+
+
+def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
+    """A row for each task, disturbance and mode; None where nothing was measured."""
     tables = []
     for folder in tasks:
         path = folder / "disturbed" / "summary.csv"
         if path.exists():
             chosen = read_json(folder / "chosen.json")["mode"]
             tables.append(pd.read_csv(path).replace({"mode": {chosen: CHOSEN}}).assign(task=folder.name))
-    if not tables:
+    return pd.concat(tables) if tables else None
+
+
+def disturbed(tasks: list[Path]) -> str:
+    """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
+    table = disturbed_tables(tasks)
+    if table is None:
         return "Not measured yet.\n"
     modes = [CHOSEN, "naive_6", "distilled", "prior"]
     columns = ["disturbance", "chosen, worst task", *modes, "its planner calls", "its fallbacks"]
     lines = header(columns)
-    for (kind, strength), rows in pd.concat(tables).groupby(["kind", "strength"], sort=False):
+    for (kind, strength), rows in table.groupby(["kind", "strength"], sort=False):
         ratio = rows.pivot(index="task", columns="mode", values="return_ratio")
         own = rows[rows["mode"] == CHOSEN]
         worst = f"{ratio[CHOSEN].min():.3f} ({ratio[CHOSEN].idxmin()})"
-        cells = [f"{kind.replace('_', ' ')} {strength}", worst]
+        cells = [disturbance(kind, strength), worst]
         cells += [f"{ratio[mode].mean():.3f}" for mode in modes]
         cells += [f"{100 * own[name].mean():.1f} %" for name in ("planner_calls", "fallbacks")]
         lines.append(line(cells))
-    return "\n".join([*lines, "", f"Means over {len(tables)} tasks.", ""])
+    return "\n".join([*lines, "", f"Means over {table['task'].nunique()} tasks.", ""])
 
 
 def header(columns: list[str], words: int = 1) -> list[str]:

@@ -45,10 +45,11 @@ def speculation_table(tasks: Mapping[str, TaskResults]) -> pd.DataFrame:
 def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[str, float]:
     """One mode for each task, all tasks together.
 
-    The return ratio is the interquartile mean over all episodes of all tasks, each divided by the mean of its
-    task's baseline; its interval resamples seeds within each task, an episode bringing the baseline's
-    along (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice", with pairs). Planner
-    calls and fallbacks are means over the tasks, latencies quantiles of all steps measured.
+    Returns are divided by the mean of their task's baseline. The return ratio is the interquartile mean of
+    them over all episodes of all tasks, as a ratio to the baseline's, which where episodes are skewed is not
+    1; its interval resamples seeds within each task, an episode bringing the baseline's along (Agarwal et
+    al. 2021, "Deep RL at the edge of the statistical precipice", with pairs). Planner calls and fallbacks
+    are means over the tasks, latencies quantiles of all steps measured.
 
     Raises:
         DataError: a baseline's mean return is not positive.
@@ -81,13 +82,14 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
 
 
 def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
-    """The interquartile mean `[R]` of normalised returns.
+    """The interquartile mean `[R]` of normalised returns, as a ratio to that of the baseline's.
 
     Args:
         returns: of each task `[2, R, n]`, a mode's and the baseline's.
     """
-    ratios = [own / baseline.mean(-1, keepdims=True) for own, baseline in returns]
-    return stats.trim_mean(np.concatenate(ratios, -1), 0.25, axis=-1)
+    normalised = [pair / pair[1].mean(-1, keepdims=True) for pair in returns]
+    own, baseline = stats.trim_mean(np.concatenate(normalised, -1), 0.25, axis=-1)
+    return own / baseline
 
 
 def stratified_interval(returns: list[np.ndarray], rng_seed: int = 0) -> tuple[float, float]:
