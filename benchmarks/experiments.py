@@ -38,6 +38,12 @@ from tdmpc2.world_model.checkpoint import read_config
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
+DRAWS = 4  # plans that a label is the mean of
+EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
+    "1 planned step, then the prior": (1, None),
+    "3 planned steps, then the prior": (3, None),
+    "6 planned steps, then the prior": (6, 6),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,32 @@ class RelativeDrift(SpeculativeAgent):
         drift, before = super()._drift(z), self._before
         self._before = z
         return drift if before is None else drift / ((z - before).norm(dim=-1) + 1e-3)
+
+
+class PerStep(SpeculativeAgent):
+    """Mismatch in units of what is typical at that step in plan, `[K]`; later steps take the last one's."""
+
+    def __init__(
+        self,
+        teacher: TDMPC2,
+        config: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+        *,
+        typical: Tensor,
+    ):
+        super().__init__(teacher, config, corrector)
+        self.typical = typical
+
+    def _drift(self, z: Tensor) -> Tensor:
+        return super()._drift(z) / self.typical[self._k.clamp(max=len(self.typical) - 1)]
+
+
+class ActionGap(SpeculativeAgent):
+    """How far the prior's actions at the real and the predicted latent are apart: what a mismatch changes."""
+
+    def _drift(self, z: Tensor) -> Tensor:
+        model, task = self.teacher.model, self.teacher.task
+        return (model.prior(z, task) - model.prior(self._z_pred, task)).norm(dim=-1)
 
 
 class ValueGap(SpeculativeAgent):
@@ -125,9 +157,13 @@ class Bench:
         disturbance: tuple[str, float] | None = None,
         agent_type: Callable[..., SpeculativeAgent] = SpeculativeAgent,
         seeds: range | None = None,
+        horizon: int | None = None,
     ) -> Rollout:
+        """Episodes of a mode; `horizon` is of the plans, where it is not to be the teacher's."""
         seeds = seeds or self.config.eval_seeds
-        teacher = replace(self.teacher, disturbance=disturbance)
+        planner = self.teacher.planner
+        planner = replace(planner, horizon=horizon or planner.horizon)
+        teacher = replace(self.teacher, disturbance=disturbance, planner=planner)
         agent = agent_type(teacher.agent(min(self.config.num_envs, len(seeds)), seeds[0]), mode, corrector)
         return rollout(agent, teacher.env, seeds)
 
@@ -180,11 +216,24 @@ def main(config: ExperimentConfig) -> None:
     training(load_shards(folder / "data", teacher.fingerprint), folder, teacher, config, trained)
     for name, bursts in {"none": False, "of random actions": True}.items():
         trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
+    for variant, (length, horizon) in EXTENSIONS.items():
+        for disturbance in (None, PUSH):
+            console.print(f"plan: {variant}, {disturbance or 'undisturbed'}")
+            mode = replace(free, plan_length=length)
+            bench.add(
+                "plan", variant, bench.rollout(mode, corrector, disturbance, horizon=horizon), disturbance
+            )
+            save()
+    steps = bench.rollout(free, corrector, seeds=config.calibration_seeds).steps
+    typical = torch.tensor(steps.groupby("k")["mismatch"].median().to_numpy(), dtype=torch.float32)
+    typical[0] = 1.0  # there the plan is made
     two_tower = load_corrector(folder / "correctors" / "two_tower", teacher.fingerprint)
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         "mismatch": SpeculativeAgent,
         "mismatch, slow start after it": SlowStart,
         "mismatch over last step": RelativeDrift,
+        "mismatch over its median at k": partial(PerStep, typical=typical),
+        "action gap": ActionGap,
         "value gap": ValueGap,
         "disagreement of correctors": partial(Disagreement, other=two_tower),
     }
@@ -212,11 +261,27 @@ def training(
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
     run("label", "the action drawn", data._replace(teacher_action=data.plan_actions[:, 0]), config)
+    several = data._replace(teacher_action=mean_label(data, teacher))
+    run("label", f"mean over {DRAWS} plans", several, config)
     shards = sorted(p for p in (folder / "data").iterdir() if p.is_dir())
     kept = torch.zeros(0, dtype=torch.long)
     for shard in sorted(shards, key=lambda p: p.name != "teacher")[:-1]:
         kept = torch.cat([kept, load_shards(shard, teacher.fingerprint).seed.unique()])
         run("data", f"up to {shard.name}: {len(kept)} episodes", episodes(data, kept), config)
+
+
+def mean_label(data: Recording, teacher: Teacher) -> Tensor:
+    """What a teacher answers along recorded episodes, the mean over several draws of its noise `[N, A]`."""
+    first = data.first.unique()
+    last = data.last[first]
+    label = torch.zeros_like(data.teacher_action)
+    for draw in range(DRAWS):
+        agent = teacher.agent(len(first), seed=draw)
+        for t in range(int((last - first).max()) + 1):
+            rows = (first + t <= last).nonzero().squeeze(1)
+            at = first[rows] + t
+            label[at] += agent.plan(data.latent[at], rows).mean[:, 0] / DRAWS
+    return label
 
 
 def with_a_round(

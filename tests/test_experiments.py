@@ -1,0 +1,98 @@
+"""The variants that `benchmarks/experiments.py` compares do what their names say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import experiments
+from tdmpc2.agent import TDMPC2, Kind, SpeculativeAgent
+from tdmpc2.config import EAGER, PlannerConfig, SpeculationConfig
+from tdmpc2.distillation.dataset import Recording, episode_bounds
+from tdmpc2.teacher import Teacher
+from tdmpc2.world_model import load_world_model
+
+BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
+MODEL = load_world_model(Path(__file__).parent / "fixtures/official/state_small.pt")
+GENERATOR = torch.Generator().manual_seed(0)
+OBSERVATIONS = torch.randn(12, 1, 24, generator=GENERATOR)
+
+
+def drifts(agent_type, steps: int = 6, **arguments) -> torch.Tensor:
+    """What is held against the threshold in the steps after the first of one long plan."""
+    agent = agent_type(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER), **arguments)
+    agent.reset()
+    seen = []
+    for obs in OBSERVATIONS[:steps]:
+        agent.act(obs)
+        seen.append(agent.info.mismatch)
+    return torch.cat(seen)[1:]
+
+
+def test_mismatch_in_units_of_the_last_step() -> None:
+    z = MODEL.encode(OBSERVATIONS[:6, 0])
+    moved = z.diff(dim=0).norm(dim=-1) + 1e-3
+    torch.testing.assert_close(drifts(experiments.RelativeDrift), drifts(SpeculativeAgent) / moved)
+
+
+def test_mismatch_in_units_of_its_step_in_plan() -> None:
+    typical = torch.tensor([1.0, 2.0, 4.0])
+    expected = drifts(SpeculativeAgent) / torch.tensor([2.0, 4.0, 4.0, 4.0, 4.0])
+    torch.testing.assert_close(drifts(experiments.PerStep, typical=typical), expected)
+
+
+def test_action_gap_is_that_of_the_prior() -> None:
+    agent = experiments.ActionGap(TDMPC2(MODEL, BUDGET), SpeculationConfig(3))
+    z, agent._z_pred = MODEL.encode(OBSERVATIONS[:2, 0]).split(1)
+    expected = (MODEL.prior(z) - MODEL.prior(agent._z_pred)).norm(dim=-1)
+    torch.testing.assert_close(agent._drift(z), expected)
+    assert agent._drift(agent._z_pred) == 0
+
+
+def test_plans_grow_again_after_a_fallback() -> None:
+    agent = experiments.SlowStart(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER))
+    agent.reset()
+    kinds = []
+    for t, obs in enumerate(OBSERVATIONS):
+        agent._threshold = 0.0 if t == 2 else 1e6
+        agent.act(obs)
+        kinds.append(Kind(int(agent.info.kind)).name[0])
+    assert "".join(kinds) == "POF" + "F" + "OF" + "OOOF" + "OO"
+
+
+def recording(lengths: list[int]) -> Recording:
+    """Episodes of those lengths, with the seeds 7, 8, ..."""
+    steps = sum(lengths)
+    ends = torch.zeros(steps, dtype=torch.uint8)
+    ends[torch.tensor(lengths).cumsum(0) - 1] = 1
+    first, last = episode_bounds(ends)
+    return Recording(
+        latent=MODEL.encode(torch.randn(steps, 24, generator=GENERATOR)),
+        plan_actions=torch.zeros(steps, 3, 6),
+        plan_latents=torch.zeros(steps, 4, MODEL.config.latent_dim),
+        teacher_action=torch.zeros(steps, 6),
+        first=first,
+        last=last,
+        seed=7 + first.unique(return_inverse=True)[1],
+        teacher="",
+    )
+
+
+def test_labels_are_means_of_the_teachers_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, teacher = recording([4, 2]), Teacher("", MODEL, BUDGET, 0.99, "", None, EAGER)
+    monkeypatch.setattr(experiments, "DRAWS", 2)
+    drawn = torch.zeros(2, 4, 6)
+    for draw in range(2):
+        agent = teacher.agent(2, seed=draw)
+        for t in range(2):
+            drawn[draw, t] = agent.plan(data.latent[[t, 4 + t]]).mean[0, 0]
+    label = experiments.mean_label(data, teacher)
+    torch.testing.assert_close(label[:2], drawn.mean(0)[:2])
+    assert (label != 0).any(1).all(), "every step is labelled"
+
+
+def test_episodes_are_cut_out_whole() -> None:
+    data = recording([4, 2, 3])
+    kept = experiments.episodes(data, torch.tensor([7, 9]))
+    torch.testing.assert_close(kept.latent, data.latent[[0, 1, 2, 3, 6, 7, 8]])
+    assert kept.first.tolist() == [0] * 4 + [4] * 3 and kept.last.tolist() == [3] * 4 + [6] * 3
