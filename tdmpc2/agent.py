@@ -62,6 +62,7 @@ class StepInfo(NamedTuple):
     kind: Tensor  # [B] long, values of Kind
     k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
+    value: Tensor  # [B], what the Q heads think the state is worth; NaN where no corrector watches plans
     correction: Tensor  # [B], norm of what the corrector added to the planned action
 
 
@@ -71,6 +72,7 @@ class Step(NamedTuple):
     planned: Tensor  # [B, A]
     action: Tensor  # [B, A], corrected
     z_pred: Tensor  # [B, L], predicted for the next step
+    value: Tensor  # [B], of the real latent
     history: History | None  # this step included
 
 
@@ -179,6 +181,9 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
+    Two things end a plan early: a mismatch above the threshold, and a state that is worth less than
+    `min_value`. A robot that has fallen lies as still as the model predicts: no mismatch tells that it is lost.
+
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
         config: the mode of execution.
@@ -203,20 +208,23 @@ class SpeculativeAgent:
             check_budget(planner.config)
         self.teacher, self.config, self.corrector = teacher, config, corrector
         self._threshold = math.inf if config.threshold is None else config.threshold
+        self._min_value = -math.inf if config.min_value is None else config.min_value
         n, model = teacher.num_envs, teacher.model
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
         self._actions = torch.zeros(n, horizon, action, device=device)
         self._z_pred = torch.zeros(n, latent, device=device)
+        self._value = torch.full((n,), torch.nan, device=device)
         self._k = torch.full((n,), config.execution_horizon, device=device)
         self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted. A bool, for compiled code
         # is tied to the value of every number that it reads: one compilation is to serve all horizons.
         self._predicts = config.execution_horizon > 1
+        self._values = corrector is not None and self.plan_length > 0
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
             self._step = Compiled(self._eager_step, what="the corrector")
-        self._last: tuple[Tensor, ...] | None = None  # what `info` is made of
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
 
     @property
     def num_envs(self) -> int:
@@ -247,14 +255,16 @@ class SpeculativeAgent:
         z = self.teacher.encode(obs)
         due = k >= self.config.execution_horizon
         drift = self._drift(z)
-        replan = due | ~(drift <= self._threshold)  # a mismatch that is no number is too large
+        # A mismatch that is no number is too large. The value is that of the state before: one network less
+        # stands between an observation and its action.
+        replan = due | ~(drift <= self._threshold) | (self._value < self._min_value)
         if replan.any():
             self._replan(z, replan, plan)
 
         step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history)
-        self._z_pred, self._history = step.z_pred, step.history
+        self._z_pred, self._value, self._history = step.z_pred, step.value, step.history
         self._k = self._k + 1
-        self._last = (due, replan, k, drift, step.planned, step.action)
+        self._last = (due, replan, k, drift, step)
         return like(step.action, obs, self.teacher.model)
 
     @property
@@ -262,14 +272,15 @@ class SpeculativeAgent:
         """What happened in the last `act`; None before the first."""
         if self._last is None:
             return None
-        due, replan, k, drift, planned, action = self._last
+        due, replan, k, drift, step = self._last
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
         first = Kind.PLANNED if self.plan_length else Kind.PRIOR
         return StepInfo(
             kind=torch.where(due, first, torch.where(replan, Kind.FALLBACK, later)),
             k=torch.where(due, 0, k),
             mismatch=drift.masked_fill(due, torch.nan),
-            correction=(action - planned).norm(dim=-1),
+            value=step.value,
+            correction=(step.action - step.planned).norm(dim=-1),
         )
 
     def _drift(self, z: Tensor) -> Tensor:
@@ -307,14 +318,16 @@ class SpeculativeAgent:
             history: of earlier steps, where there is a corrector.
         """
         model, task = self.teacher.model, self.teacher.task
-        planned = self._planned_action(z, plan, k)
+        planned, value = self._planned_action(z, plan, k), torch.full_like(self._value, torch.nan)
         action = planned
+        if self._values:
+            value = model.value(z, model.prior(z, task), task).mean(0)
         if self.corrector is not None and history is not None:
             history = history.then(self.corrector.embed(z, z_pred, planned, k))
             action = torch.where(replan[:, None], planned, self.corrector(history, planned))
         if self._predicts:
             z_pred = model.next(z_pred, action, task)
-        return Step(planned, action, z_pred, history)
+        return Step(planned, action, z_pred, value, history)
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.

@@ -124,6 +124,7 @@ class SpeculationConfig:
 
     execution_horizon: int = 3  # K: steps executed per plan
     threshold: float | None = None  # mismatch above which the agent replans; None: never
+    min_value: float | None = None  # value of a state below which the agent replans after it; None: never
     corrector: str = ""  # name of the corrector that corrects steps 1 .. K-1; "" for none
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's

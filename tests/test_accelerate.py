@@ -116,7 +116,7 @@ def test_the_evidence_is_complete(finished: Path) -> None:
     assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("http://matplotlib", "")
-    assert set(json.loads((evaluation / "chosen.json").read_text())) == {"mode", "speculation"}
+    assert set(json.loads((evaluation / "chosen.json").read_text())) == {"mode", "why", "speculation"}
 
 
 def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
@@ -276,7 +276,21 @@ def test_the_chosen_mode_withstands_pushes(
     teacher = open_teacher("walker-walk", str(TEACHER), BudgetOverride())
     config = evaluate.EvaluationConfig(min_return_pushed=least)
     modes = dict.fromkeys(calls, SpeculationConfig(1))
-    assert evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console()) == chosen
+    mode, why = evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console())
+    assert mode == chosen and ("none keeps 0.99 of it" in why) == (chosen == "baseline")
+
+
+def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
+    budget = BudgetOverride(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4, compile=False)
+    teacher = open_teacher("walker-walk", str(TEACHER), budget)
+    config = evaluate.EvaluationConfig(calibration_episodes=3, num_envs=3, min_return_pushed=-9.0)
+    modes = {"baseline": SpeculationConfig(1), "naive": SpeculationConfig(4)}
+    monkeypatch.setattr(evaluate, "holds_up", lambda summary, least: summary.index >= 0)
+    mode, why = evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console())
+    assert mode == "naive" and "where both are pushed" in why
+    calm, pushed = (pd.read_csv(tmp_path / name / "baseline/episodes.csv") for name in ("modes", "pushed"))
+    assert list(calm["seed"]) == list(pushed["seed"]) and (calm["return"] != pushed["return"]).any()
 
 
 def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,24 @@ def test_a_batch_acts_as_its_rows_alone(model, architecture) -> None:
         torch.testing.assert_close(run([row])[:, 0], together[:, row], atol=1e-4, rtol=1e-4)
 
 
+def test_a_state_worth_too_little_is_replanned_in_the_step_after_it(model) -> None:
+    corrector = noisy_corrector(model)
+    obs = observations(12, 1)
+    z = model.encode(obs.flatten(0, 1))
+    value = model.value(z, model.prior(z)).mean(0)
+    floor = float(value.sort().values[3:5].mean())  # above four of the states
+    agent = agent_of(model, corrector, execution_horizon=100, corrector="two_tower", min_value=floor)
+    agent.reset()
+    seen, kind = [], []
+    for o in obs:
+        agent.act(o)
+        seen.append(agent.info.value)
+        kind.append(Kind(int(agent.info.kind)))
+    torch.testing.assert_close(torch.cat(seen), value)
+    expected = [Kind.FALLBACK if poor else Kind.CORRECTED for poor in value[:-1] < floor]
+    assert kind == [Kind.PLANNED, *expected] and kind.count(Kind.FALLBACK) >= 3
+
+
 def test_prior_alone_never_plans(model, monkeypatch) -> None:
     agent = agent_of(model, execution_horizon=1, plan_length=0)
     agent.reset()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from ..config import BudgetOverride
+from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import load_corrector
 from ..errors import CheckpointError, ConfigError
 from ..files import read_json
@@ -20,7 +20,7 @@ from ..teacher import open_teacher
 from ..world_model.checkpoint import read_config
 from .evaluate import EvaluationConfig, Subject, check_evaluation, claim, run_modes, write_csv
 from .metrics import summarise
-from .modes import BASELINE, DISTILLED, standard_modes
+from .modes import BASELINE, DISTILLED
 
 STRENGTHS = {
     "push": (0.1, 0.3, 1.0),
@@ -61,13 +61,23 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     teacher = open_teacher(read_config(folder)["task"], str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
     names = list(about["correctors"])
-    correctors = {n: load_corrector(folder / "correctors" / n, teacher.fingerprint) for n in names}
-    every = standard_modes(names, about["thresholds"], teacher.planner.iterations)
+    correctors = {
+        n: load_corrector(folder / "correctors" / n, teacher.fingerprint, config.device) for n in names
+    }
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
-    modes = {name: every[name] for name in wanted if name in every}
+    modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
     replace(teacher, disturbance=("push", 0.0)).env().close()  # a task that cannot be disturbed fails here
     out, rows = Path(config.out or folder / "disturbed"), []
-    claim(out, {"teacher": teacher.fingerprint, **asdict(config), "kinds": list(config.kinds)})
+    settings = {
+        "teacher": teacher.fingerprint,
+        "planner": asdict(teacher.planner),
+        "compute": asdict(teacher.compute),
+        "correctors": about["correctors"],
+        "kinds": list(config.kinds),
+        "seeds": list(config.eval_seeds),
+        "num_envs": config.num_envs,
+    }
+    claim(out, settings)
     for kind in config.kinds:
         for strength in STRENGTHS[kind]:
             console.print(f"{kind} {strength}")

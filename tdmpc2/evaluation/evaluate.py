@@ -13,7 +13,7 @@ A run that is killed goes on with the modes that are missing.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from rich.console import Console
@@ -28,7 +28,7 @@ from ..mismatch import calibrate_threshold
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import holds_up, summarise
-from .modes import BASELINE, HORIZONS, SIMPLER, corrected, standard_modes
+from .modes import BASELINE, HORIZONS, SIMPLER, Limits, corrected, standard_modes
 from .report import print_table, write_report
 from .rollout import Rollout, measure_latency, rollout
 
@@ -41,9 +41,9 @@ class EvaluationConfig:
 
     eval_episodes: int = 20  # per mode
     eval_seed: int = 20_000  # the first of them; the others follow
-    calibration_episodes: int = 10  # per mode
+    calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
-    quantile: float = 0.99  # of the calibration mismatches: where the threshold lies
+    quantile: float = 0.99  # share of the calibration steps that are within each limit of a mode
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 200  # per mode
     num_envs: int = 10  # episodes run as one batch
@@ -73,6 +73,13 @@ def check_evaluation(config: EvaluationConfig) -> None:
         )
     if set(c.eval_seeds) & set(c.calibration_seeds):
         raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+
+
+class Choice(NamedTuple):
+    """The mode that an agent comes with."""
+
+    mode: str
+    why: str  # in words
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,12 @@ class Subject:
 def calibrate(
     subject: Subject, config: EvaluationConfig, out: Path, console: Console
 ) -> dict[str, SpeculationConfig]:
-    """The standard modes, thresholds set from episodes without fallback on the calibration seeds.
+    """The standard modes, their limits set from episodes without fallback on the calibration seeds.
 
     One run a corrector, of the longest execution horizon, has the mismatches of the shorter ones in it: those
     at their steps in plan.
     """
-    seeds, thresholds = config.calibration_seeds, {}
+    seeds, limits = config.calibration_seeds, {}
     with _progress(console) as progress:
         for corrector in subject.correctors:
             free = SpeculationConfig(execution_horizon=max(HORIZONS), corrector=corrector)
@@ -119,10 +126,11 @@ def calibrate(
             if not modes:
                 continue
             steps = _run_mode(subject, corrector, free, config, seeds, out / "free", progress).steps
+            min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.quantile)  # most lie above
             for name, horizon in modes.items():
                 drift = steps.loc[steps["k"].between(1, horizon - 1), "mismatch"].to_numpy()
-                thresholds[name] = calibrate_threshold(drift, config.quantile)
-    return standard_modes(list(subject.correctors), thresholds, subject.teacher.planner.iterations)
+                limits[name] = Limits(calibrate_threshold(drift, config.quantile), min_value)
+    return standard_modes(list(subject.correctors), limits, subject.teacher.planner.iterations)
 
 
 def run_modes(
@@ -165,7 +173,7 @@ def choose(
     config: EvaluationConfig,
     out: Path,
     console: Console,
-) -> str:
+) -> Choice:
     """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
 
     Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
@@ -176,21 +184,29 @@ def choose(
     summary = _calibration_summary(subject, candidates, config, out / "modes", console)
     good = summary[holds_up(summary, config.min_return)]
     names = list(good.sort_values("planner_calls", kind="stable")["mode"])
+    holding = names[: names.index(BASELINE)]
+    if not holding:
+        return Choice(BASELINE, f"no mode that speculates holds {config.min_return} of the return")
+    fewest = f"it has the fewest planner calls of those that hold {config.min_return} of the return"
     pushed = Subject(replace(subject.teacher, disturbance=PUSH), subject.correctors)
     try:
         pushed.teacher.env().close()
     except TaskError as e:
         console.print(f"{e}; the mode is chosen without pushes")
-        return names[0]
+        return Choice(holding[0], f"{fewest}; the task cannot be disturbed, so it was not tried under pushes")
     tried = {BASELINE: modes[BASELINE]}
-    for name in names[: names.index(BASELINE)]:
+    for name in holding:
         tried[name] = modes[name]
         returns = _calibration_summary(pushed, tried, config, out / "pushed", console)
         returns = returns.set_index("mode")["return_mean"]
         lost = returns[BASELINE] - returns[name]
         if lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
-            return name
-    return BASELINE
+            return Choice(name, f"{fewest}, and {config.min_return_pushed} of it where both are pushed")
+    return Choice(
+        BASELINE,
+        f"of the modes that hold {config.min_return} of the return ({', '.join(holding)}) none keeps "
+        f"{config.min_return_pushed} of it where both are pushed",
+    )
 
 
 def _calibration_summary(
@@ -240,8 +256,9 @@ def evaluate(
     }
     claim(out, settings)
     modes = calibrate(subject, config, out / "calibration", console)
-    chosen = choose(subject, modes, config, out / "calibration", console)
-    write_json(out / "chosen.json", {"mode": chosen, "speculation": asdict(modes[chosen])})
+    chosen, why = choose(subject, modes, config, out / "calibration", console)
+    choice = {"mode": chosen, "why": why, "speculation": asdict(modes[chosen])}
+    write_json(out / "chosen.json", choice)
     episodes, steps = run_modes(subject, modes, config, seeds, out / "modes", console, config.label_episodes)
     console.print("measuring the latency of single steps, all modes in turn")
     agents = {name: subject.agent(mode, 1, seeds[0]) for name, mode in modes.items()}
@@ -254,15 +271,16 @@ def evaluate(
         **meta,
         **settings,
         "chosen": chosen,
+        "why": why,
         "min_return": config.min_return,
         "seeds": f"{seeds[0]} to {seeds[-1]}",
         "calibration_seeds": f"{config.calibration_seeds[0]} to {config.calibration_seeds[-1]}",
-        "thresholds": {name: mode.threshold for name, mode in modes.items() if mode.threshold is not None},
+        "modes": {name: asdict(mode) for name, mode in modes.items()},
     }
     write_json(out / "provenance.json", provided)
     report = write_report(out, episodes, steps, latency, summary, provided)
     print_table(summary, console)
-    console.print(f"chosen on the calibration seeds: {chosen}; report: {report}")
+    console.print(f"chosen on the calibration seeds: {chosen}, for {why}; report: {report}")
     return chosen
 
 

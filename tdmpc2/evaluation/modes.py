@@ -1,6 +1,7 @@
 """The modes of execution that are compared: each is data, a `SpeculationConfig` with a name."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ..config import SpeculationConfig
 
@@ -12,21 +13,28 @@ HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
 
 
+class Limits(NamedTuple):
+    """Where a corrected mode gives its plan up."""
+
+    threshold: float  # of the mismatch
+    min_value: float  # of the state
+
+
 def corrected(corrector: str) -> dict[str, int]:
-    """A corrector's modes, and their execution horizons; `until` replans only where the mismatch says so."""
+    """A corrector's modes, and their execution horizons; `until` replans only where a limit says so."""
     if corrector == DISTILLED:
         return {}
     return {**{f"{corrector}_{k}": k for k in HORIZONS}, f"{corrector}_until": FOREVER}
 
 
 def standard_modes(
-    correctors: Sequence[str], thresholds: Mapping[str, float], iterations: int
+    correctors: Sequence[str], limits: Mapping[str, Limits], iterations: int
 ) -> dict[str, SpeculationConfig]:
     """Every mode: the baseline first, then what is simpler than correction, then corrected execution.
 
     Args:
         correctors: names of the correctors.
-        thresholds: of the mismatch, for every corrected mode.
+        limits: of every corrected mode.
         iterations: of the teacher's planner.
     """
     modes = {
@@ -38,7 +46,7 @@ def standard_modes(
     for corrector in correctors:
         for name, horizon in corrected(corrector).items():
             modes[name] = SpeculationConfig(
-                execution_horizon=horizon, corrector=corrector, threshold=thresholds[name]
+                execution_horizon=horizon, corrector=corrector, **limits[name]._asdict()
             )
     if DISTILLED in correctors:
         modes[DISTILLED] = SpeculationConfig(execution_horizon=FOREVER, corrector=DISTILLED, plan_length=0)

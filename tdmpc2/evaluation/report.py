@@ -101,7 +101,7 @@ def write_report(
         summary: what `metrics.summarise` returned.
         meta: where the numbers come from: strings, numbers, lists and dicts, by name, all of it shown.
             `task` is the title; `chosen` the mode chosen on other seeds; `min_return` the ratio that a
-            mode must hold; `validation` a list of dicts `corrector, error, plan_error, prior_error`.
+            mode must hold; `why` it was chosen, in words; `validation` a list of dicts `corrector, error, plan_error, prior_error`.
 
     Returns:
         The file.
@@ -186,11 +186,8 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     held_out = meta.get("chosen") == mode
     among = "on the calibration seeds" if held_out else "on these episodes"
     if mode == baseline.name:
-        held = "return" if required is None else f"return within {1 - required:.1%} of the baseline's"
-        return (
-            f"No mode that speculates held its {held}, by the lower end of the 95 % interval, {among}: "
-            "the agent replans at every step."
-        )
+        why = meta.get("why", "no mode that speculates holds its return, by the 95 % interval")
+        return f"The agent replans at every step, for {among} {why}."
     if mode is None:
         return (
             f"{len(rows)} modes on the same {baseline.episodes:.0f} episodes. {baseline.name}, to which all "
@@ -200,7 +197,8 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     good = required is not None and holds_up(summary, required).to_numpy()[rows.index.get_loc(mode)]
     met = "meets" if good else "does not meet"
     if held_out:
-        text = f"{mode} was chosen {among}. On held-out seeds "
+        text = f"{mode} was chosen {among}" + (f", for {meta['why']}" if "why" in meta else "")
+        text += ". On held-out seeds "
     else:
         text = (
             f"{mode} has the fewest planner calls of those whose return holds up {among}, which flatters it: "
@@ -331,7 +329,8 @@ def _provenance(meta: Mapping[str, Any]) -> dict[str, str]:
 def _words(value: Any) -> str:
     """A value of `meta` as a reader would write it: `a = 1, b = 2` for a dict, `3 to 9` for a range."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} = {_words(v)}" for k, v in value.items())
+        inside = (f"({_words(v)})" if isinstance(v, Mapping) else _words(v) for v in value.values())
+        return ", ".join(f"{k} = {v}" for k, v in zip(value, inside, strict=True))
     if isinstance(value, Sequence) and not isinstance(value, str):
         whole = len(value) > 2 and all(isinstance(v, int | np.integer) for v in value)
         if whole and list(value) == list(range(value[0], value[0] + len(value))):
