@@ -182,7 +182,8 @@ class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
     Two things end a plan early: a mismatch above the threshold, and a state that is worth less than
-    `min_value`. A robot that has fallen lies as still as the model predicts: no mismatch tells that it is lost.
+    `min_value`. A robot that has fallen lies as still as the model predicts: no mismatch tells that it is
+    lost.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.

@@ -101,7 +101,8 @@ def write_report(
         summary: what `metrics.summarise` returned.
         meta: where the numbers come from: strings, numbers, lists and dicts, by name, all of it shown.
             `task` is the title; `chosen` the mode chosen on other seeds; `min_return` the ratio that a
-            mode must hold; `why` it was chosen, in words; `validation` a list of dicts `corrector, error, plan_error, prior_error`.
+            mode must hold; `why` the mode was chosen, in words; `validation` a list of dicts
+            `corrector, error, plan_error, prior_error`.
 
     Returns:
         The file.
