@@ -2,33 +2,35 @@
 
     python benchmarks/experiments.py agent=accelerated/walker-walk
 
-Every experiment changes one thing. Where that is a matter of training, a corrector is trained anew from the
-agent's data, and executes 24 steps a plan without fallback; where it is a matter of accepting, the agent's
-own corrector executes plans until it is told to stop. Both in the world as it is and under pushes. Writes
-`results/experiments/TASK.csv`, a row a variant, and `TASK.json`, where the numbers come from.
+Every experiment changes one thing. Where that is a matter of training or of plans, a corrector executes 24
+steps a plan without fallback, trained anew from the agent's data or, for plans, the agent's own; where it is
+a matter of accepting, the agent's own executes plans until it is told to stop. In the world as it is, under
+pushes, and accepting also where everything is much heavier. The seeds are neither those of calibration nor
+those of the results. Writes `results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the
+numbers come from. A run that is killed goes on with the variants that are missing.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, load_corrector
+from tdmpc2.corrector import BaseCorrector, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
-from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig
-from tdmpc2.evaluation.metrics import paired_ratio
-from tdmpc2.evaluation.modes import FOREVER
+from tdmpc2.errors import ConfigError
+from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
+from tdmpc2.evaluation.modes import BASELINE, FOREVER
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
 from tdmpc2.mismatch import calibrate_threshold
@@ -39,6 +41,7 @@ LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
 DRAWS = 4  # plans that a label is the mean of
+HEAVY = ("mass", 1.6)
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
     "1 planned step, then the prior": (1, None),
     "3 planned steps, then the prior": (3, None),
@@ -52,6 +55,7 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
 
     agent: str  # a folder that scripts/accelerate.py made
     architecture: str = "temporal"
+    eval_seed: int = 40_000
     round_episodes: int = 8  # collected for the experiment on bursts
     round_seed: int = 30_000
     device: str = "cpu"
@@ -96,13 +100,12 @@ class ActionGap(SpeculativeAgent):
 
 
 class ValueGap(SpeculativeAgent):
-    """By how much the Q heads prefer the policy prior's action to the planned one."""
+    """By how much the Q heads prefer the policy prior's action to the one that would be executed."""
 
     def _drift(self, z: Tensor) -> Tensor:
         model, task = self.teacher.model, self.teacher.task
-        planned = self._planned_action(z, self._actions, self._k)
-        better, worse = (model.value(z, a, task).mean(0) for a in (model.prior(z, task), planned))
-        return better - worse
+        prior, own = model.prior(z, task), would_execute(self, z)
+        return model.value(z, prior, task).mean(0) - model.value(z, own, task).mean(0)
 
 
 class SlowStart(SpeculativeAgent):
@@ -134,21 +137,32 @@ class Disagreement(SpeculativeAgent):
         self.other = other
 
     def _drift(self, z: Tensor) -> Tensor:
-        assert self.corrector is not None and self._history is not None
         planned = self._planned_action(z, self._actions, self._k)
-        seen = z, self._z_pred, planned, self._k
-        own = self.corrector(self._history.then(self.corrector.embed(*seen)), planned)
-        nothing = self.other.no_history(self.num_envs)
-        return (own - self.other(nothing.then(self.other.embed(*seen)), planned)).norm(dim=-1)
+        seen = self.other.embed(z, self._z_pred, planned, self._k)
+        answer = self.other(self.other.no_history(self.num_envs).then(seen), planned)
+        return (would_execute(self, z) - answer).norm(dim=-1)
+
+
+def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
+    """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
+    assert agent.corrector is not None and agent._history is not None
+    planned = agent._planned_action(z, agent._actions, agent._k)
+    seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k)
+    return agent.corrector(agent._history.then(seen), planned)
 
 
 class Bench:
-    """Runs modes of a teacher on the evaluation seeds, beside replanning at every step."""
+    """Runs modes of a teacher on the evaluation seeds, and keeps their episodes in a file.
 
-    def __init__(self, teacher: Teacher, config: ExperimentConfig):
-        self.teacher, self.config = teacher, config
-        self.rows: list[dict[str, object]] = []
-        self._baselines: dict[tuple[str, float] | None, Rollout] = {}
+    Args:
+        teacher: plans.
+        config: seeds and number of environments.
+        path: of the episodes; those that it holds already are not run again.
+    """
+
+    def __init__(self, teacher: Teacher, config: ExperimentConfig, path: Path):
+        self.teacher, self.config, self.path = teacher, config, path
+        self.episodes = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
 
     def rollout(
         self,
@@ -168,66 +182,70 @@ class Bench:
         return rollout(agent, teacher.env, seeds)
 
     def add(
-        self, experiment: str, variant: str, result: Rollout, disturbance: tuple[str, float] | None = None
+        self,
+        experiment: str,
+        variant: str,
+        run: Callable[[tuple[str, float] | None], Rollout],
+        disturbances: Sequence[tuple[str, float] | None] = (None, PUSH),
     ) -> None:
-        if disturbance not in self._baselines:
-            self._baselines[disturbance] = self.rollout(SpeculationConfig(1), disturbance=disturbance)
-        own, baseline = result.episodes, self._baselines[disturbance].episodes
-        ratio, low, high = paired_ratio(own["return"].to_numpy(), baseline["return"].to_numpy())
-        self.rows.append(
-            {
-                "experiment": experiment,
-                "variant": variant,
-                "disturbance": "" if disturbance is None else f"{disturbance[0]} {disturbance[1]}",
-                "episodes": len(own),
-                "return_ratio": ratio,
-                "return_ratio_low": low,
-                "return_ratio_high": high,
-                "planner_calls": own["planner_calls"].sum() / own["length"].sum(),
-            }
-        )
+        """The episodes that `run` makes under each disturbance, unless they are there."""
+        for disturbance in disturbances:
+            words = "" if disturbance is None else f"{disturbance[0]} {disturbance[1]}"
+            about = {"experiment": experiment, "variant": variant, "disturbance": words}
+            if len(self.episodes) and (self.episodes[list(about)] == pd.Series(about)).all(axis=1).any():
+                continue
+            print(f"{experiment}: {variant} {words}", file=sys.stderr)
+            own = run(disturbance).episodes[["seed", "return", "length", "planner_calls"]]
+            self.episodes = pd.concat([self.episodes, own.assign(**about)], ignore_index=True)
+            with atomic_write(self.path) as tmp:
+                self.episodes.to_csv(tmp, index=False)
 
 
 def main(config: ExperimentConfig) -> None:
-    console, folder = Console(), Path(config.agent)
-    task = read_config(folder)["task"]
-    teacher = open_teacher(task, str(folder), config, config.device)
-    corrector = load_corrector(folder / "correctors" / config.architecture, teacher.fingerprint)
-    bench = Bench(teacher, config)
-    path = Path(config.out) / task
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def save() -> None:
-        with atomic_write(path.with_suffix(".csv")) as tmp:
-            pd.DataFrame(bench.rows).to_csv(tmp, index=False)
-        provenance = {**cli.provenance(), "agent": read_json(folder / "config.json")["provenance"]}
-        write_json(path.with_suffix(".json"), {**provenance, "settings": asdict(config)})
+    folder = Path(config.agent)
+    check_evaluation(config)
+    saved = read_config(folder)
+    teacher = open_teacher(saved["task"], str(folder), config, config.device)
+    data = load_shards(folder / "data", teacher.fingerprint)
+    used = {*data.seed.tolist(), *range(config.round_seed, config.round_seed + config.round_episodes)}
+    if used & {*config.eval_seeds, *config.calibration_seeds}:
+        raise ConfigError("evaluation or calibration seeds overlap those of the agent's data: change them")
+    corrector, two_tower = (
+        load_corrector(folder / "correctors" / name, teacher.fingerprint, config.device)
+        for name in (config.architecture, "two_tower")
+    )
+    if isinstance(corrector, TwoTowerCorrector):
+        raise ConfigError("architecture: its disagreement with two_tower is one of the experiments")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path, about, running = (out / f"{teacher.task}.{end}" for end in ("csv", "json", "csv.running"))
+    if running.exists() and read_json(about)["settings"] != asdict(config):
+        raise ConfigError(f"{running} was begun with other settings: delete it, or set them again")
+    write_json(about, {**cli.provenance(), "agent": saved["provenance"], "settings": asdict(config)})
+    bench = Bench(teacher, config, running)
+    bench.add(
+        BASELINE, BASELINE, lambda d: bench.rollout(SpeculationConfig(1), disturbance=d), (None, PUSH, HEAVY)
+    )
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
     def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
-        with TemporaryDirectory() as out:
-            new = train_corrector(teacher.model, data, settings, out)[config.architecture].corrector
-        for disturbance in (None, PUSH):
-            console.print(f"{experiment}: {variant}, {disturbance or 'undisturbed'}")
-            bench.add(experiment, variant, bench.rollout(free, new, disturbance), disturbance)
-            save()
+        @cache
+        def new() -> BaseCorrector:
+            with TemporaryDirectory() as out:
+                return train_corrector(teacher.model, data, settings, out)[config.architecture].corrector
 
-    training(load_shards(folder / "data", teacher.fingerprint), folder, teacher, config, trained)
+        bench.add(experiment, variant, lambda d: bench.rollout(free, new(), d))
+
+    training(data.to(config.device), folder, teacher, config, trained)
     for name, bursts in {"none": False, "of random actions": True}.items():
         trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
     for variant, (length, horizon) in EXTENSIONS.items():
-        for disturbance in (None, PUSH):
-            console.print(f"plan: {variant}, {disturbance or 'undisturbed'}")
-            mode = replace(free, plan_length=length)
-            bench.add(
-                "plan", variant, bench.rollout(mode, corrector, disturbance, horizon=horizon), disturbance
-            )
-            save()
+        longer = partial(bench.rollout, replace(free, plan_length=length), corrector, horizon=horizon)
+        bench.add("plan", variant, longer)
     steps = bench.rollout(free, corrector, seeds=config.calibration_seeds).steps
     typical = torch.tensor(steps.groupby("k")["mismatch"].median().to_numpy(), dtype=torch.float32)
     typical[0] = 1.0  # there the plan is made
-    two_tower = load_corrector(folder / "correctors" / "two_tower", teacher.fingerprint)
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         "mismatch": SpeculativeAgent,
         "mismatch, slow start after it": SlowStart,
@@ -237,16 +255,21 @@ def main(config: ExperimentConfig) -> None:
         "value gap": ValueGap,
         "disagreement of correctors": partial(Disagreement, other=two_tower),
     }
+
+    def accepting(variant: str, mode: SpeculationConfig, agent_type: Callable[..., SpeculativeAgent]) -> None:
+        run = partial(bench.rollout, mode, corrector, agent_type=agent_type)
+        bench.add("acceptance", variant, run, (None, PUSH, HEAVY))
+
     for rule, agent_type in rules.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
         for quantile in QUANTILES:
             threshold = calibrate_threshold(seen.loc[seen["k"] > 0, "mismatch"].to_numpy(), quantile)
-            mode = SpeculationConfig(FOREVER, threshold, config.architecture)
-            for disturbance in (None, PUSH):
-                console.print(f"acceptance: {rule} at {quantile}, {disturbance or 'undisturbed'}")
-                result = bench.rollout(mode, corrector, disturbance, agent_type)
-                bench.add("acceptance", f"{rule}, quantile {quantile}", result, disturbance)
-                save()
+            mode = SpeculationConfig(FOREVER, threshold, corrector=config.architecture)
+            accepting(f"{rule}, quantile {quantile}", mode, agent_type)
+            if agent_type is SpeculativeAgent:
+                floor = -calibrate_threshold(-seen["value"].to_numpy(), quantile)
+                accepting(f"{rule} or value, quantile {quantile}", replace(mode, min_value=floor), agent_type)
+    running.rename(path)
 
 
 def training(

@@ -2,8 +2,10 @@
 
     python scripts/write_results.py
 
-Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evaluation/` folder, and
-`pretrained/TASK/evaluation` what `scripts/evaluate.py` wrote. Nothing in the README between marks such as
+Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evaluation/` folder, and in
+`disturbed/` what `scripts/eval_disturbed.py` wrote; `results/experiments` is of `benchmarks/experiments.py`,
+`results/bench.json` of `benchmarks/bench.py`, `results/precision` of `benchmarks/precision.py`, and
+`pretrained/TASK/evaluation` of `scripts/evaluate.py`. Nothing in the README between marks such as
 `results` and `/results` is written by hand.
 """
 
@@ -12,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,10 @@ COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act
 
 EXPERIMENTS = """# What each ingredient is worth
 
-Every row changes one thing and is compared with replanning at every step on the same held-out episodes, in
-the world as it is and under pushes. Where a corrector is trained anew, it executes 24 steps of each plan
-without fallback; acceptance rules execute plans until they stop it.
+Every row changes one thing and is compared with replanning at every step on the same episodes, in the world
+as it is, under pushes, and with everything much heavier than the model knows it. Their seeds are neither
+those of calibration nor those of the results. Correctors trained anew, and those whose plans are extended
+otherwise, execute 24 steps of each plan without fallback; acceptance rules execute plans until they end them.
 
 """
 
@@ -77,7 +81,7 @@ def main(settings: Settings) -> None:
     content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
     content = between(content, "correctors", correctors(found, table))
     content = between(content, "disturbed", disturbed(tasks))
-    content = between(content, "when_not", when_not(table, tasks))
+    content = between(content, "when_not", when_not(table, found, tasks))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
     content = between(content, "speed", speed(results))
     with atomic_write(readme) as tmp:
@@ -112,7 +116,8 @@ def overview(table: pd.DataFrame) -> str:
         own = rows[rows["chosen"]].iloc[0]
         cells = [task, own.setting, interval(own), f"{100 * own.planner_calls:.1f} %"]
         cells += [f"{x:.2f} ms" for x in (own.act_ms_median, by_setting["act_ms_median"][BASELINE])]
-        cells += [f"{by_setting['return_ratio'][name]:.3f}" for name in beside]
+        ratios = by_setting["return_ratio"].reindex(beside)
+        cells += ["" if isnan(ratio) else f"{ratio:.3f}" for ratio in ratios]
         lines.append(line(cells))
     return "\n".join([*lines, "", ""])
 
@@ -135,6 +140,8 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     lines, wins = header(["execution", *columns]), Counter[str]()
     pooled = table[table["task"] == ALL].set_index("setting")
     for mode_a, mode_b in zip(corrected(first), corrected(second), strict=True):
+        if not {mode_a, mode_b} <= set(pooled.index):
+            continue
         better = dict.fromkeys(both, 0)
         for task in results.values():
             by_mode = task.episodes.pivot(index="seed", columns="mode", values="return")
@@ -151,22 +158,33 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     lines += [
         f"Of {len(results)} tasks, `{first}` was chosen on {chosen[first]}, `{second}` on {chosen[second]}."
     ]
+    if not any(wins.values()):
+        lines.append(f"Neither is ever the better one: use `{first}`, which is the simpler and the faster.")
     for name, other in ((first, second), (second, first)):
-        if not wins[name]:
+        if wins[other] and not wins[name]:
             lines.append(f"`{name}` is never the better one: use `{other}` (`architecture={other}`).")
     return "\n".join([*lines, ""])
 
 
-def when_not(table: pd.DataFrame, tasks: list[Path]) -> str:
+def when_not(table: pd.DataFrame, results: Mapping[str, TaskResults], tasks: list[Path]) -> str:
     """Where speculation did not pay, or something simpler did as well, in Markdown."""
     table = table[table["task"] != ALL]
-    chosen, baseline = table[table["chosen"]], table[table["setting"] == BASELINE]
     holds = table["return_ratio_low"] >= MIN_RETURN
+    times = pd.concat(
+        [task.latency.assign(speculates=task.latency["mode"] != BASELINE) for task in results.values()]
+    )
+    times = times[times["kind"].isin(["planned", "fallback"]) & (times["mode"] != "half_budget")]
+    again, always = (times.loc[times["speculates"] == own, "act_ms"].median() for own in (True, False))
     lines = [
-        "- **Your deadline is for the slowest step.** A step that replans takes as long as ever: the 99th "
-        f"percentile of `act` is {chosen['act_ms_p99'].median():.1f} ms, in the median over tasks, against "
-        f"{baseline['act_ms_p99'].median():.1f} ms of replanning at every step. What falls is the median."
+        f"- **Your deadline is for the slowest step.** A step that replans takes as long as ever: "
+        f"{again:.1f} ms in the median, {always:.1f} ms where every step does. There are fewer of them."
     ]
+    stays = list(table.loc[table["chosen"] & (table["setting"] == BASELINE), "task"])
+    lines.append(
+        "- **The return hangs on a new plan at every step.** "
+        + (f"So it is on {', '.join(stays)}: the baseline was chosen. " if stays else "On no task here. ")
+        + "`accelerate.py` finds out, and then leaves the baseline in place."
+    )
     idle = table[holds & table["setting"].isin(["prior", DISTILLED])]
     kept = [f"{r.task} ({r.setting} {interval(r)})" for r in idle.itertuples()]
     lines.append(
@@ -208,8 +226,11 @@ def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
     for folder in tasks:
         path = folder / "disturbed" / "summary.csv"
         if path.exists():
-            chosen = read_json(folder / "chosen.json")["mode"]
-            tables.append(pd.read_csv(path).replace({"mode": {chosen: CHOSEN}}).assign(task=folder.name))
+            chosen, table = read_json(folder / "chosen.json")["mode"], pd.read_csv(path)
+            if chosen not in set(table["mode"]):
+                raise DataError(f"{path} does not have the chosen mode, {chosen}: disturb the agent again")
+            own = table[table["mode"] == chosen].assign(mode=CHOSEN)
+            tables.append(pd.concat([table, own]).assign(task=folder.name))
     return pd.concat(tables) if tables else None
 
 
@@ -219,17 +240,18 @@ def disturbed(tasks: list[Path]) -> str:
     if table is None:
         return "Not measured yet.\n"
     modes = [CHOSEN, "naive_6", "distilled", "prior"]
-    columns = ["disturbance", "chosen, worst task", *modes, "its planner calls", "its fallbacks"]
+    columns = ["disturbance", "tasks", "chosen, worst task", *modes]
+    columns += [f"planner calls of {CHOSEN}", f"fallbacks of {CHOSEN}"]
     lines = header(columns)
     for (kind, strength), rows in table.groupby(["kind", "strength"], sort=False):
         ratio = rows.pivot(index="task", columns="mode", values="return_ratio")
         own = rows[rows["mode"] == CHOSEN]
         worst = f"{ratio[CHOSEN].min():.3f} ({ratio[CHOSEN].idxmin()})"
-        cells = [disturbance(kind, strength), worst]
-        cells += [f"{ratio[mode].mean():.3f}" for mode in modes]
+        cells = [disturbance(kind, strength), str(len(ratio)), worst]
+        cells += [f"{mean:.3f}" for mean in ratio.mean().reindex(modes)]
         cells += [f"{100 * own[name].mean():.1f} %" for name in ("planner_calls", "fallbacks")]
         lines.append(line(cells))
-    return "\n".join([*lines, "", f"Means over {table['task'].nunique()} tasks.", ""])
+    return "\n".join([*lines, "", "Means over the tasks; the columns of modes are ratios.", ""])
 
 
 def header(columns: list[str], words: int = 1) -> list[str]:
@@ -329,13 +351,18 @@ def section(folder: Path) -> str:
 
 def experiments(path: Path) -> str:
     """The experiments on one task in Markdown, with where their numbers come from."""
-    table, about = pd.read_csv(path, keep_default_na=False), read_json(path.with_suffix(".json"))
+    episodes, about = pd.read_csv(path, keep_default_na=False), read_json(path.with_suffix(".json"))
     columns = ["experiment", "variant", "disturbance", "return, ratio [95 %]", "planner calls"]
     lines = [f"## {path.stem}", "", *header(columns, words=3)]
-    for row in table.itertuples():
-        calls = f"{100 * row.planner_calls:.1f} %"
-        lines.append(line([row.experiment, row.variant, row.disturbance, interval(row), calls]))
-    lines += ["", f"{table['episodes'].iloc[0]} episodes a row. `{about['command']}` at commit"]
+    baselines = episodes[episodes["experiment"] == BASELINE].set_index(["disturbance", "seed"])["return"]
+    keys = ["experiment", "variant", "disturbance"]
+    for (experiment, variant, disturbance), rows in episodes.groupby(keys, sort=False):
+        baseline = baselines[disturbance].loc[rows["seed"]].to_numpy()
+        ratio, low, high = paired_ratio(rows["return"].to_numpy(), baseline)
+        calls = f"{100 * rows['planner_calls'].sum() / rows['length'].sum():.1f} %"
+        ends = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(line([experiment, variant, disturbance, ends, calls]))
+    lines += ["", f"{episodes['seed'].nunique()} episodes a row. `{about['command']}` at commit"]
     return "\n".join([*lines, f"{about['commit']}, {about['machine']}.", "", ""])
 
 

@@ -16,11 +16,13 @@ import pytest
 from rich.console import Console
 
 import tdmpc2
+from benchmarks import experiments
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
 from tdmpc2.config import EAGER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
+from tdmpc2.distillation.dataset import read_shard, write_shard
 from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed, evaluate
@@ -293,13 +295,47 @@ def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.M
     assert list(calm["seed"]) == list(pushed["seed"]) and (calm["return"] != pushed["return"]).any()
 
 
-def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same teacher and correctors put on a simulator that can be disturbed, for episodes of 20 steps."""
-    monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
-    monkeypatch.setattr(disturbed, "STRENGTHS", {"obs_noise": (0.0, 3.0)})
-    folder = shutil.copytree(finished, tmp_path / "agent")
+def as_walker(finished: Path, folder: Path) -> Path:
+    """The same teacher, correctors and data put on a simulator that can be disturbed."""
+    shutil.copytree(finished, folder)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "task": "walker-walk"}))
+    for shard in (folder / "data").rglob("*.safetensors"):
+        tensors, header = read_shard(shard)
+        write_shard(shard, tensors, {**header, "task": "walker-walk"})
+    return folder
+
+
+def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them on episodes of 20 steps; and again where the last ones are missing."""
+    monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
+    for name, few in {"QUANTILES": (0.9,), "UNROLLED": (2,), "DRAWS": 2, "LONG": 5}.items():
+        monkeypatch.setattr(experiments, name, few)
+    folder = as_walker(finished, tmp_path / "agent")
+    config = experiments.ExperimentConfig(
+        **{"agent": str(folder), "out": str(tmp_path / "out"), "compile": False, "num_samples": 16},
+        **{"eval_episodes": 2, "calibration_episodes": 2, "num_envs": 2, "round_episodes": 2},
+        **{"updates": 2, "batch_size": 4, "rollout_steps": 4, "validate_every": 1, "width": 32, "window": 3},
+    )
+    experiments.main(config)
+    done = tmp_path / "out/walker-walk.csv"
+    table = pd.read_csv(done, keep_default_na=False)
+    names = {"baseline", "as it is", "unrolled steps", "label", "data", "bursts", "plan", "acceptance"}
+    assert set(table["experiment"]) == names
+    variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
+    assert set(map(tuple, variants)) == {(40000, 40001)}
+    table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
+    done.unlink()
+    with pytest.raises(ConfigError, match="other settings"):
+        experiments.main(replace(config, updates=3))
+    experiments.main(config)
+    pd.testing.assert_frame_equal(pd.read_csv(done, keep_default_na=False), table)
+
+
+def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
+    monkeypatch.setattr(disturbed, "STRENGTHS", {"obs_noise": (0.0, 3.0)})
+    folder = as_walker(finished, tmp_path / "agent")
     config = disturbed.DisturbedConfig(
         agent=str(folder), kinds=("obs_noise",), eval_episodes=3, num_envs=3, compile=False
     )

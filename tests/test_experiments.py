@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import experiments
 from tdmpc2.agent import TDMPC2, Kind, SpeculativeAgent
-from tdmpc2.config import EAGER, PlannerConfig, SpeculationConfig
+from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
+from tdmpc2.corrector import BaseCorrector, build_corrector
 from tdmpc2.distillation.dataset import Recording, episode_bounds
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import load_world_model
@@ -47,6 +48,39 @@ def test_action_gap_is_that_of_the_prior() -> None:
     expected = (MODEL.prior(z) - MODEL.prior(agent._z_pred)).norm(dim=-1)
     torch.testing.assert_close(agent._drift(z), expected)
     assert agent._drift(agent._z_pred) == 0
+
+
+def corrector_of(architecture: str) -> BaseCorrector:
+    torch.manual_seed(0)
+    config = CorrectorConfig(MODEL.config.latent_dim, MODEL.config.action_dim, architecture, width=32)
+    corrector = build_corrector(config)
+    for p in corrector.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return corrector.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("rule", ["ValueGap", "Disagreement"])
+def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
+    own, other = corrector_of("temporal"), corrector_of("two_tower")
+    arguments = {"other": other} if rule == "Disagreement" else {}
+    agent = getattr(experiments, rule)(
+        TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER, corrector="temporal"), own, **arguments
+    )
+    agent.reset()
+    for t, obs in enumerate(OBSERVATIONS[:6]):  # past the plan's end too
+        z, z_pred, plan, k = MODEL.encode(obs), agent._z_pred, agent._actions.clone(), agent._k.clone()
+        action = agent.act(obs)
+        if not t:
+            continue
+        if rule == "ValueGap":
+            values = [MODEL.value(z, a).mean(0) for a in (MODEL.prior(z), action)]
+            expected = values[0] - values[1]
+        else:
+            planned = agent._planned_action(z, plan, k)
+            answer = other(other.no_history(1).then(other.embed(z, z_pred, planned, k)), planned)
+            expected = (action - answer).norm(dim=-1)
+        torch.testing.assert_close(agent.info.mismatch, expected)
+        assert expected.abs() > 1e-4
 
 
 def test_plans_grow_again_after_a_fallback() -> None:

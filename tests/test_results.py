@@ -17,6 +17,7 @@ def test_nothing_is_typed_by_hand(tmp_path: Path) -> None:
     command += [f"pretrained={tmp_path / 'pretrained'}", f"readme={readme}", f"docs={tmp_path / 'docs'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    written = [path.relative_to(tmp_path) for path in (tmp_path / "docs").glob("*.md")]
+    written = [path.relative_to(tmp_path) for path in (tmp_path / "docs").iterdir()]
+    assert {p.name for p in written} == {p.name for p in (ROOT / "docs").iterdir()}
     for name in ["README.md", "results/speculation.csv", *written]:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date"
