@@ -277,7 +277,8 @@ def test_the_chosen_mode_withstands_pushes(
     monkeypatch.setattr(evaluate, "_calibration_summary", summary)
     teacher = open_teacher("walker-walk", str(TEACHER), BudgetOverride())
     config = evaluate.EvaluationConfig(min_return_pushed=least)
-    modes = dict.fromkeys(calls, SpeculationConfig(1))
+    horizons = {"baseline": 1, "near": 6, "far": 24, "lossy": 24, "prior": 1}
+    modes = {name: SpeculationConfig(horizon) for name, horizon in horizons.items()}
     mode, why = evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console())
     assert mode == chosen and ("none keeps 0.99 of it" in why) == (chosen == "baseline")
 

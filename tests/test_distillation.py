@@ -305,6 +305,10 @@ def test_split(model: WorldModel) -> None:
     # Where no seed would be held out, two are all the same.
     shares = split_starts(data._replace(seed=data.seed * 10 + 2), 5)
     assert [share.tolist() for share in shares] == [[8, 10, 12, 13, 15, 16], [4, 5, 6], [0, 1]]
+    # Where one of the two is missing, the other stays: what was trained on is not the test's later.
+    data, _ = make_recording(model, [2, 2, 2])
+    shares = split_starts(data._replace(seed=data.seed + 3), 5)  # seeds 3, 4 and 5
+    assert [share.tolist() for share in shares] == [[2], [0], [4]]
     with pytest.raises(DataError, match="2 episodes"):
         few, _ = make_recording(model, [3, 3])
         split_starts(few, 5)

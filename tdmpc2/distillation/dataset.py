@@ -166,8 +166,8 @@ class Split(NamedTuple):
 def split_starts(recording: Recording, every: int) -> Split:
     """Split by the seeds of the episodes, so that data added later leaves the rest where it was.
 
-    Of `every` seeds in a row the first is for the test and the second for validation; where there is
-    no such seed, the first two episodes are.
+    Of `every` seeds in a row the first is for the test and the second for validation; where there is no
+    such seed, the first episode that is left.
 
     Raises:
         DataError: there are fewer than three episodes of two steps or more.
@@ -179,8 +179,12 @@ def split_starts(recording: Recording, every: int) -> Split:
             f"{len(seeds)} episodes cannot be split into training, validation and test: collect 3 or more"
         )
     test, validation = seeds[seeds % every == 0], seeds[seeds % every == 1]
-    if not len(test) or not len(validation) or len(test) + len(validation) == len(seeds):
+    if len(test) + len(validation) == len(seeds):  # nothing to train on
         test, validation = seeds[:1], seeds[1:2]
+    if not len(test):
+        test = seeds[~torch.isin(seeds, validation)][:1]
+    if not len(validation):
+        validation = seeds[~torch.isin(seeds, test)][:1]
     is_test, is_validation = torch.isin(recording.seed, test), torch.isin(recording.seed, validation)
     shares = (~is_test & ~is_validation, is_validation, is_test)
     return Split(*((followed & share).nonzero().squeeze(1) for share in shares))

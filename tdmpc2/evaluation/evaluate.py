@@ -177,35 +177,45 @@ def choose(
     """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
 
     Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
-    pushes too. The baseline always holds up. What is simpler never plans, or executes plans unwatched; the
+    pushes too. Modes are tried from the longest execution horizon to the shortest, for a long one is cheap to
+    try as well; the baseline always holds up. What is simpler never plans, or executes plans unwatched; the
     report names what of it would have done.
     """
-    candidates = {name: mode for name, mode in modes.items() if name not in SIMPLER}
-    summary = _calibration_summary(subject, candidates, config, out / "modes", console)
-    good = summary[holds_up(summary, config.min_return)]
-    names = list(good.sort_values("planner_calls", kind="stable")["mode"])
-    holding = names[: names.index(BASELINE)]
-    if not holding:
-        return Choice(BASELINE, f"no mode that speculates holds {config.min_return} of the return")
-    fewest = f"it has the fewest planner calls of those that hold {config.min_return} of the return"
-    pushed = Subject(replace(subject.teacher, disturbance=PUSH), subject.correctors)
+    pushed: Subject | None = None
     try:
-        pushed.teacher.env().close()
+        pushed_teacher = replace(subject.teacher, disturbance=PUSH)
+        pushed_teacher.env().close()
+        pushed = Subject(pushed_teacher, subject.correctors)
+        under_pushes = f", and {config.min_return_pushed} of it where both are pushed"
     except TaskError as e:
         console.print(f"{e}; the mode is chosen without pushes")
-        return Choice(holding[0], f"{fewest}; the task cannot be disturbed, so it was not tried under pushes")
-    tried = {BASELINE: modes[BASELINE]}
-    for name in holding:
-        tried[name] = modes[name]
-        returns = _calibration_summary(pushed, tried, config, out / "pushed", console)
-        returns = returns.set_index("mode")["return_mean"]
-        lost = returns[BASELINE] - returns[name]
-        if lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
-            return Choice(name, f"{fewest}, and {config.min_return_pushed} of it where both are pushed")
+        under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
+    tried, tried_pushed = ({BASELINE: modes[BASELINE]} for _ in range(2))
+    candidates = {n: mode for n, mode in modes.items() if n not in SIMPLER and n != BASELINE}
+    for horizon in sorted({mode.execution_horizon for mode in candidates.values()}, reverse=True):
+        group = {n: mode for n, mode in candidates.items() if mode.execution_horizon == horizon}
+        tried |= group
+        summary = _calibration_summary(subject, tried, config, out / "modes", console)
+        good = summary[holds_up(summary, config.min_return) & summary["mode"].isin(group)]
+        for name in good.sort_values("planner_calls", kind="stable")["mode"]:
+            if pushed is not None:
+                tried_pushed[name] = modes[name]
+                returns = _calibration_summary(pushed, tried_pushed, config, out / "pushed", console)
+                returns = returns.set_index("mode")["return_mean"]
+                lost = returns[BASELINE] - returns[name]
+                if not lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
+                    continue
+            return Choice(
+                name,
+                f"it has the longest execution horizon, and then the fewest planner calls, of what holds "
+                f"{config.min_return} of the return{under_pushes}",
+            )
+    if len(tried_pushed) == 1:
+        return Choice(BASELINE, f"no mode that speculates holds {config.min_return} of the return")
     return Choice(
         BASELINE,
-        f"of the modes that hold {config.min_return} of the return ({', '.join(holding)}) none keeps "
-        f"{config.min_return_pushed} of it where both are pushed",
+        f"of the modes that hold {config.min_return} of the return ({', '.join([*tried_pushed][1:])}) none "
+        f"keeps {config.min_return_pushed} of it where both are pushed",
     )
 
 
