@@ -111,12 +111,13 @@ class WorldModel(nn.Module):
         x = torch.cat([self._with_task(z, task), action], -1)
         q = self.target_q if target else self.q
         flat = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        params: dict[str, Tensor] = dict(q.named_parameters())
-        if detach:
-            params = {name: p.detach() for name, p in params.items()}
-        if heads is not None:
-            params = {name: p[heads] for name, p in params.items()}
-        out = torch.func.functional_call(q, params, (flat,))
+        if detach or heads is not None:
+            params = {name: p.detach() if detach else p for name, p in q.named_parameters()}
+            if heads is not None:
+                params = {name: p[heads] for name, p in params.items()}
+            out = torch.func.functional_call(q, params, (flat,))
+        else:
+            out = q(flat)
         return out.unflatten(1, x.shape[:-1]) if x.dim() > 1 else out[:, 0]
 
     def value(
