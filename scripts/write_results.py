@@ -3,10 +3,10 @@
     python scripts/write_results.py
 
 Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evaluation/` folder, but for the
-table of single steps, which is large; in `disturbed/` it holds what `scripts/eval_disturbed.py` wrote; `results/experiments` is of `benchmarks/experiments.py`,
-`results/bench.json` of `benchmarks/bench.py`, `results/precision` of `benchmarks/precision.py`, and
-`pretrained/TASK/evaluation` of `scripts/evaluate.py`. Nothing in the README between marks such as
-`results` and `/results` is written by hand.
+large table of single steps; in `disturbed/` it holds what `scripts/eval_disturbed.py` wrote;
+`results/experiments` is of `benchmarks/experiments.py`, `results/bench.json` of `benchmarks/bench.py`,
+`results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `scripts/evaluate.py`.
+Nothing in the README between marks such as `results` and `/results` is written by hand.
 """
 
 import re
