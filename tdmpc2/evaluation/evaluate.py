@@ -309,7 +309,7 @@ def _run_mode(
     bar = progress.add_task(name, total=len(seeds))
     if _same_settings(folder / "settings.json", asdict(mode)):
         progress.update(bar, completed=len(seeds))
-        return Rollout(*(_read_csv(folder / f"{name}.csv") for name in Rollout._fields))
+        return Rollout(*(pd.read_csv(folder / f"{name}.csv") for name in Rollout._fields))
     result = subject.rollout(
         mode,
         seeds,
@@ -344,10 +344,6 @@ def _join(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     named = [table.assign(mode=name) for name, table in tables.items()]
     joined = pd.concat(named, ignore_index=True)
     return joined[["mode", *(c for c in joined.columns if c != "mode")]]
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, float_precision="round_trip")  # as it was before it was written
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
