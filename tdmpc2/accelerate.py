@@ -1,6 +1,6 @@
 """The main job: a TD-MPC2 checkpoint and a task in, an accelerated agent and the evidence for it out.
 
-    OUT/settings.json       what was asked for; a run goes on only with the same
+    OUT/settings.json       what was asked for; a run goes on only with the same, or with more rounds
     OUT/data/               shards: the teacher's own episodes, then those of each round
     OUT/rounds/N/           correctors trained on what there was before round N
     OUT/correctors/         the final ones
@@ -11,7 +11,9 @@ Correctors fail by leaving the states that they were trained on. So data is coll
 current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011),
 and training goes on from the correctors that there are.
 Some of their actions are replaced by random ones, so that correctors learn to recover.
-A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice.
+A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice. So does
+one that is asked for more rounds: what were its final correctors are those before the next round, and keep
+their evaluation beside them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
 from .distillation import TEACHER, CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, evaluate
-from .evaluation.modes import DISTILLED, HORIZONS
+from .evaluation.modes import BASELINE, DISTILLED, HORIZONS
 from .files import read_json, write_json
 from .teacher import Teacher, open_teacher
 from .world_model import save_world_model
@@ -68,8 +70,10 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
     settings = {**asdict(c), "teacher": teacher.fingerprint}
-    if (out / "settings.json").exists() and read_json(out / "settings.json") != settings:
-        raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")
+    if (out / "settings.json").exists() and (earlier := read_json(out / "settings.json")) != settings:
+        if earlier != {**settings, "rounds": earlier["rounds"]} or earlier["rounds"] > c.rounds:
+            raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")
+        _make_room(out, earlier["rounds"])
     write_json(out / "settings.json", settings)
 
     def gather(
@@ -114,7 +118,11 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
     console.print("the final correctors")
     train(out / "correctors", correctors)
-    evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
+    chosen = evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
+    if chosen == BASELINE:
+        console.print(
+            f"correctors of more data may hold it: the same command with rounds={4 * c.rounds or 3}"
+        )
     save_world_model(
         out,
         teacher.model,
@@ -127,6 +135,15 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     )
     console.print(f'done: agent = tdmpc2.load_agent("{out}")')
     return out
+
+
+def _make_room(out: Path, rounds: int) -> None:
+    """Put what a run with so many rounds ended with to the correctors before the round that comes next."""
+    (out / "config.json").unlink(missing_ok=True)  # no finished agent any more
+    before = out / "rounds" / str(rounds + 1)
+    for name, there in {"correctors": ".", "evaluation": "evaluation", "disturbed": "disturbed"}.items():
+        if (out / name).exists():
+            (out / name).rename(before / there)
 
 
 def evaluate_correctors(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 import tdmpc2
@@ -171,6 +172,26 @@ def test_kill_9_and_go_on(finished: Path, workdir: Path, seen: str) -> None:
     assert accelerate(workdir, f"out={out}").returncode == 0
     for name in ("episodes.csv", "steps.csv", "chosen.json"):
         assert (out / "evaluation" / name).read_bytes() == (finished / "evaluation" / name).read_bytes()
+
+
+def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is asked for more rounds ends like one that was asked for all of them at once."""
+    monkeypatch.syspath_prepend(workdir)
+    less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 1, "latency_steps": 4}
+    settings = {**OmegaConf.from_dotlist(SMALL), **less}
+    job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)
+    grown, at_once = (replace(job, out=str(workdir / name)) for name in ("grown", "at-once"))
+    run_job(grown, Console())
+    corrector = "two_tower/corrector.safetensors"
+    first = (workdir / "grown/correctors" / corrector).read_bytes()
+    for config in (grown, at_once):
+        run_job(replace(config, rounds=2), Console())
+    for name in (f"correctors/{corrector}", "evaluation/episodes.csv", "evaluation/chosen.json"):
+        assert (workdir / "grown" / name).read_bytes() == (workdir / "at-once" / name).read_bytes()
+    assert (workdir / "grown/rounds/2" / corrector).read_bytes() == first
+    assert (workdir / "grown/rounds/2/evaluation/report.html").exists()
+    with pytest.raises(ConfigError, match="other settings"):
+        run_job(grown, Console())
 
 
 def one_line(result: subprocess.CompletedProcess, *words: str) -> None:
