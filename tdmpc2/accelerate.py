@@ -16,6 +16,7 @@ one that is asked for more rounds: what were its final correctors are those befo
 their evaluation beside them.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,6 +131,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         task_index=teacher.task_index,
         discount=teacher.discount,
         planner=asdict(teacher.planner),
+        precision=teacher.compute.precision,
         speculation=read_json(out / "evaluation" / "chosen.json")["speculation"],
         provenance=provenance(),
     )
@@ -141,9 +143,12 @@ def _make_room(out: Path, rounds: int) -> None:
     """Put what a run with so many rounds ended with to the correctors before the round that comes next."""
     (out / "config.json").unlink(missing_ok=True)  # no finished agent any more
     before = out / "rounds" / str(rounds + 1)
-    for name, there in {"correctors": ".", "evaluation": "evaluation", "disturbed": "disturbed"}.items():
+    if (out / "correctors").exists():
+        shutil.rmtree(before, ignore_errors=True)  # of an attempt that was killed here
+        (out / "correctors").rename(before)
+    for name in ("evaluation", "disturbed"):
         if (out / name).exists():
-            (out / name).rename(before / there)
+            (out / name).rename(before / name)
 
 
 def evaluate_correctors(

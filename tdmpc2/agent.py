@@ -217,8 +217,9 @@ class SpeculativeAgent:
         self._value = torch.full((n,), torch.nan, device=device)
         self._k = torch.full((n,), config.execution_horizon, device=device)
         self._history = None if corrector is None else corrector.no_history(n)
-        # At a horizon of 1 every step begins with a plan, whatever was predicted. A bool, for compiled code
-        # is tied to the value of every number that it reads: one compilation is to serve all horizons.
+        # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
+        # step. A bool, for compiled code is tied to the value of every number that it reads: one compilation
+        # is to serve all horizons.
         self._predicts = config.execution_horizon > 1
         self._values = corrector is not None and self.plan_length > 0
         self._step: Callable[..., Step] = self._eager_step
@@ -325,7 +326,9 @@ class SpeculativeAgent:
             value = model.value(z, model.prior(z, task), task).mean(0)
         if self.corrector is not None and history is not None:
             history = history.then(self.corrector.embed(z, z_pred, planned, k))
-            action = torch.where(replan[:, None], planned, self.corrector(history, planned))
+            action = self.corrector(history, planned)
+            if self._predicts:
+                action = torch.where(replan[:, None], planned, action)
         if self._predicts:
             z_pred = model.next(z_pred, action, task)
         return Step(planned, action, z_pred, value, history)
@@ -357,38 +360,28 @@ def load_teacher(
     path: str | Path,
     *,
     device: str | torch.device = "cpu",
-    planner: PlannerConfig | None = None,
-    discount: float | None = None,
     num_envs: int = 1,
     seed: int = 0,
     task: int | None = None,
-    compute: ComputeConfig = COMPILED,
+    compute: ComputeConfig | None = None,
 ) -> TDMPC2:
     """The teacher of a checkpoint: an original `.pt` file or a folder of ours.
 
     Args:
         path: the checkpoint.
         device: to act on.
-        planner: the planning budget; None for the one saved in the folder, or the published one.
-        discount: None for the one saved in the folder, or that of episodes of 500 steps.
         num_envs: rows of the batch.
         seed: of the planner's noise.
         task: index of the task, for a multi-task model.
-        compute: precision of planning, and whether to compile.
+        compute: precision of planning, and whether to compile; None for compiled, in the precision that the
+            folder's evaluation was made with, or float32.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, foreign or unsafe.
     """
-    model, saved_planner, saved_discount = read_teacher(path, device)
-    return TDMPC2(
-        model,
-        planner or saved_planner,
-        discount=saved_discount if discount is None else discount,
-        num_envs=num_envs,
-        seed=seed,
-        task=task,
-        compute=compute,
-    )
+    model, planner, discount = read_teacher(path, device)
+    compute = compute or saved_compute(path)
+    return TDMPC2(model, planner, discount=discount, num_envs=num_envs, seed=seed, task=task, compute=compute)
 
 
 def read_teacher(
@@ -406,6 +399,12 @@ def read_teacher(
     return model, planner, saved.get("discount", discount_of(500))
 
 
+def saved_compute(path: str | Path) -> ComputeConfig:
+    """How a checkpoint wants to be computed with: an accelerated agent as it was evaluated, compiled."""
+    saved = read_config(path) if Path(path).is_dir() else {}
+    return replace(COMPILED, precision=saved.get("precision", COMPILED.precision))
+
+
 def _saved(cls: type[Config], settings: Any, path: str | Path) -> Config:
     """A config as a folder has it; CheckpointError where it has settings that there are not."""
     try:
@@ -421,7 +420,7 @@ def load_agent(
     num_envs: int = 1,
     seed: int = 0,
     task: int | None = None,
-    compute: ComputeConfig = COMPILED,
+    compute: ComputeConfig | None = None,
 ) -> "TDMPC2 | SpeculativeAgent":
     """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
 

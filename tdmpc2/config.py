@@ -75,8 +75,8 @@ class ComputeConfig:
 
 
 EAGER = ComputeConfig()
-# What scripts and `load_agent` use. Not bfloat16, which is faster where the processor has it: elsewhere it is
-# slower, and float32 is the same everywhere to within rounding.
+# What scripts and `load_agent` use where an accelerated agent does not say. Not bfloat16, which is faster
+# where the processor has it: elsewhere it is slower, and float32 is the same everywhere to within rounding.
 COMPILED = ComputeConfig(compile=True)
 
 
@@ -88,7 +88,7 @@ class BudgetOverride:
     iterations: int | None = None
     num_elites: int | None = None
     num_pi_trajs: int | None = None
-    precision: str = COMPILED.precision  # or bfloat16: faster where the processor has it
+    precision: str | None = None  # float32, or bfloat16: faster where the processor has it
     compile: bool = COMPILED.compile
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
@@ -119,13 +119,14 @@ class SpeculationConfig:
     """How a plan is executed. A mode of execution is one value of this class.
 
     Replanning at every step, the baseline: `execution_horizon=1`. Naive open loop: `3`. The policy prior
-    alone: `execution_horizon=1, plan_length=0`, for then no step of any plan is used.
+    alone: `execution_horizon=1, plan_length=0`, for then no step of any plan is used; with a corrector, that
+    network alone.
     """
 
     execution_horizon: int = 3  # K: steps executed per plan
     threshold: float | None = None  # mismatch above which the agent replans; None: never
     min_value: float | None = None  # value of a state below which the agent replans after it; None: never
-    corrector: str = ""  # name of the corrector that corrects steps 1 .. K-1; "" for none
+    corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's
 

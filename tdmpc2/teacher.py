@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 
-from .agent import TDMPC2, read_teacher
+from .agent import TDMPC2, read_teacher, saved_compute
 from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps
 from .envs.disturb import Disturbed
@@ -63,7 +63,8 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
         TaskError: there is no such task.
     """
     model, planner, _ = read_teacher(checkpoint, device)
-    compute = ComputeConfig(precision=budget.precision, compile=budget.compile)
+    precision = budget.precision or saved_compute(checkpoint).precision
+    compute = ComputeConfig(precision=precision, compile=budget.compile)
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
     env = make_env(task, obs="rgb" if config.pixels else "state")

@@ -49,6 +49,18 @@ def test_friction() -> None:
     assert np.array_equal(model.geom_friction[:, 1:], before[:, 1:])
 
 
+@pytest.mark.parametrize("strength", [0.7, 1.6])
+def test_a_heavier_robot_is_not_said_to_move_otherwise(strength: float) -> None:
+    """The walker's reward reads its subtree's velocity, which MuJoCo divides by a mass that it derives."""
+    env = make_env("walker-walk")
+    physics = Disturbed(env, "mass", strength).unwrapped.physics
+    env.reset(seed=0)
+    physics.data.qvel[:] = 0.0
+    physics.named.data.qvel["rootx"] = 1.0
+    physics.forward()
+    assert physics.horizontal_velocity() == pytest.approx(1.0)
+
+
 def test_a_push_ends() -> None:
     env = Disturbed(make_env("cartpole-swingup"), "push", 1.0)
     env.reset(seed=0)

@@ -57,7 +57,7 @@ def collect(
         episodes: number of episodes.
         seed: of the first episode.
         num_envs: episodes that run at once, which make one shard.
-        behaviours: who acts; the episodes of a shard take them in turn.
+        behaviours: who acts; the episodes take them in turn.
         correctors: those that behaviours name.
         bursts: whether random actions are executed now and then.
 
@@ -101,7 +101,9 @@ def collect(
                     limit = max_episode_steps(envs[0])
                     progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
                     tick = _ticker(progress, bar, len(seeds))
-                    tensors = _run(teacher, envs, seeds, behaviours, correctors, bursts, tick)
+                    turn = (first - seed) % len(behaviours)
+                    own = [*behaviours[turn:], *behaviours[:turn]]
+                    tensors = _run(teacher, envs, seeds, own, correctors, bursts, tick)
                     write_shard(path, tensors, expected)
             progress.update(bar, total=1, completed=1)
     finally:

@@ -6,6 +6,7 @@ What happens to an episode follows from its seed alone, so that all modes of exe
 from typing import Any
 
 import gymnasium
+import mujoco
 import numpy as np
 
 from ..errors import ConfigError, TaskError
@@ -50,6 +51,9 @@ class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
         if kind == "mass":
             self._model.body_mass[:] *= strength
             self._model.body_inertia[:] *= strength
+            # What MuJoCo derives from masses, as the mass that a subtree's velocity, which some tasks reward,
+            # is an average by. dm_control wraps both structs.
+            mujoco.mj_setConst(*(getattr(x, "ptr", x) for x in (self._model, self._data)))
         elif kind == "friction":
             self._model.geom_friction[:, 0] *= strength
         # Bodies without mass and the world itself cannot be pushed.

@@ -6,6 +6,7 @@
     OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
     OUT/episodes.csv, steps.csv, latency.csv, summary.csv, report.html       all of these together
     OUT/chosen.json                      the mode that was chosen
+    OUT/commits.json                     of the code that wrote any of it
 
 A run that is killed goes on with the modes that are missing.
 """
@@ -45,7 +46,7 @@ class EvaluationConfig:
     calibration_seed: int = 10_000
     quantile: float = 0.99  # share of the calibration steps that are within each limit of a mode
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
-    latency_steps: int = 200  # per mode
+    latency_steps: int = 500  # per mode, from the first step of an episode on
     num_envs: int = 10  # episodes run as one batch
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
     min_return_pushed: float = 0.95  # the same where both are pushed, on average
@@ -246,7 +247,7 @@ def evaluate(
         subject: what is evaluated.
         config: episodes and seeds.
         out: the folder for the results.
-        meta: what the report says of where the numbers come from.
+        meta: what the report says of where the numbers come from, `commit` among it.
         console: where progress and the table are shown.
 
     Returns:
@@ -265,6 +266,9 @@ def evaluate(
         "config": asdict(config),
     }
     claim(out, settings)
+    written_by = out / "commits.json"
+    commits = dict.fromkeys([*(read_json(written_by) if written_by.exists() else []), meta["commit"]])
+    write_json(written_by, [*commits])
     modes = calibrate(subject, config, out / "calibration", console)
     chosen, why = choose(subject, modes, config, out / "calibration", console)
     choice = {"mode": chosen, "why": why, "speculation": asdict(modes[chosen])}
@@ -280,6 +284,7 @@ def evaluate(
     provided = {
         **meta,
         **settings,
+        "commit": ", ".join(commits),
         "chosen": chosen,
         "why": why,
         "min_return": config.min_return,

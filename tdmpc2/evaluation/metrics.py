@@ -38,7 +38,7 @@ def summarise(
         of the correction over the steps after a plan's first, NaN where a mode has none. `return_ratio`
         with its 95 % interval is as `paired_ratio` has it, NaN where the baseline's mean return is not
         positive, for there a ratio says nothing; `return_difference_low` is the lower end of the 95 %
-        interval of the mean difference to the baseline. Latencies are in ms, their ratios to the baseline's.
+        interval of the mean difference to the baseline. Latencies are in ms.
 
     Raises:
         DataError: the modes did not face the same seeds, or a number that must be there is not.
@@ -82,14 +82,11 @@ def summarise(
         }
         if latency is not None:
             times = latency.loc[latency["mode"] == mode, "act_ms"].to_numpy(float)
-            first = latency.loc[latency["mode"] == modes[0], "act_ms"].to_numpy(float)
             row |= {
                 "act_ms_median": np.median(times),
                 "act_ms_p95": np.quantile(times, 0.95),
                 "act_ms_p99": np.quantile(times, 0.99),
                 "act_ms_mean": times.mean(),
-                "latency_ratio": np.median(times) / np.median(first),
-                "mean_latency_ratio": times.mean() / first.mean(),
             }
         rows.append(row)
     return pd.DataFrame(rows)

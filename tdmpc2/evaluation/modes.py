@@ -49,6 +49,6 @@ def standard_modes(
                 execution_horizon=horizon, corrector=corrector, **limits[name]._asdict()
             )
     if DISTILLED in correctors:
-        modes[DISTILLED] = SpeculationConfig(execution_horizon=FOREVER, corrector=DISTILLED, plan_length=0)
+        modes[DISTILLED] = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
     modes["prior"] = SpeculationConfig(execution_horizon=1, plan_length=0)
     return modes

@@ -133,12 +133,14 @@ def measure_latency(
 ) -> pd.DataFrame:
     """Time of single `act` calls at batch 1, the modes taking turns, so that noise hits all alike.
 
+    Timed from an episode's first step on: replans are where they are, not where a later window shows them.
+
     Args:
         agents: of one row each.
         env_of: makes one environment; every mode has its own.
         seed: of the initial state.
         steps: measured steps a mode.
-        warm_up: steps before the first measured one.
+        warm_up: steps of another episode, before the first measured one.
 
     Returns:
         Columns `mode, t, kind, act_ms`, in the order of `agents` within each step.
@@ -150,6 +152,9 @@ def measure_latency(
     rows = []
     for t in range(-warm_up, steps):
         for mode, agent in agents.items():
+            if t == 0:
+                obs[mode], _ = envs[mode].reset(seed=seed)
+                agent.reset()
             start = time.perf_counter()
             action = agent.act(obs[mode])
             seconds = time.perf_counter() - start
