@@ -9,7 +9,8 @@
 
 Correctors fail by leaving the states that they were trained on. So data is collected in rounds: under the
 current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011),
-and training goes on from the correctors that there are.
+and training goes on from the correctors that there are: a little before each round, for much more data is to
+come, and to the end after the last one.
 Some of their actions are replaced by random ones, so that correctors learn to recover.
 A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice. So does
 one that is asked for more rounds: what were its final correctors are those before the next round, and keep
@@ -18,7 +19,7 @@ their evaluation beside them.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -44,8 +45,9 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     out: str = ""  # default: accelerated/<task>
     device: str = "cpu"
     episodes: int = 8  # of the teacher; at least 3, for training, validation and test
-    rounds: int = 3  # of data under the correctors
-    round_episodes: int = 8
+    rounds: int = 6  # of data under the correctors
+    round_episodes: int = 16  # two for each of two correctors and four execution horizons
+    round_updates: int = 200  # in training before a round; `updates` are of the final training
     collect_seed: int = 0  # of the first episode of all
 
 
@@ -63,7 +65,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     if c.architecture == DISTILLED:
         raise ConfigError(f"architecture={DISTILLED} corrects nothing: choose all, or another one")
     at_least(3, c, "episodes")
-    at_least(1, c, "round_episodes")
+    at_least(1, c, "round_episodes", "round_updates")
     at_least(0, c, "rounds", "collect_seed")
     collected = range(c.collect_seed, c.collect_seed + c.episodes + c.rounds * c.round_episodes)
     if set(collected) & (set(c.calibration_seeds) | set(c.eval_seeds)):
@@ -95,10 +97,10 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
             bursts=correctors is not None,
         )
 
-    def train(folder: Path, initial: Mapping[str, BaseCorrector]) -> dict[str, BaseCorrector]:
+    def train(folder: Path, initial: Mapping[str, BaseCorrector], updates: int) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
-            trained = train_corrector(teacher.model, data, c, folder, initial)
+            trained = train_corrector(teacher.model, data, replace(c, updates=updates), folder, initial)
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
@@ -108,7 +110,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     correctors: dict[str, BaseCorrector] = {}
     for r in range(c.rounds):
         console.print(f"round {r + 1} of {c.rounds}: episodes under the correctors so far")
-        correctors = train(out / "rounds" / str(r + 1), correctors)
+        correctors = train(out / "rounds" / str(r + 1), correctors, c.round_updates)
         behaviours = [
             SpeculationConfig(execution_horizon=horizon, corrector=n)
             for horizon in HORIZONS[::-1]
@@ -118,11 +120,11 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         first = c.collect_seed + c.episodes + r * c.round_episodes
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
     console.print("the final correctors")
-    train(out / "correctors", correctors)
+    train(out / "correctors", correctors, c.updates)
     chosen = evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
     if chosen == BASELINE:
         console.print(
-            f"correctors of more data may hold it: the same command with rounds={4 * c.rounds or 3}"
+            f"correctors of more data may hold it: the same command with rounds={2 * c.rounds or 6}"
         )
     save_world_model(
         out,

@@ -42,7 +42,15 @@ SMALL = [
     *("num_samples=16", "iterations=2", "num_elites=4", "num_pi_trajs=4"),
     *("compile=false", "precision=float32"),
     *("episodes=3", "rounds=1", "round_episodes=4", "num_envs=4"),
-    *("rollout_steps=4", "updates=2", "batch_size=8", "validate_every=1", "width=32", "window=3"),
+    *(
+        "rollout_steps=4",
+        "updates=2",
+        "round_updates=2",
+        "batch_size=8",
+        "validate_every=1",
+        "width=32",
+        "window=3",
+    ),
     *("eval_episodes=3", "calibration_episodes=2", "label_episodes=1", "latency_steps=12"),
 ]
 ENVIRONMENT = '''

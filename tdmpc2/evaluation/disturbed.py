@@ -1,7 +1,9 @@
 """Modes in a world that is not as modelled: what they keep of what replanning at every step keeps there.
 
     OUT/KIND-STRENGTH/NAME/     episodes.csv, steps.csv
+    OUT/episodes.csv            all episodes together
     OUT/summary.csv             a row for every disturbance and mode
+    OUT/provenance.json         where they come from
 
 A run that is killed goes on with what is missing.
 """
@@ -12,10 +14,11 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import load_corrector
 from ..errors import CheckpointError, ConfigError
-from ..files import read_json
+from ..files import read_json, write_json
 from ..teacher import open_teacher
 from ..world_model.checkpoint import read_config
 from .evaluate import EvaluationConfig, Subject, check_evaluation, claim, run_modes, write_csv
@@ -67,7 +70,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
     modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
     replace(teacher, disturbance=("push", 0.0)).env().close()  # a task that cannot be disturbed fails here
-    out, rows = Path(config.out or folder / "disturbed"), []
+    out = Path(config.out or folder / "disturbed")
+    summaries, episodes = [], []
     settings = {
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),
@@ -85,8 +89,12 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
             name = out / f"{kind}-{strength}"
             result = run_modes(subject, modes, config, config.eval_seeds, name, console)
             summary = summarise(result.episodes, result.steps, None)
-            rows.append(summary.assign(kind=kind, strength=strength))
-    table = pd.concat(rows, ignore_index=True)
-    table = table[["kind", "strength", *(c for c in table.columns if c not in ("kind", "strength"))]]
+            for tables, own in ((summaries, summary), (episodes, result.episodes)):
+                own.insert(0, "kind", kind)
+                own.insert(1, "strength", strength)
+                tables.append(own)
+    table = pd.concat(summaries, ignore_index=True)
+    write_csv(out / "episodes.csv", pd.concat(episodes, ignore_index=True))
     write_csv(out / "summary.csv", table)
+    write_json(out / "provenance.json", {**provenance(), **settings})
     return table
