@@ -218,10 +218,12 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError("architecture: its disagreement with two_tower is one of the experiments")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    path, about, running = (out / f"{teacher.task}.{end}" for end in ("csv", "json", "csv.running"))
-    if running.exists() and read_json(about)["settings"] != asdict(config):
-        raise ConfigError(f"{running} was begun with other settings: delete it, or set them again")
-    write_json(about, {**cli.provenance(), "agent": saved["provenance"], "settings": asdict(config)})
+    path, about = (out / f"{teacher.task}.{end}" for end in ("csv", "json"))
+    running, running_about = (p.with_name(f"{p.name}.running") for p in (path, about))
+    claim = {"agent": saved["provenance"], "settings": asdict(config)}
+    if running_about.exists() and {**read_json(running_about), **claim} != read_json(running_about):
+        raise ConfigError(f"{running} was begun with another agent or other settings: delete both files")
+    write_json(running_about, {**cli.provenance(), **claim})
     bench = Bench(teacher, config, running)
     bench.add(
         BASELINE, BASELINE, lambda d: bench.rollout(SpeculationConfig(1), disturbance=d), (None, PUSH, HEAVY)
@@ -269,6 +271,7 @@ def main(config: ExperimentConfig) -> None:
             if agent_type is SpeculativeAgent:
                 floor = -calibrate_threshold(-seen["value"].to_numpy(), quantile)
                 accepting(f"{rule} or value, quantile {quantile}", replace(mode, min_value=floor), agent_type)
+    running_about.rename(about)
     running.rename(path)
 
 

@@ -30,7 +30,7 @@ from tdmpc2.corrector import ARCHITECTURES
 from tdmpc2.errors import DataError
 from tdmpc2.evaluation.aggregate import ALL, CHOSEN, TaskResults, speculation_table
 from tdmpc2.evaluation.evaluate import EvaluationConfig
-from tdmpc2.evaluation.metrics import paired_ratio
+from tdmpc2.evaluation.metrics import act_columns, act_times, paired_ratio
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, corrected
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
@@ -38,6 +38,7 @@ from tdmpc2.training.trainer import TrainConfig
 plt.rcParams["svg.hashsalt"] = "tdmpc2"  # one name for each part of a figure, in every run
 ROOT = Path(__file__).parents[1]
 MIN_RETURN, MIN_RETURN_DISTURBED = EvaluationConfig.min_return, EvaluationConfig.min_return_pushed
+UNDISTURBED = "none"
 COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
 
 
@@ -94,6 +95,8 @@ def read(folder: Path) -> TaskResults:
     summary, episodes, latency = (
         pd.read_csv(folder / f"{name}.csv") for name in ("summary", "episodes", "latency")
     )
+    times = [act_columns(*act_times(latency, r.mode, r.planner_calls)) for r in summary.itertuples()]
+    summary[[*times[0]]] = pd.DataFrame(times)
     return TaskResults(summary, episodes, latency, read_json(folder / "chosen.json")["mode"])
 
 
@@ -109,7 +112,8 @@ def between(content: str, mark: str, text: str) -> str:
 def overview(table: pd.DataFrame) -> str:
     """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
     beside = ["two_tower_6", "temporal_6", "naive_6", "prior", "distilled"]
-    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "baseline", *beside]
+    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "of the baseline"]
+    columns += [f"{name}, ratio" for name in beside]
     lines = header(columns, words=2)
     for task, rows in table.groupby("task", sort=False):
         by_setting = rows.set_index("setting")
@@ -124,12 +128,16 @@ def overview(table: pd.DataFrame) -> str:
 
 def pooled_rows(table: pd.DataFrame) -> str:
     """All tasks together, a row a setting, in Markdown."""
-    columns = ["setting", "return, ratio [95 %]", "planner calls", "fallbacks", "act, median", "act, p99"]
-    lines = header(columns)
+    columns = ["setting", "return, ratio [95 %]", "mean of the tasks", "worst task", "planner calls"]
+    lines = header([*columns, "fallbacks", "act, median", "act, p99"])
+    tasks = table[table["task"] != ALL]
     for row in table[table["task"] == ALL].itertuples():
+        own = tasks[tasks["chosen"] if row.setting == CHOSEN else tasks["setting"] == row.setting]
+        worst = own.loc[own["return_ratio"].idxmin()]
+        ratios = [f"{own['return_ratio'].mean():.3f}", f"{worst.return_ratio:.3f} ({worst.task})"]
         calls = [f"{100 * x:.1f} %" for x in (row.planner_calls, row.fallbacks)]
         times = [f"{x:.2f} ms" for x in (row.act_ms_median, row.act_ms_p99)]
-        lines.append(line([row.setting, interval(row), *calls, *times]))
+        lines.append(line([row.setting, interval(row), *ratios, *calls, *times]))
     return "\n".join([*lines, ""])
 
 
@@ -203,7 +211,7 @@ def when_not(table: pd.DataFrame, results: Mapping[str, TaskResults], tasks: lis
     )
     disturbed_rows = disturbed_tables(tasks)
     if disturbed_rows is not None:
-        own = disturbed_rows[disturbed_rows["mode"] == CHOSEN]
+        own = disturbed_rows[(disturbed_rows["mode"] == CHOSEN) & (disturbed_rows["kind"] != UNDISTURBED)]
         lost = own[own["return_ratio"] < MIN_RETURN_DISTURBED].sort_values("return_ratio")
         cells = [
             f"{r.task}, {disturbance(r.kind, r.strength)} ({r.return_ratio:.2f})" for r in lost.itertuples()
@@ -217,21 +225,38 @@ def when_not(table: pd.DataFrame, results: Mapping[str, TaskResults], tasks: lis
 
 
 def disturbance(kind: str, strength: float) -> str:
+    if kind == UNDISTURBED:
+        return kind
     return f"{kind.replace('_', ' ')} {strength}"
 
 
 def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
-    """A row for each task, disturbance and mode; None where nothing was measured."""
+    """A row for each task, disturbance (first none) and mode; None where nothing was measured."""
     tables = []
     for folder in tasks:
         path = folder / "disturbed" / "summary.csv"
         if path.exists():
             chosen, table = read_json(folder / "chosen.json")["mode"], pd.read_csv(path)
-            if chosen not in set(table["mode"]):
-                raise DataError(f"{path} does not have the chosen mode, {chosen}: disturb the agent again")
+            about, agent = (read_json(p / "provenance.json") for p in (path.parent, folder))
+            if about["correctors"] != agent["correctors"] or chosen not in set(table["mode"]):
+                raise DataError(f"{path} is of another agent than {folder}: disturb this one")
+            table = pd.concat([undisturbed(folder, about["seeds"]), table], ignore_index=True)
             own = table[table["mode"] == chosen].assign(mode=CHOSEN)
             tables.append(pd.concat([table, own]).assign(task=folder.name))
     return pd.concat(tables) if tables else None
+
+
+def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
+    """What a table of disturbances begins with: the same seeds in the world as it is."""
+    episodes = pd.read_csv(folder / "episodes.csv")
+    rows, own = [], episodes[episodes["seed"].isin(seeds)]
+    baseline = own[own["mode"] == BASELINE].set_index("seed")["return"]
+    for mode, its in own.groupby("mode", sort=False):
+        ratio = paired_ratio(its["return"].to_numpy(), baseline.loc[its["seed"]].to_numpy())[0]
+        calls, fallbacks = (its[name].sum() / its["length"].sum() for name in ("planner_calls", "fallbacks"))
+        rows.append((UNDISTURBED, 0.0, mode, ratio, calls, fallbacks))
+    columns = ["kind", "strength", "mode", "return_ratio", "planner_calls", "fallbacks"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def disturbed(tasks: list[Path]) -> str:
@@ -270,21 +295,30 @@ def interval(row: Any) -> str:
 def teachers(folder: Path) -> str:
     """A table of the shipped teachers in Markdown."""
     published = pd.read_csv(folder / "published_returns.csv", index_col="task")
-    columns = ["teacher", "agent steps", "return, mean of 10", "sd", "published", "planning budget"]
-    lines = [line(columns), "| --- | ---: | ---: | ---: | ---: | --- |"]
+    columns = [
+        "teacher",
+        "trained for",
+        "return, mean",
+        "sd",
+        "published",
+        "steps an episode",
+        "planning budget",
+    ]
+    lines = [line(columns), "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
     for path in sorted(folder.glob("*/evaluation/evaluation.json")):
         result, config = read_json(path), read_json(path.parents[1] / "config.json")
         budget = "{num_samples} samples, {iterations} iterations, {num_elites} elites".format(
             **result["planner"]
         )
         task = path.parents[1].name
-        cells = [task, f"{config['step']:,}", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
+        cells = [task, f"{config['step']:,} steps", f"{result['mean']:.1f}", f"{result['sd']:.1f}"]
         if task in published.index:
             reached = published.loc[task]
             cells.append(f"{reached['step_100k']:.0f}, {reached['last']:.0f}")
         else:
             cells.append("")
-        lines.append(line([*cells, budget]))
+        length = pd.read_csv(path.with_name("episodes.csv"))["length"].mean()
+        lines.append(line([*cells, f"{length:.0f}", budget]))
     commands = [command(path.parent) for path in sorted(folder.glob("*/train_config.json"))]
     return "\n".join([*lines, "", "Made by", "", "```sh", *commands, "```", ""])
 
@@ -317,7 +351,8 @@ def precision_line(path: Path) -> str:
     r = read_json(path)
     return (
         f"Planning in bfloat16 keeps {r['ratio']:.4f} [{r['low']:.4f}, {r['high']:.4f}] of the return of "
-        f"planning in float32 on {path.stem}, {r['episodes']} paired episodes (`{r['command']}`)."
+        f"planning in float32 on {path.stem}, {r['episodes']} paired episodes (`{r['command']}` at commit "
+        f"{r['commit']})."
     )
 
 

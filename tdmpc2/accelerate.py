@@ -30,7 +30,7 @@ from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
 from .distillation import TEACHER, CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, evaluate
-from .evaluation.modes import BASELINE, DISTILLED, HORIZONS
+from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
 from .files import read_json, write_json
 from .teacher import Teacher, open_teacher
 from .world_model import save_world_model
@@ -46,7 +46,7 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     device: str = "cpu"
     episodes: int = 8  # of the teacher; at least 3, for training, validation and test
     rounds: int = 6  # of data under the correctors
-    round_episodes: int = 16  # two for each of two correctors and four execution horizons
+    round_episodes: int = 18  # two for each of two correctors and four execution horizons, two of `distilled`
     round_updates: int = 200  # in training before a round; `updates` are of the final training
     collect_seed: int = 0  # of the first episode of all
 
@@ -117,6 +117,8 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
             for n in correctors
             if n != DISTILLED
         ]
+        if DISTILLED in correctors:  # a rival learns from its own states too
+            behaviours.append(ALONE)
         first = c.collect_seed + c.episodes + r * c.round_episodes
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
     console.print("the final correctors")

@@ -31,6 +31,7 @@ from dataclasses import MISSING, Field, asdict, fields
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,6 +58,7 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
 
     A `TDMPC2Error`, from here or from `main`, ends the script with one line and status 1.
     """
+    _commit()  # of the code that is loaded, whatever is committed while it runs
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print(usage(config_type))
@@ -184,6 +186,7 @@ def _default(field: "Field[Any]") -> str:
     return f"{field.name}={text}"
 
 
+@cache
 def _commit() -> str:
     from . import __version__
 

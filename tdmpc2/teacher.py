@@ -1,16 +1,17 @@
 """A teacher on its task: what every script opens first, from which agents and environments are made."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 
 from .agent import TDMPC2, read_teacher, saved_compute
 from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
-from .envs import PadForModel, make_env, max_episode_steps
+from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .errors import CheckpointError
 from .world_model import WorldModel, fingerprint
-from .world_model.checkpoint import published_task_index
+from .world_model.checkpoint import published_task_index, read_config
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
         device: to act on.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or was made for other observations or actions.
+        CheckpointError: the checkpoint cannot be used, was made for other observations or actions, or says
+            that it was made for another task.
         TaskError: there is no such task.
     """
     model, planner, _ = read_teacher(checkpoint, device)
@@ -68,6 +70,9 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
     env = make_env(task, obs="rgb" if config.pixels else "state")
+    made_for = read_config(checkpoint).get("task", task) if Path(checkpoint).is_dir() else task
+    if not same_task(made_for, task):
+        raise CheckpointError(f"{checkpoint} was made for {made_for}; {task} is another task")
     obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
     assert obs_shape is not None
     expected: tuple[tuple[int, ...], tuple[int, ...]]

@@ -49,6 +49,11 @@ def test_friction() -> None:
     assert np.array_equal(model.geom_friction[:, 1:], before[:, 1:])
 
 
+def test_friction_needs_contact() -> None:
+    with pytest.raises(TaskError, match="nothing touches"):
+        Disturbed(make_env("cartpole-swingup"), "friction", 0.5)
+
+
 @pytest.mark.parametrize("strength", [0.7, 1.6])
 def test_a_heavier_robot_is_not_said_to_move_otherwise(strength: float) -> None:
     """The walker's reward reads its subtree's velocity, which MuJoCo divides by a mass that it derives."""

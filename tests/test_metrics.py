@@ -6,7 +6,15 @@ import pytest
 from scipy import stats
 
 from tdmpc2.errors import DataError
-from tdmpc2.evaluation.metrics import by_step_in_plan, holds_up, mean_interval, paired_ratio, summarise
+from tdmpc2.evaluation.metrics import (
+    act_columns,
+    act_times,
+    by_step_in_plan,
+    holds_up,
+    mean_interval,
+    paired_ratio,
+    summarise,
+)
 
 
 def episodes_of(**returns: list[float]) -> pd.DataFrame:
@@ -43,7 +51,13 @@ STEPS = pd.DataFrame(
 
 def test_summary_of_a_small_case() -> None:
     episodes = episodes_of(baseline=[100.0, 200.0, 100.0, 200.0], fast=[90.0, 99.0, 100.0, 101.0])
-    latency = pd.DataFrame({"mode": ["baseline"] * 2 + ["fast"] * 2, "act_ms": [10.0, 30.0, 1.0, 3.0]})
+    latency = pd.DataFrame(
+        {
+            "mode": ["baseline"] * 2 + ["fast"] * 2,
+            "kind": ["planned"] * 2 + ["corrected"] * 2,
+            "act_ms": [10.0, 30.0, 1.0, 3.0],
+        }
+    )
     fast = summarise(episodes, STEPS, latency).set_index("mode").loc["fast"]
     assert fast.return_mean == pytest.approx(97.5)
     assert fast.return_median == pytest.approx(99.5)
@@ -54,7 +68,26 @@ def test_summary_of_a_small_case() -> None:
     assert fast.fallbacks == pytest.approx(0.1)
     assert fast.delta_a == pytest.approx(0.4), "planned steps and fallbacks have no correction"
     assert fast.return_ratio == pytest.approx(390 / 600)
-    assert fast.act_ms_median == pytest.approx(2.0)
+    assert (fast.act_ms_median, fast.act_ms_p99) == (3.0, 30.0)
+    assert fast.act_ms_mean == pytest.approx(0.4 * 20.0 + 0.6 * 2.0)
+
+
+def test_few_timed_steps_are_weighted_by_the_plans_of_all_episodes() -> None:
+    """A mode plans in a tenth of its steps, and in half of the timed ones; another one in none of these."""
+    latency = pd.DataFrame(
+        {
+            "mode": ["baseline", "a", "a", "b", "b"],
+            "kind": ["planned", "fallback", "corrected", "corrected", "corrected"],
+            "act_ms": [30.0, 20.0, 1.0, 1.0, 2.0],
+        }
+    )
+    a = act_columns(*act_times(latency, "a", 0.1))
+    assert a["act_ms_mean"] == pytest.approx(2.9) and (a["act_ms_median"], a["act_ms_p95"]) == (1.0, 20.0)
+    b = act_columns(*act_times(latency, "b", 0.02))
+    assert b["act_ms_mean"] == pytest.approx(0.98 * 1.5 + 0.02 * 30.0)
+    assert (b["act_ms_p95"], b["act_ms_p99"]) == (2.0, 30.0)
+    assert act_columns(*act_times(latency, "baseline", 1.0))["act_ms_median"] == 30.0
+    assert act_columns(*act_times(latency, "b", 0.0))["act_ms_p99"] == 2.0
 
 
 def test_order_of_seeds_does_not_matter_but_pairing_does() -> None:

@@ -99,14 +99,18 @@ def unroll(
 
 
 def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
-    """Mean over the steps of `||a_corr - a_teach||^2 + residual_coef ||delta_a||^2`, a scalar."""
+    """Mean over the steps of `||a_corr - a_teach||_1 + residual_coef ||delta_a||^2`, a scalar.
+
+    Where the teacher takes now one end of an action's range and now the other, the square's best answer is
+    something between, which it never takes; the best answer here is the end that it takes more often.
+    """
     u = unrolled
-    error = (u.action - u.teacher).square().sum(-1)
+    error = (u.action - u.teacher).abs().sum(-1)
     residual = (u.action - u.planned).square().sum(-1)
     return ((error + residual_coef * residual) * u.inside).sum() / u.inside.sum()
 
 
-def squared_error(action: Tensor, unrolled: Unrolled) -> Tensor:
-    """Mean squared distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan."""
-    error = (action - unrolled.teacher).square().sum(-1) * unrolled.inside
+def distance(action: Tensor, unrolled: Unrolled) -> Tensor:
+    """Mean L1 distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan."""
+    error = (action - unrolled.teacher).abs().sum(-1) * unrolled.inside
     return error.sum(1) / unrolled.inside.sum(1)

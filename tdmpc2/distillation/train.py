@@ -1,6 +1,6 @@
 """Training a corrector: batches of stretches drawn on the fly, judged on held-out episodes.
 
-The error is the mean squared distance to the teacher's action over the steps after the first of each plan.
+The error is the mean L1 distance to the teacher's action over the steps after the first of each plan.
 On some episodes it chooses the best weights; of those it is reported on others, beside two references on
 the same steps: the plan executed as it is, and the policy prior at the real latent. The best weights are
 on disk after every validation, and once the training is done the header of their file holds the errors.
@@ -26,7 +26,7 @@ from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corr
 from ..errors import ConfigError, TDMPC2Error
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
-from .losses import Unrolled, correction_loss, squared_error, unroll
+from .losses import Unrolled, correction_loss, distance, unroll
 
 VALIDATION_STARTS = 256  # stretches that a validation looks at
 
@@ -54,7 +54,7 @@ class CorrectorTrainConfig:
 
 
 class Errors(NamedTuple):
-    """Mean squared distance to the teacher's action on held-out episodes, for k = 1 ... S.
+    """Mean L1 distance to the teacher's action on held-out episodes, for k = 1 ... S.
 
     `S` is `rollout_steps`, or less where the held-out episodes are shorter.
     """
@@ -136,7 +136,7 @@ def train_corrector(
 
 def error_table(errors: dict[str, Errors]) -> Table:
     """The errors of correctors beside those of the plan and the policy prior."""
-    table = Table(title="Mean squared distance to the teacher's action, held-out episodes")
+    table = Table(title="Mean L1 distance to the teacher's action, held-out episodes")
     some = next(iter(errors.values()))
     last = len(some.plan)
     shown = sorted({k for k in (1, 2, 3, last // 2, last) if 1 <= k <= last})
@@ -238,8 +238,8 @@ class _Judge:
         step = (self.start + ahead).clamp(max=len(data.latent) - 1)
         with torch.no_grad():
             as_planned = self._unroll(corrector, own_actions=False)  # what it answers is not looked at
-            self.plan = squared_error(as_planned.planned, as_planned).tolist()
-            self.prior = squared_error(model.prior(data.latent[step], data.task), as_planned).tolist()
+            self.plan = distance(as_planned.planned, as_planned).tolist()
+            self.prior = distance(model.prior(data.latent[step], data.task), as_planned).tolist()
 
     def error(self, corrector: BaseCorrector) -> list[float]:
         """That of a corrector, for k = 1 ... S; it is left in training mode."""
@@ -247,7 +247,7 @@ class _Judge:
         with torch.no_grad():
             u = self._unroll(corrector)
         corrector.train()
-        return squared_error(u.action, u).tolist()
+        return distance(u.action, u).tolist()
 
     def _unroll(self, corrector: BaseCorrector, own_actions: bool = True) -> Unrolled:
         return unroll(

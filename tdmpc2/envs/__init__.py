@@ -1,6 +1,6 @@
 """The world outside: Gymnasium environments by task name, in the form that TD-MPC2 expects."""
 
-from .make import is_episodic, list_tasks, make_env, max_episode_steps
+from .make import is_episodic, list_tasks, make_env, max_episode_steps, same_task
 from .padding import PadForModel
 
-__all__ = ["PadForModel", "is_episodic", "list_tasks", "make_env", "max_episode_steps"]
+__all__ = ["PadForModel", "is_episodic", "list_tasks", "make_env", "max_episode_steps", "same_task"]

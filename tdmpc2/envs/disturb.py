@@ -33,7 +33,8 @@ class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
 
     Raises:
         ConfigError: there is no such kind, or the strength is negative.
-        TaskError: the environment is not one of MuJoCo's, or observes pixels.
+        TaskError: the environment is not one of MuJoCo's, observes pixels, or is without contacts where
+            friction is to change.
     """
 
     def __init__(self, env: Env, kind: str, strength: float) -> None:
@@ -55,6 +56,8 @@ class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
             # is an average by. dm_control wraps both structs.
             mujoco.mj_setConst(*(getattr(x, "ptr", x) for x in (self._model, self._data)))
         elif kind == "friction":
+            if self._model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONTACT:
+                raise TaskError(f"{env.get_wrapper_attr('task')}: nothing touches there, so nothing rubs")
             self._model.geom_friction[:, 0] *= strength
         # Bodies without mass and the world itself cannot be pushed.
         masses, joints = np.array(self._model.body_mass), np.array(self._model.body_dofnum)

@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from ..errors import DataError
-from .metrics import CONFIDENCE, RESAMPLES
+from .metrics import CONFIDENCE, RESAMPLES, act_columns, act_times
 
 ALL = "all"  # the task under which what holds for all tasks stands
 CHOSEN = "chosen"  # the setting that stands for each task's chosen mode
@@ -23,7 +23,7 @@ class TaskResults(NamedTuple):
 
     summary: pd.DataFrame  # a row a mode, the baseline first
     episodes: pd.DataFrame  # columns `mode, seed, return, length, planner_calls, fallbacks`
-    latency: pd.DataFrame  # columns `mode, act_ms`
+    latency: pd.DataFrame  # columns `mode, kind, act_ms`
     chosen: str  # a mode
 
 
@@ -49,7 +49,7 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
     them over all episodes of all tasks, as a ratio to the baseline's, which where episodes are skewed is not
     1; its interval resamples seeds within each task, an episode bringing the baseline's along (Agarwal et
     al. 2021, "Deep RL at the edge of the statistical precipice", with pairs). Planner calls and fallbacks
-    are means over the tasks, latencies quantiles of all steps measured.
+    are means over the tasks, latencies quantiles of all steps measured, tasks having equal weight.
 
     Raises:
         DataError: a baseline's mean return is not positive.
@@ -64,10 +64,10 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
             raise DataError(f"{task}: its baseline's mean is not positive, a ratio to it says nothing")
         returns.append(pair)  # [2, n]
         counts.append([own[name].sum() / own["length"].sum() for name in ("planner_calls", "fallbacks")])
-        times.append(r.latency.loc[r.latency["mode"] == mode, "act_ms"])
+        times.append(act_times(r.latency, mode, counts[-1][0]))
     planner_calls, fallbacks = np.mean(counts, 0)
     low, high = stratified_interval(returns)
-    latency = pd.concat(times)
+    latency = act_columns(np.concatenate([t for t, _ in times]), np.concatenate([w for _, w in times]))
     return {
         "episodes": sum(pair.shape[1] for pair in returns),
         "return_mean": np.nan,  # of several tasks it says nothing
@@ -76,8 +76,8 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
         "return_ratio_high": high,
         "planner_calls": planner_calls,
         "fallbacks": fallbacks,
-        "act_ms_median": latency.median(),
-        "act_ms_p99": latency.quantile(0.99),
+        "act_ms_median": latency["act_ms_median"],
+        "act_ms_p99": latency["act_ms_p99"],
     }
 
 

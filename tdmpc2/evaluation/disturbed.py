@@ -17,7 +17,7 @@ from rich.console import Console
 from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import load_corrector
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
 from ..teacher import open_teacher
 from ..world_model.checkpoint import read_config
@@ -71,7 +71,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
     replace(teacher, disturbance=("push", 0.0)).env().close()  # a task that cannot be disturbed fails here
     out = Path(config.out or folder / "disturbed")
-    summaries, episodes = [], []
+    summaries: list[pd.DataFrame] = []
+    episodes: list[pd.DataFrame] = []
     settings = {
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),
@@ -83,6 +84,11 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     }
     claim(out, settings)
     for kind in config.kinds:
+        try:
+            replace(teacher, disturbance=(kind, 1.0)).env().close()
+        except TaskError as e:
+            console.print(f"without {kind}: {e}")
+            continue
         for strength in STRENGTHS[kind]:
             console.print(f"{kind} {strength}")
             subject = Subject(replace(teacher, disturbance=(kind, strength)), correctors)

@@ -65,8 +65,9 @@ def check_evaluation(config: EvaluationConfig) -> None:
     c = config
     at_least(1, c, "calibration_episodes", "eval_episodes", "latency_steps", "num_envs")
     at_least(0, c, "calibration_seed", "eval_seed")
-    if not 0 < c.quantile <= 1:
-        raise ConfigError(f"quantile={c.quantile}: must be above 0 and at most 1")
+    for name in ("quantile", "min_return", "min_return_pushed"):
+        if not 0 < getattr(c, name) <= 1:
+            raise ConfigError(f"{name}={getattr(c, name)}: must be above 0 and at most 1")
     if not 0 <= c.label_episodes <= min(c.num_envs, c.eval_episodes):
         raise ConfigError(
             f"label_episodes={c.label_episodes}: these are among the episodes that run at once, at most "
@@ -175,7 +176,7 @@ def choose(
     out: Path,
     console: Console,
 ) -> Choice:
-    """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
+    """The mode with the longest execution horizon that holds up on the calibration seeds, none of SIMPLER.
 
     Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
     pushes too. Modes are tried from the longest execution horizon to the shortest, for a long one is cheap to

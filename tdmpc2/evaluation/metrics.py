@@ -17,6 +17,7 @@ from ..errors import DataError
 
 RESAMPLES = 9_999
 CONFIDENCE = 0.95
+PLANS = ("planned", "fallback")  # kinds of steps that begin with a plan
 
 
 def summarise(
@@ -27,7 +28,7 @@ def summarise(
     Args:
         episodes: columns `mode, seed, return, length, terminated, planner_calls, fallbacks`.
         steps: columns `mode, kind, k, delta_a, ...`.
-        latency: columns `mode, act_ms`; None leaves the columns of latency out.
+        latency: columns `mode, kind, act_ms`; None leaves the columns of latency out.
         rng_seed: of the bootstrap.
 
     Returns:
@@ -38,7 +39,7 @@ def summarise(
         of the correction over the steps after a plan's first, NaN where a mode has none. `return_ratio`
         with its 95 % interval is as `paired_ratio` has it, NaN where the baseline's mean return is not
         positive, for there a ratio says nothing; `return_difference_low` is the lower end of the 95 %
-        interval of the mean difference to the baseline. Latencies are in ms.
+        interval of the mean difference to the baseline. Latencies are in ms, as `act_times` weighs them.
 
     Raises:
         DataError: the modes did not face the same seeds, or a number that must be there is not.
@@ -81,15 +82,42 @@ def summarise(
             "return_difference_low": difference_low,
         }
         if latency is not None:
-            times = latency.loc[latency["mode"] == mode, "act_ms"].to_numpy(float)
-            row |= {
-                "act_ms_median": np.median(times),
-                "act_ms_p95": np.quantile(times, 0.95),
-                "act_ms_p99": np.quantile(times, 0.99),
-                "act_ms_mean": times.mean(),
-            }
+            row |= act_columns(*act_times(latency, mode, row["planner_calls"]))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def act_times(latency: pd.DataFrame, mode: str, planner_calls: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times of a mode's `act` calls `[n]`, in ms, and their weights `[n]`, which sum to one.
+
+    In the few steps that are timed a mode may plan more often than in its episodes, or never. So the steps
+    that planned share a weight of `planner_calls`, their fraction of the steps of all episodes; where none of
+    them was timed, those of the first mode, the baseline, stand in.
+    """
+    own, plans = latency["mode"] == mode, latency["kind"].isin(PLANS)
+    if planner_calls and not (own & plans).any():
+        groups = [(latency["mode"] == latency["mode"].iloc[0]) & plans, own]
+    else:
+        groups = [own & plans, own & ~plans]
+    times = [latency.loc[group, "act_ms"].to_numpy(float) for group in groups]
+    shares = [planner_calls, 1 - planner_calls]
+    weights = [np.full(len(t), share / max(len(t), 1)) for t, share in zip(times, shares, strict=True)]
+    weight = np.concatenate(weights)
+    return np.concatenate(times), weight / weight.sum()
+
+
+def act_columns(times: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """Median, high quantiles and mean of times with weights, both `[n]`."""
+
+    def quantile(q: float) -> float:
+        return float(np.quantile(times, q, weights=weights, method="inverted_cdf"))
+
+    return {
+        "act_ms_median": quantile(0.5),
+        "act_ms_p95": quantile(0.95),
+        "act_ms_p99": quantile(0.99),
+        "act_ms_mean": float(np.average(times, weights=weights)),
+    }
 
 
 def paired_ratio(returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0) -> tuple[float, float, float]:

@@ -10,6 +10,7 @@ DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
 SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
 NAIVE_HORIZONS = (3, 6)
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
+ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
 FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
 
 
@@ -49,6 +50,6 @@ def standard_modes(
                 execution_horizon=horizon, corrector=corrector, **limits[name]._asdict()
             )
     if DISTILLED in correctors:
-        modes[DISTILLED] = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
+        modes[DISTILLED] = ALONE
     modes["prior"] = SpeculationConfig(execution_horizon=1, plan_length=0)
     return modes

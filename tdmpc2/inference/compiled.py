@@ -20,6 +20,7 @@ from ..errors import ConfigError
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_wrapper": True,  # what calls the kernels is compiled as well
+    "cpp_cache_precompile_headers": False,  # preparing them at every start takes longer than they save
     "cpp.vec_isa_ok": True,  # finding out at every start whether the compiler knows this CPU takes a second
     "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
     "realize_reads_threshold": 32,  # else what lies between a norm and its activation is written to memory

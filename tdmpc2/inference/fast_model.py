@@ -140,13 +140,13 @@ class FastModel:
 
 
 def linear(x: Tensor, layer: Layer) -> Tensor:
-    """In float32."""
-    return product(x, layer.weight.float()) + layer.bias
+    """In float32, as the weights are."""
+    return product(x, layer.weight) + layer.bias
 
 
 def traced(trace: list[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
     """In float32; input and output join the trace."""
-    y = linear(x, layer)
+    y = linear(x, layer._replace(weight=layer.weight.float()))
     trace.append((x, y))
     return y
 
@@ -154,13 +154,13 @@ def traced(trace: list[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tenso
 def around(trace: Iterator[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
     """From the next input and output in the trace and, rounded, how `x` differs from that input."""
     x_c, y_c = next(trace)
-    return product(x - x_c, layer.weight) + y_c
+    return product((x - x_c).to(layer.weight.dtype), layer.weight).float() + y_c
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`[h or 1, B, N, in]` times `[h, in, out]`, in that one's precision, as float32 `[h, B, N, out]`."""
-    rows = x.to(weight.dtype).expand(weight.shape[0], -1, -1, -1).flatten(1, 2)
-    return torch.bmm(rows, weight).unflatten(1, x.shape[1:3]).float()
+    """`[h or 1, B, N, in]` times `[h, in, out]`: `[h, B, N, out]`."""
+    rows = x.expand(weight.shape[0], -1, -1, -1).flatten(1, 2)
+    return torch.bmm(rows, weight).unflatten(1, x.shape[1:3])
 
 
 def norm(x: Tensor, layer: Layer) -> Tensor:

@@ -75,7 +75,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*lead, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()  # a product under autocast is not
+        if x.dtype != torch.float32:  # under autocast a product is not
+            x = x.float()
         if self.weight.dim() == 1:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
         return F.layer_norm(x, x.shape[-1:]) * self.weight[:, None] + self.bias[:, None]
