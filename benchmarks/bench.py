@@ -66,7 +66,7 @@ class BenchConfig(PlannerConfig):
     compile: bool = True
     device: str = "cpu"
     threads: int = 0  # of PyTorch on a CPU; 0: its own choice
-    seconds: float = 5.0  # of measuring, for each record
+    seconds: float = 10.0  # of measuring, for each record: a shared machine has slow seconds
     memory_steps: int = 100_000
     out: str = "results/bench.json"
 
@@ -142,7 +142,7 @@ def start_up(config: BenchConfig) -> Iterator[Record]:
                 if architecture:
                     corrector = random_corrector(model, architecture)
                     save_corrector(Path(folder) / "correctors" / architecture, corrector, fingerprint(model))
-                times = [seconds_to_act(folder, config.device) for _ in range(4)]  # the first fills the cache
+                times = [seconds_to_act(folder, config.device) for _ in range(6)]  # the first fills the cache
             yield Record(
                 name="start_up_speculative" if architecture else "start_up",
                 size=size,
