@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -28,6 +29,7 @@ from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
+from tdmpc2.distillation.losses import Unrolled
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, FOREVER
@@ -282,8 +284,11 @@ def training(
     config: ExperimentConfig,
     run: Callable[[str, str, Recording, ExperimentConfig], None],
 ) -> None:
-    """The experiments whose variants are trained: unrolled steps, labels, and amount of data."""
-    run("as it is", f"{config.rollout_steps} unrolled steps, labels are means, all episodes", data, config)
+    """The experiments whose variants are trained: loss, unrolled steps, labels, and amount of data."""
+    as_it_is = f"L1 distance, {config.rollout_steps} unrolled steps, labels are means, all episodes"
+    run("as it is", as_it_is, data, config)
+    with patch("tdmpc2.distillation.train.correction_loss", squared_loss):
+        run("loss", "squared distance", data, config)
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
     run("label", "the action drawn", data._replace(teacher_action=data.plan_actions[:, 0]), config)
@@ -294,6 +299,14 @@ def training(
     for shard in sorted(shards, key=lambda p: p.name != "teacher")[:-1]:
         kept = torch.cat([kept, load_shards(shard, teacher.fingerprint).seed.unique()])
         run("data", f"up to {shard.name}: {len(kept)} episodes", episodes(data, kept), config)
+
+
+def squared_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
+    """`correction_loss` of the squared distance to the teacher's action."""
+    u = unrolled
+    error = (u.action - u.teacher).square().sum(-1)
+    residual = (u.action - u.planned).square().sum(-1)
+    return ((error + residual_coef * residual) * u.inside).sum() / u.inside.sum()
 
 
 def mean_label(data: Recording, teacher: Teacher) -> Tensor:

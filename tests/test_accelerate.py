@@ -350,12 +350,14 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     experiments.main(config)
     done = tmp_path / "out/walker-walk.csv"
     table = pd.read_csv(done, keep_default_na=False)
-    names = {"baseline", "as it is", "unrolled steps", "label", "data", "bursts", "plan", "acceptance"}
-    assert set(table["experiment"]) == names
+    names = {"baseline", "as it is", "loss", "unrolled steps", "label", "data", "bursts", "plan"}
+    assert set(table["experiment"]) == names | {"acceptance"}
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
+    about = done.with_suffix(".json")
+    about.rename(about.with_suffix(".json.running"))
     with pytest.raises(ConfigError, match="other settings"):
         experiments.main(replace(config, updates=3))
     experiments.main(config)
