@@ -29,7 +29,6 @@ from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
-from tdmpc2.distillation.losses import Unrolled
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, FOREVER
@@ -287,7 +286,7 @@ def training(
     """The experiments whose variants are trained: loss, unrolled steps, labels, and amount of data."""
     as_it_is = f"L1 distance, {config.rollout_steps} unrolled steps, labels are means, all episodes"
     run("as it is", as_it_is, data, config)
-    with patch("tdmpc2.distillation.train.correction_loss", squared_loss):
+    with patch("tdmpc2.distillation.losses.action_error", squared_error):
         run("loss", "squared distance", data, config)
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
@@ -301,12 +300,9 @@ def training(
         run("data", f"up to {shard.name}: {len(kept)} episodes", episodes(data, kept), config)
 
 
-def squared_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
-    """`correction_loss` of the squared distance to the teacher's action."""
-    u = unrolled
-    error = (u.action - u.teacher).square().sum(-1)
-    residual = (u.action - u.planned).square().sum(-1)
-    return ((error + residual_coef * residual) * u.inside).sum() / u.inside.sum()
+def squared_error(action: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance `[...]` of actions `[..., A]` to the teacher's."""
+    return (action - teacher).square().sum(-1)
 
 
 def mean_label(data: Recording, teacher: Teacher) -> Tensor:

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tdmpc2.corrector import ARCHITECTURES
 from tdmpc2.errors import DataError
 from tdmpc2.evaluation.aggregate import ALL, CHOSEN, TaskResults, speculation_table
 from tdmpc2.evaluation.evaluate import EvaluationConfig
-from tdmpc2.evaluation.metrics import act_columns, act_times, paired_ratio
+from tdmpc2.evaluation.metrics import PLANS, act_columns, act_times, paired_ratio
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, corrected
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
@@ -73,7 +73,10 @@ def main(settings: Settings) -> None:
         table.to_csv(tmp, index=False)
     readme, docs = Path(settings.readme), Path(settings.docs)
     docs.mkdir(parents=True, exist_ok=True)
-    pages = {"results": "# Results, task by task\n\n" + "".join(section(folder) for folder in tasks)}
+    pages = {
+        "results": "# Results, task by task\n\n"
+        + "".join(section(folder, found[folder.name]) for folder in tasks)
+    }
     if measured := sorted((results / "experiments").glob("*.csv")):
         pages["experiments"] = EXPERIMENTS + "".join(experiments(path) for path in measured)
     for name, text in pages.items():
@@ -95,6 +98,7 @@ def read(folder: Path) -> TaskResults:
     summary, episodes, latency = (
         pd.read_csv(folder / f"{name}.csv") for name in ("summary", "episodes", "latency")
     )
+    # Summaries of earlier commits have latencies as they were timed, without weights.
     times = [act_columns(*act_times(latency, r.mode, r.planner_calls)) for r in summary.itertuples()]
     summary[[*times[0]]] = pd.DataFrame(times)
     return TaskResults(summary, episodes, latency, read_json(folder / "chosen.json")["mode"])
@@ -181,7 +185,7 @@ def when_not(table: pd.DataFrame, results: Mapping[str, TaskResults], tasks: lis
     times = pd.concat(
         [task.latency.assign(speculates=task.latency["mode"] != BASELINE) for task in results.values()]
     )
-    times = times[times["kind"].isin(["planned", "fallback"]) & (times["mode"] != "half_budget")]
+    times = times[times["kind"].isin(PLANS) & (times["mode"] != "half_budget")]
     again, always = (times.loc[times["speculates"] == own, "act_ms"].median() for own in (True, False))
     lines = [
         f"- **Your deadline is for the slowest step.** A step that replans takes as long as ever: "
@@ -249,14 +253,11 @@ def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
 def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     """What a table of disturbances begins with: the same seeds in the world as it is."""
     episodes = pd.read_csv(folder / "episodes.csv")
-    rows, own = [], episodes[episodes["seed"].isin(seeds)]
-    baseline = own[own["mode"] == BASELINE].set_index("seed")["return"]
-    for mode, its in own.groupby("mode", sort=False):
-        ratio = paired_ratio(its["return"].to_numpy(), baseline.loc[its["seed"]].to_numpy())[0]
-        calls, fallbacks = (its[name].sum() / its["length"].sum() for name in ("planner_calls", "fallbacks"))
-        rows.append((UNDISTURBED, 0.0, mode, ratio, calls, fallbacks))
-    columns = ["kind", "strength", "mode", "return_ratio", "planner_calls", "fallbacks"]
-    return pd.DataFrame(rows, columns=columns)
+    its = episodes[episodes["seed"].isin(seeds)].groupby("mode", sort=False).sum()
+    baseline = its.loc[BASELINE, "return"]
+    table = its[["planner_calls", "fallbacks"]].div(its["length"], axis=0)
+    table["return_ratio"] = its["return"] / (baseline if baseline > 0 else nan)
+    return table.reset_index().assign(kind=UNDISTURBED, strength=0.0)
 
 
 def disturbed(tasks: list[Path]) -> str:
@@ -369,14 +370,13 @@ def command(folder: Path) -> str:
     return " ".join(["python scripts/train.py", *given, f" # at {commit}"])
 
 
-def section(folder: Path) -> str:
+def section(folder: Path, results: TaskResults) -> str:
     """One task's table in Markdown, with where its numbers come from."""
-    summary, about = pd.read_csv(folder / "summary.csv"), read_json(folder / "provenance.json")
-    chosen = read_json(folder / "chosen.json")["mode"]
+    summary, about = results.summary, read_json(folder / "provenance.json")
     lines = [f"**{folder.name}**, {summary['episodes'].iloc[0]} held-out episodes a mode", ""]
     lines += header(COLUMNS)
     for row in summary.itertuples():
-        name = f"**{row.mode}** (chosen)" if row.mode == chosen else row.mode
+        name = f"**{row.mode}** (chosen)" if row.mode == results.chosen else row.mode
         cells = [name, f"{row.return_mean:.1f}", interval(row), f"{100 * row.planner_calls:.1f} %"]
         cells += [f"{row.act_ms_median:.2f} ms", f"{row.act_ms_mean:.2f} ms"]
         lines.append(line(cells))

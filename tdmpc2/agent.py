@@ -39,7 +39,7 @@ from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import Compiled
 from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
-from .world_model.checkpoint import fingerprint, load_world_model, read_config
+from .world_model.checkpoint import fingerprint, load_world_model, saved_config
 from .world_model.model import WorldModel
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -392,7 +392,7 @@ def read_teacher(
     An original file does not say: it stands for the published budget and episodes of 500 steps.
     """
     model = load_world_model(path, device)
-    saved = read_config(path) if Path(path).is_dir() else {}
+    saved = saved_config(path)
     planner = published_budget(model.config.action_dim)
     if "planner" in saved:
         planner = _saved(PlannerConfig, saved["planner"], path)
@@ -401,7 +401,7 @@ def read_teacher(
 
 def saved_compute(path: str | Path) -> ComputeConfig:
     """How a checkpoint wants to be computed with: an accelerated agent as it was evaluated, compiled."""
-    saved = read_config(path) if Path(path).is_dir() else {}
+    saved = saved_config(path)
     return replace(COMPILED, precision=saved.get("precision", COMPILED.precision))
 
 
@@ -426,7 +426,7 @@ def load_agent(
 
     Args and raises as `load_teacher`.
     """
-    saved = read_config(path) if Path(path).is_dir() else {}
+    saved = saved_config(path)
     task = saved.get("task_index") if task is None else task
     teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     if "speculation" not in saved:

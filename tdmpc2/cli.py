@@ -58,11 +58,11 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
 
     A `TDMPC2Error`, from here or from `main`, ends the script with one line and status 1.
     """
-    _commit()  # of the code that is loaded, whatever is committed while it runs
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print(usage(config_type))
         return
+    _commit()  # of the code that is loaded, whatever is committed while it runs
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall hand errors on, not print them itself
     single: list[DictConfig] = []  # of a sweep, Hydra's launcher runs each; one run is ours
 

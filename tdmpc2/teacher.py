@@ -1,7 +1,6 @@
 """A teacher on its task: what every script opens first, from which agents and environments are made."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import gymnasium as gym
 
@@ -11,7 +10,7 @@ from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .errors import CheckpointError
 from .world_model import WorldModel, fingerprint
-from .world_model.checkpoint import published_task_index, read_config
+from .world_model.checkpoint import published_task_index, saved_config
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
     env = make_env(task, obs="rgb" if config.pixels else "state")
-    made_for = read_config(checkpoint).get("task", task) if Path(checkpoint).is_dir() else task
+    made_for = saved_config(checkpoint).get("task", task)
     if not same_task(made_for, task):
         raise CheckpointError(f"{checkpoint} was made for {made_for}; {task} is another task")
     obs_shape, action_shape = env.observation_space.shape, env.action_space.shape

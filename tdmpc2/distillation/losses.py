@@ -98,19 +98,24 @@ def unroll(
     return Unrolled(action, planneds, teacher, inside)
 
 
-def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
-    """Mean over the steps of `||a_corr - a_teach||_1 + residual_coef ||delta_a||^2`, a scalar.
+def action_error(action: Tensor, teacher: Tensor) -> Tensor:
+    """L1 distance `[...]` of actions `[..., A]` to the teacher's.
 
     Where the teacher takes now one end of an action's range and now the other, the square's best answer is
     something between, which it never takes; the best answer here is the end that it takes more often.
     """
+    return (action - teacher).abs().sum(-1)
+
+
+def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
+    """Mean over the steps of `||a_corr - a_teach||_1 + residual_coef ||delta_a||^2`, a scalar."""
     u = unrolled
-    error = (u.action - u.teacher).abs().sum(-1)
+    error = action_error(u.action, u.teacher)
     residual = (u.action - u.planned).square().sum(-1)
     return ((error + residual_coef * residual) * u.inside).sum() / u.inside.sum()
 
 
 def distance(action: Tensor, unrolled: Unrolled) -> Tensor:
     """Mean L1 distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan."""
-    error = (action - unrolled.teacher).abs().sum(-1) * unrolled.inside
+    error = action_error(action, unrolled.teacher) * unrolled.inside
     return error.sum(1) / unrolled.inside.sum(1)

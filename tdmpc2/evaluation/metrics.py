@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..agent import Kind
 from ..errors import DataError
 
 RESAMPLES = 9_999
 CONFIDENCE = 0.95
-PLANS = ("planned", "fallback")  # kinds of steps that begin with a plan
+PLANS = tuple(kind.name.lower() for kind in (Kind.PLANNED, Kind.FALLBACK))  # steps that begin with a plan
 
 
 def summarise(
@@ -95,11 +96,10 @@ def act_times(latency: pd.DataFrame, mode: str, planner_calls: float) -> tuple[n
     them was timed, those of the first mode, the baseline, stand in.
     """
     own, plans = latency["mode"] == mode, latency["kind"].isin(PLANS)
-    if planner_calls and not (own & plans).any():
-        groups = [(latency["mode"] == latency["mode"].iloc[0]) & plans, own]
-    else:
-        groups = [own & plans, own & ~plans]
-    times = [latency.loc[group, "act_ms"].to_numpy(float) for group in groups]
+    planned = own & plans
+    if planner_calls and not planned.any():
+        planned = (latency["mode"] == latency["mode"].iloc[0]) & plans
+    times = [latency.loc[group, "act_ms"].to_numpy(float) for group in (planned, own & ~plans)]
     shares = [planner_calls, 1 - planner_calls]
     weights = [np.full(len(t), share / max(len(t), 1)) for t, share in zip(times, shares, strict=True)]
     weight = np.concatenate(weights)

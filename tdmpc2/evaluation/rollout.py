@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from ..agent import TDMPC2, Kind, SpeculativeAgent
+from .metrics import PLANS
 
 # A label costs a plan: of so many steps, the first so many are labelled.
 LABEL_EVERY, LABEL_RUN = 50, 12
@@ -108,7 +109,6 @@ def rollout(
 
 
 def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -> pd.DataFrame:
-    planner_kinds = [Kind.PLANNED.name.lower(), Kind.FALLBACK.name.lower()]
     by_seed = steps.groupby("seed")
     return pd.DataFrame(
         {
@@ -116,7 +116,7 @@ def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -
             "return": by_seed["reward"].sum().loc[list(seeds)].to_numpy(),
             "length": by_seed.size().loc[list(seeds)].to_numpy(),
             "terminated": [seed in terminated for seed in seeds],
-            "planner_calls": steps["kind"].isin(planner_kinds).groupby(steps["seed"]).sum()
+            "planner_calls": steps["kind"].isin(PLANS).groupby(steps["seed"]).sum()
             .loc[list(seeds)].to_numpy(),
             "fallbacks": (steps["kind"] == "fallback").groupby(steps["seed"]).sum()
             .loc[list(seeds)].to_numpy(),

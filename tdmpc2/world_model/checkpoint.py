@@ -149,6 +149,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def saved_config(path: str | Path) -> dict[str, Any]:
+    """`read_config` of a folder of ours; empty for an original file, which says nothing."""
+    return read_config(path) if Path(path).is_dir() else {}
+
+
 def published_task_index(task: str, num_tasks: int) -> int:
     """Index of a task in a published multi-task model.
 
