@@ -3,7 +3,9 @@
     python benchmarks/bench.py                                 everything, into results/bench.json
     python benchmarks/bench.py only=[planner] sizes=[5] batches=[1]
 
-Each benchmark is a function of the settings that yields records (see measure.py).
+Each benchmark is a function of the settings that yields measurements: functions that return a record (see
+measure.py). Each is made in a process of its own, as a user's agent has one: what the one before has left in
+memory and in the compiler slows a plan by up to a quarter.
 """
 
 import contextlib
@@ -13,7 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +58,7 @@ agent = tdmpc2.load_agent(sys.argv[1], sys.argv[2])
 agent.act(torch.zeros(int(sys.argv[3])))
 print(flush=True)
 """
+Measurement = Callable[[], Record]
 SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_trajs=4)
 
 
@@ -71,27 +78,23 @@ class BenchConfig(PlannerConfig):
     out: str = "results/bench.json"
 
 
-def planner(config: BenchConfig) -> Iterator[Record]:
+def planner(config: BenchConfig) -> Iterator[Measurement]:
     """One plan, for every size, precision and batch."""
-    for size in config.sizes:
-        model = random_model(size).to(config.device)
-        for precision in config.precisions:
-            torch._dynamo.reset()  # PyTorch compiles a function for a limited number of models only
-            compute = ComputeConfig(precision, config.compile)
-            ours = Planner(model, config, DISCOUNT, NoiseSource(0, config.device), compute)
-            for batch in config.batches:
-                yield plan_record(ours, size, batch, config)
+    for size, precision, batch in product(config.sizes, config.precisions, config.batches):
+        yield partial(plan_record, size, ComputeConfig(precision, config.compile), batch, config)
 
 
-def plan_record(ours: Planner, size: int, batch: int, config: BenchConfig) -> Record:
-    z = ours.model.encode(torch.randn(batch, OBS_DIM, device=config.device))
-    noise = ours.noise
+def plan_record(size: int, compute: ComputeConfig, batch: int, config: BenchConfig) -> Record:
+    model = random_model(size).to(config.device)
+    noise = NoiseSource(0, config.device)
+    ours = Planner(model, config, DISCOUNT, noise, compute)
+    z = model.encode(torch.randn(batch, OBS_DIM, device=config.device))
     plain = {}
     if config.device == "cpu":
-        plain["reference"] = lambda: reference_plan(ours.model, config, DISCOUNT, noise, z[0])
+        plain["reference"] = lambda: reference_plan(model, config, DISCOUNT, noise, z[0])
     record = against_limit(
         {"plan": lambda: ours.plan(z), **plain},
-        flops=plan_flops(ours.model.config, config, batch),
+        flops=plan_flops(model.config, config, batch),
         dtype=ours.iteration.fast.dtype,
         size=size,
         batch=batch,
@@ -128,29 +131,31 @@ def against_limit(
     )
 
 
-def start_up(config: BenchConfig) -> Iterator[Record]:
+def start_up(config: BenchConfig) -> Iterator[Measurement]:
     """A new process to a compiled agent's first action, the compiler's results being cached.
 
     The agent is a teacher, or a speculative one whose corrector is compiled too.
     """
-    for size in config.sizes:
-        model = random_model(size)
-        for architecture in ("", "temporal"):
-            mode = SpeculationConfig(corrector=architecture)
-            with tempfile.TemporaryDirectory() as folder:
-                save_world_model(folder, model, **({"speculation": asdict(mode)} if architecture else {}))
-                if architecture:
-                    corrector = random_corrector(model, architecture)
-                    save_corrector(Path(folder) / "correctors" / architecture, corrector, fingerprint(model))
-                times = [seconds_to_act(folder, config.device) for _ in range(6)]  # the first fills the cache
-            yield Record(
-                name="start_up_speculative" if architecture else "start_up",
-                size=size,
-                batch=1,
-                device=config.device,
-                dtype=COMPILED.precision,
-                seconds=float(np.median(times[1:])),
-            )
+    for size, architecture in product(config.sizes, ("", "temporal")):
+        yield partial(start_up_record, size, architecture, config.device)
+
+
+def start_up_record(size: int, architecture: str, device: str) -> Record:
+    model, mode = random_model(size), SpeculationConfig(corrector=architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        save_world_model(folder, model, **({"speculation": asdict(mode)} if architecture else {}))
+        if architecture:
+            corrector = random_corrector(model, architecture)
+            save_corrector(Path(folder) / "correctors" / architecture, corrector, fingerprint(model))
+        times = [seconds_to_act(folder, device) for _ in range(6)]  # the first fills the cache
+    return Record(
+        name="start_up_speculative" if architecture else "start_up",
+        size=size,
+        batch=1,
+        device=device,
+        dtype=COMPILED.precision,
+        seconds=float(np.median(times[1:])),
+    )
 
 
 def seconds_to_act(folder: str, device: str) -> float:
@@ -165,12 +170,10 @@ def seconds_to_act(folder: str, device: str) -> float:
     return seconds
 
 
-def update(config: BenchConfig) -> Iterator[Record]:
+def update(config: BenchConfig) -> Iterator[Measurement]:
     """One update of `batch_size` stretches of `horizon` steps, for every size and precision."""
-    for size in config.sizes:
-        for precision in config.precisions:
-            torch._dynamo.reset()
-            yield update_record(size, ComputeConfig(precision, config.compile), config)
+    for size, precision in product(config.sizes, config.precisions):
+        yield partial(update_record, size, ComputeConfig(precision, config.compile), config)
 
 
 def update_record(size: int, compute: ComputeConfig, config: BenchConfig) -> Record:
@@ -196,33 +199,41 @@ def update_record(size: int, compute: ComputeConfig, config: BenchConfig) -> Rec
     )
 
 
-def speculative_step(config: BenchConfig) -> Iterator[Record]:
+def speculative_step(config: BenchConfig) -> Iterator[Measurement]:
     """Steps of a speculative agent that do not replan, for both correctors, at 1M."""
     for architecture in ("two_tower", "temporal"):
-        agent = speculative_agent(architecture, config)
-        observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
+        yield partial(step_record, architecture, config)
+
+
+def step_record(architecture: str, config: BenchConfig) -> Record:
+    agent = speculative_agent(architecture, config)
+    observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
+    for obs in observations:
+        agent.act(obs)
+    times: list[float] = []
+    end = time.perf_counter() + config.seconds
+    while time.perf_counter() < end or len(times) < 2000:
         for obs in observations:
+            begin = time.perf_counter()
             agent.act(obs)
-        times = []
-        end = time.perf_counter() + config.seconds
-        while time.perf_counter() < end or len(times) < 2000:
-            for obs in observations:
-                begin = time.perf_counter()
-                agent.act(obs)
-                times.append(time.perf_counter() - begin)
-        yield Record(
-            name=f"speculative_step_{architecture}",
-            size=1,
-            batch=1,
-            device=config.device,
-            dtype="float32",
-            seconds=float(np.median(times)),
-            p99_seconds=float(np.quantile(times, 0.99)),
-        )
+            times.append(time.perf_counter() - begin)
+    return Record(
+        name=f"speculative_step_{architecture}",
+        size=1,
+        batch=1,
+        device=config.device,
+        dtype="float32",
+        seconds=float(np.median(times)),
+        p99_seconds=float(np.quantile(times, 0.99)),
+    )
 
 
-def memory(config: BenchConfig) -> Iterator[Record]:
+def memory(config: BenchConfig) -> Iterator[Measurement]:
     """`memory_steps` steps of a speculative agent: how the process grows after the first tenth of them."""
+    yield partial(memory_record, config)
+
+
+def memory_record(config: BenchConfig) -> Record:
     agent = speculative_agent("temporal", config, execution_horizon=24)
     observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
     begin, after_warm_up = time.perf_counter(), 0
@@ -230,7 +241,7 @@ def memory(config: BenchConfig) -> Iterator[Record]:
         if i == config.memory_steps // 10:
             after_warm_up = resident()
         agent.act(observations[i % len(observations)])
-    yield Record(
+    return Record(
         name="memory",
         size=1,
         batch=1,
@@ -259,40 +270,43 @@ def random_corrector(model: WorldModel, architecture: str) -> BaseCorrector:
     return build_corrector(sizes).eval().requires_grad_(False)
 
 
-def training(config: BenchConfig) -> Iterator[Record]:
+def training(config: BenchConfig) -> Iterator[Measurement]:
     """One step of training on cartpole-swingup at 1M: simulate, plan, update; seconds, without seeding."""
+    for precision in config.precisions:
+        yield partial(training_record, precision, config)
 
+
+def training_record(precision: str, config: BenchConfig) -> Record:
     class Enough(Exception):
         pass
 
-    for precision in config.precisions:
-        times: list[float] = []
+    times: list[float] = []
 
-        def on_step(trainer: Trainer, times: list[float] = times) -> None:
-            if trainer.updates > trainer.seed_steps:
-                times.append(time.perf_counter())
-            if times and times[-1] - times[0] > config.seconds:
-                raise Enough
+    def on_step(trainer: Trainer) -> None:
+        if trainer.updates > trainer.seed_steps:
+            times.append(time.perf_counter())
+        if times and times[-1] - times[0] > config.seconds:
+            raise Enough
 
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
-            settings = TrainConfig(
-                task="cartpole-swingup",
-                model_size=1,
-                seed_steps=20,
-                compile=config.compile,
-                precision=precision,
-                device=config.device,
-                work_dir=folder,
-            )
-            Trainer(settings).run(on_step=on_step)
-        yield Record(
-            name="training",
-            size=1,
-            batch=UpdateConfig.batch_size,
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
+        settings = TrainConfig(
+            task="cartpole-swingup",
+            model_size=1,
+            seed_steps=20,
+            compile=config.compile,
+            precision=precision,
             device=config.device,
-            dtype=precision,
-            seconds=float(np.median(np.diff(times))),
+            work_dir=folder,
         )
+        Trainer(settings).run(on_step=on_step)
+    return Record(
+        name="training",
+        size=1,
+        batch=UpdateConfig.batch_size,
+        device=config.device,
+        dtype=precision,
+        seconds=float(np.median(np.diff(times))),
+    )
 
 
 def random_model(size: int) -> WorldModel:
@@ -304,7 +318,7 @@ def random_model(size: int) -> WorldModel:
     return model.eval().requires_grad_(False)
 
 
-BENCHMARKS: dict[str, Callable[[BenchConfig], Iterator[Record]]] = {
+BENCHMARKS: dict[str, Callable[[BenchConfig], Iterator[Measurement]]] = {
     "planner": planner,
     "start_up": start_up,
     "update": update,
@@ -318,20 +332,27 @@ def main(config: BenchConfig) -> None:
     unknown = set(config.only) - set(BENCHMARKS)
     if unknown:
         raise ConfigError(f"only={sorted(unknown)}: there are {', '.join(BENCHMARKS)}")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     console, about = Console(), cli.provenance()  # of the tree as it is before there are results
     records = []
     for name, benchmark in BENCHMARKS.items():
         if config.only and name not in config.only:
             continue
-        for record in benchmark(config):
+        for measurement in benchmark(config):
+            record = alone(measurement, config.threads)
             records.append(record)
             console.print(f"{name}: {record.size}M, batch {record.batch}, {record.dtype}")
             content = {**about, "records": [asdict(r) for r in records]}
             Path(config.out).parent.mkdir(parents=True, exist_ok=True)
             write_json(config.out, content)
     console.print(table(records))
+
+
+def alone(measurement: Measurement, threads: int) -> Record:
+    """`measurement` in a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        if threads:
+            process.submit(torch.set_num_threads, threads).result()
+        return process.submit(measurement).result()
 
 
 def resident() -> int:

@@ -87,12 +87,12 @@ def test_other_benchmarks_measure_something() -> None:
     config = bench.BenchConfig(
         sizes=(1,), precisions=("float32",), compile=False, seconds=0.01, memory_steps=3000
     )
-    (update,) = bench.update(config)
+    (update,) = (measurement() for measurement in bench.update(config))
     assert update.flops and update.ratio_to_ceiling and update.speedup_over_reference
-    steps = list(bench.speculative_step(config))
+    steps = [measurement() for measurement in bench.speculative_step(config)]
     assert [s.name for s in steps] == ["speculative_step_two_tower", "speculative_step_temporal"]
     assert all(s.p99_seconds and s.p99_seconds > s.seconds > 0 for s in steps)
-    (memory,) = bench.memory(config)
+    (memory,) = (measurement() for measurement in bench.memory(config))
     # What it keeps of one step alone, a latent and a history, is some kilobytes: 2,700 steps would show.
     assert memory.resident_growth_bytes is not None and memory.resident_growth_bytes < 2_000_000
 
