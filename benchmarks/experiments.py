@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
-from tdmpc2.config import BudgetOverride, SpeculationConfig
+from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
@@ -226,9 +226,7 @@ def main(config: ExperimentConfig) -> None:
         raise ConfigError(f"{running} was begun with another agent or other settings: delete both files")
     write_json(running_about, {**cli.provenance(), **claim})
     bench = Bench(teacher, config, running)
-    bench.add(
-        BASELINE, BASELINE, lambda d: bench.rollout(SpeculationConfig(1), disturbance=d), (None, PUSH, HEAVY)
-    )
+    bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
@@ -290,7 +288,7 @@ def training(
         run("loss", "squared distance", data, config)
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
-    run("label", "the action drawn", data._replace(teacher_action=data.plan_actions[:, 0]), config)
+    run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)
     several = data._replace(teacher_action=mean_label(data, teacher))
     run("label", f"mean over {DRAWS} plans", several, config)
     shards = sorted(p for p in (folder / "data").iterdir() if p.is_dir())
@@ -343,7 +341,7 @@ def episodes(data: Recording, seeds: Tensor) -> Recording:
     rows = torch.isin(data.seed, seeds).nonzero().squeeze(1)
     moved = rows.new_full((len(data.seed),), -1)
     moved[rows] = torch.arange(len(rows))
-    columns = ("latent", "plan_actions", "plan_latents", "teacher_action", "seed")
+    columns = ("latent", "plan", "drawn", "teacher_action", "seed")
     return data._replace(
         **{name: getattr(data, name)[rows] for name in columns},
         first=moved[data.first[rows]],

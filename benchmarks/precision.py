@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tdmpc2 import cli
 from tdmpc2.agent import SpeculativeAgent
-from tdmpc2.config import BudgetOverride, ComputeConfig, SpeculationConfig, at_least
+from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig, at_least
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
@@ -42,7 +42,7 @@ def main(config: PrecisionConfig) -> None:
     for precision in ("float32", "bfloat16"):
         compute = ComputeConfig(precision, config.compile)
         planning = replace(teacher, compute=compute).agent(min(config.num_envs, config.episodes), config.seed)
-        agent = SpeculativeAgent(planning, SpeculationConfig(execution_horizon=1))
+        agent = SpeculativeAgent(planning, TEACHER)
         returns[precision] = rollout(agent, teacher.env, seeds).episodes["return"].to_numpy()
         Console().print(f"{precision}: mean return {returns[precision].mean():.1f}")
     ratio, low, high = paired_ratio(returns["bfloat16"], returns["float32"])

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tdmpc2 import SpeculativeAgent
 from tdmpc2.cli import provenance, run
-from tdmpc2.config import BudgetOverride, SpeculationConfig, at_least
+from tdmpc2.config import TEACHER, BudgetOverride, at_least
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
 from tdmpc2.teacher import open_teacher
@@ -39,9 +39,7 @@ def main(config: EvaluateConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)
-    agent = SpeculativeAgent(
-        teacher.agent(config.episodes, config.seed), SpeculationConfig(execution_horizon=1)
-    )
+    agent = SpeculativeAgent(teacher.agent(config.episodes, config.seed), TEACHER)
     seeds = range(config.seed, config.seed + config.episodes)
     with Progress(transient=True) as progress:
         bar = progress.add_task(config.task, total=None)

@@ -25,9 +25,9 @@ from pathlib import Path
 from rich.console import Console
 
 from .cli import provenance
-from .config import BudgetOverride, SpeculationConfig, at_least
+from .config import TEACHER, BudgetOverride, SpeculationConfig, at_least
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
-from .distillation import TEACHER, CorrectorTrainConfig, check, collect, load_shards, train_corrector
+from .distillation import CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, evaluate
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
@@ -45,7 +45,7 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     out: str = ""  # default: accelerated/<task>
     device: str = "cpu"
     episodes: int = 8  # of the teacher; at least 3, for training, validation and test
-    rounds: int = 6  # of data under the correctors
+    rounds: int = 4  # of data under the correctors
     round_episodes: int = 18  # two for each of two correctors and four execution horizons, two of `distilled`
     round_updates: int = 200  # in training before a round; `updates` are of the final training
     collect_seed: int = 0  # of the first episode of all

@@ -294,9 +294,10 @@ class SpeculativeAgent:
         if self.plan_length:
             rows = replan.nonzero().squeeze(1)
             if plan is None:
-                self._actions[rows] = self.teacher.plan(z[rows], rows, self._k[rows]).actions
+                plan = self.teacher.plan(z[rows], rows, self._k[rows])
             else:
-                self._actions[rows] = plan.actions[rows]
+                plan = Plan(*(x[rows] for x in plan))
+            self._actions[rows] = plan.actions if self.config.draw else plan.mean
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
         self._k = self._k.masked_fill(replan, 0)
 

@@ -118,9 +118,8 @@ class UpdateConfig:
 class SpeculationConfig:
     """How a plan is executed. A mode of execution is one value of this class.
 
-    Replanning at every step, the baseline: `execution_horizon=1`. Naive open loop: `3`. The policy prior
-    alone: `execution_horizon=1, plan_length=0`, for then no step of any plan is used; with a corrector, that
-    network alone.
+    Naive open loop: `execution_horizon=3`. The policy prior alone: `execution_horizon=1, plan_length=0`, for
+    then no step of any plan is used; with a corrector, that network alone.
     """
 
     execution_horizon: int = 3  # K: steps executed per plan
@@ -129,6 +128,10 @@ class SpeculationConfig:
     corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's
+    draw: bool = False  # execute the elite that was drawn, as TD-MPC2 does, not the distribution's mean
+
+
+TEACHER = SpeculationConfig(execution_horizon=1, draw=True)  # TD-MPC2 itself: it replans at every step
 
 
 @dataclass(frozen=True)

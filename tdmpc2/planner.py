@@ -24,8 +24,7 @@ class Plan(NamedTuple):
     """One plan for each latent of a batch."""
 
     actions: Tensor  # [B, H, A], the elite that was drawn, in [-1, 1]
-    latents: Tensor  # [B, H+1, L], predicted for these actions; latents[:, 0] is where the plan starts
-    mean: Tensor  # [B, H, A], of the final distribution; the next plan's warm start
+    mean: Tensor  # [B, H, A], of the final distribution, in [-1, 1]; the next plan's warm start
     std: Tensor  # [B, H, A]
     value: Tensor  # [B], predicted return of `actions`
 
@@ -209,13 +208,8 @@ class Planner:
         if not eval_mode:
             explored = sequence[:, :1] + std[:, :1, 0] * noise.normal(1, batch, action_dim)[0, :, None]
             sequence = torch.cat([explored, sequence[:, 1:]], 1)
-        sequence = sequence.clamp(-1, 1)
-        latents = [z]
-        for action in sequence.unbind(1):
-            latents.append(self.model.next(latents[-1], action, task))
         return Plan(
-            actions=sequence,
-            latents=torch.stack(latents, 1),
+            actions=sequence.clamp(-1, 1),
             mean=mean[:, :, 0],
             std=std[:, :, 0],
             value=value[rows, drawn],

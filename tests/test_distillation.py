@@ -99,9 +99,6 @@ def make_recording(
     obs = torch.randn(n, OBS, generator=generator)
     plan = torch.rand(n, HORIZON, ACTION, generator=generator) * 1.6 - 0.8
     latent = model.encode(obs)
-    predicted = [latent]
-    for k in range(HORIZON):
-        predicted.append(model.next(predicted[-1], plan[:, k]))
     label = torch.rand(n, ACTION, generator=generator) * 2 - 1
     if answer is not None:
         label = answer(latent)
@@ -110,8 +107,8 @@ def make_recording(
     first, last = episode_bounds(ends)
     recording = Recording(
         latent=latent,
-        plan_actions=plan,
-        plan_latents=torch.stack(predicted, 1),
+        plan=plan,
+        drawn=torch.zeros(n, ACTION),
         teacher_action=label,
         first=first,
         last=last,
@@ -153,11 +150,8 @@ def test_shards_hold_whole_episodes_with_labels(shards: Path, model: WorldModel)
     torch.testing.assert_close(following.mean(1), tensors["reward"])
     # Latents, plans and labels are of the same step.
     torch.testing.assert_close(model.encode(obs), tensors["latent"])
-    torch.testing.assert_close(tensors["plan_latents"][:, 0], tensors["latent"])
-    z2 = model.next(tensors["plan_latents"][:, 1], tensors["plan_actions"][:, 1])
-    torch.testing.assert_close(z2, tensors["plan_latents"][:, 2])
-    assert torch.equal(action, tensors["plan_actions"][:, 0])  # the teacher acted
-    assert not torch.equal(action, tensors["teacher_action"])  # labels are the mean, not the draw
+    assert torch.equal(action, tensors["drawn"])  # the teacher acted
+    assert not torch.equal(action, tensors["plan"][:, 0])  # plans are the mean, not the draw
 
 
 def test_load_shards_reads_all_folders_within(shards: Path, model: WorldModel) -> None:
@@ -250,10 +244,10 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
     (path,) = collect(teacher, tmp_path, episodes=2, num_envs=2, behaviours=[TEACHER, naive])
     tensors, _ = read_shard(path)
     first, _ = episode_bounds(tensors["episode_end"])
-    plans, action = tensors["plan_actions"], tensors["action"]
+    plans, action = tensors["plan"], tensors["action"]
     for i in range(len(first)):
         t, taught = i - int(first[i]), first[i] == 0
-        expected = plans[i, 0] if taught or t % 2 == 0 else plans[i - 1, 1]
+        expected = tensors["drawn"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
 
 
@@ -275,8 +269,8 @@ def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: P
     burst = Bursts(0)
     assert header["bursts"]
     assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
-    assert (tensors["action"] != tensors["plan_actions"][:, 0]).all()
-    assert tensors["teacher_action"].abs().sum() > 0
+    assert (tensors["action"] != tensors["drawn"]).all()
+    assert tensors["plan"].abs().sum() > 0
 
 
 def test_impossible_collecting_is_refused(teacher: Drifting, tmp_path: Path) -> None:
@@ -352,7 +346,7 @@ def test_replayed_stretch_is_what_the_agent_does(model: WorldModel, architecture
                 agents[6]._history = agent._history
                 agent = agents[6]
                 agent._k[:] = 6
-            plan = Plan(data.plan_actions[t : t + 1], *[torch.zeros(1)] * 4)
+            plan = Plan(torch.zeros(1), data.plan[t : t + 1], *[torch.zeros(1)] * 2)
             executed[t] = agent.act(obs[t : t + 1], plan)[0]
         # Earlier corrections are taken to be the teacher's: here they are.
         taught = data._replace(teacher_action=executed)
@@ -375,8 +369,7 @@ def test_stretches_never_cross_episodes(model: WorldModel) -> None:
 
     rubbish = data._replace(
         latent=spoil(data.latent),
-        plan_actions=spoil(data.plan_actions),
-        plan_latents=spoil(data.plan_latents),
+        plan=spoil(data.plan),
         teacher_action=spoil(data.teacher_action),
     )
     a = unroll(model, corrector, data, start, earlier, 6)
@@ -394,11 +387,11 @@ def test_rollout_loss_by_hand(model: WorldModel) -> None:
     """One stretch of four corrected steps, two of them within the planning horizon."""
     corrector = make_corrector(model, "two_tower")
     data, _ = make_recording(model, [9])
-    z_pred = model.next(data.latent[2], data.plan_actions[2, 0])
+    z_pred = model.next(data.latent[2], data.plan[2, 0])
     total = 0.0
     for k in (1, 2, 3, 4):
         z = data.latent[2 + k]
-        planned = data.plan_actions[2, k] if k < HORIZON else model.pi(z).mean
+        planned = data.plan[2, k] if k < HORIZON else model.pi(z).mean
         x = [v[None] for v in (z, z_pred, z - z_pred, planned)]
         hidden = [corrector.real(x[0]), corrector.predicted(x[1]), corrector.difference(x[2])]  # type: ignore[operator]
         step = corrector.step(torch.tensor([k]))  # type: ignore[operator]
@@ -413,15 +406,17 @@ def test_rollout_loss_by_hand(model: WorldModel) -> None:
 
 
 @torch.no_grad()
-def test_plan_driven_stretch_reads_recorded_predictions(model: WorldModel) -> None:
+def test_plan_driven_stretch_follows_the_plan(model: WorldModel) -> None:
     corrector = make_corrector(model, "two_tower")
     data, _ = make_recording(model, [9])
     one, start = torch.tensor([1]), torch.tensor([2])
     u = unroll(model, corrector, data, start, one, 4, own_actions=False)
-    torch.testing.assert_close(u.planned[:2, 0], data.plan_actions[2, 1:])
+    torch.testing.assert_close(u.planned[:2, 0], data.plan[2, 1:])
     torch.testing.assert_close(u.planned[2:, 0], model.pi(data.latent[5:7]).mean)
-    z4 = model.next(data.plan_latents[2, 3], u.planned[2, 0])
-    z_pred = torch.stack([*data.plan_latents[2, 1:], z4])
+    predicted = [model.next(data.latent[2], data.plan[2, 0])]
+    for planned in u.planned[:3, 0]:
+        predicted.append(model.next(predicted[-1], planned))
+    z_pred = torch.stack(predicted)
     k, valid = torch.arange(1, 5), torch.ones(4, dtype=torch.bool)
     seen = History(corrector.embed(data.latent[3:7], z_pred, u.planned[:, 0], k)[:, None], valid[:, None])
     torch.testing.assert_close(u.action[:, 0], corrector(seen, u.planned[:, 0]))
@@ -471,8 +466,8 @@ def test_reported_errors_are_those_of_the_test_episodes(model: WorldModel, tmp_p
         return float((action - data.teacher_action[steps]).abs().sum(-1).mean())
 
     ahead = [slice(1, 4), slice(2, 4)]  # of starts 0, 1, 2, those inside at k = 1 and k = 2
-    plan = [distance(data.plan_actions[0:3, 1], ahead[0])]
-    plan.append(distance(data.plan_actions[0:2, 2], ahead[1]))
+    plan = [distance(data.plan[0:3, 1], ahead[0])]
+    plan.append(distance(data.plan[0:2, 2], ahead[1]))
     assert errors.plan == pytest.approx(plan)
     prior = [distance(model.pi(data.latent[s]).mean, s) for s in ahead]
     assert errors.prior == pytest.approx(prior)
@@ -504,7 +499,7 @@ def test_training_stops_early_and_keeps_the_best(model: WorldModel, tmp_path: Pa
 def test_what_is_worse_than_the_plan_is_not_kept(model: WorldModel, tmp_path: Path) -> None:
     """Where the plan is the teacher's answer already, the untrained corrector is the best."""
     data, _ = make_recording(model, [30] * 5)
-    label = data.plan_actions[:, 1].roll(1, 0)  # right at k = 1, as planned one step before
+    label = data.plan[:, 1].roll(1, 0)  # right at k = 1, as planned one step before
     config = CorrectorTrainConfig(
         architecture="two_tower", updates=3, rollout_steps=1, width=32, validate_every=1, lr=1.0
     )

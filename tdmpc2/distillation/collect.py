@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..agent import SpeculativeAgent
-from ..config import SpeculationConfig
+from ..config import TEACHER, SpeculationConfig
 from ..corrector import BaseCorrector
 from ..envs import max_episode_steps
 from ..errors import ConfigError, DataError
@@ -32,7 +32,6 @@ from ..teacher import Teacher
 from ..world_model.checkpoint import fingerprint
 from .dataset import read_shard, write_shard
 
-TEACHER = SpeculationConfig(execution_horizon=1)
 TRUNCATED, TERMINATED = 1, 2
 BURST_EVERY = 100  # agent steps from one burst to the next, on average
 BURST_STEPS = 8  # agent steps that a burst lasts, at most
@@ -147,9 +146,8 @@ def _run(
         batch = {
             "obs": seen,
             "latent": z,
-            "plan_actions": plan.actions,
-            "plan_latents": plan.latents,
-            "teacher_action": plan.mean[:, 0],
+            "plan": plan.mean,
+            "drawn": plan.actions[:, 0],
             "action": action.clone(),
         }
         batch = {name: x.cpu() for name, x in batch.items()}

@@ -52,10 +52,9 @@ def unroll(
         start: `[B]` steps that the stretches start at.
         earlier: `[B]` how many steps of each plan before `start` were executed, at least 1.
         steps: number `S` of steps after the first; past the planning horizon the prior plans them.
-        own_actions: predicted latents follow the corrector's actions; False: the plan's (within the
-            planning horizon these are the recorded predictions).
+        own_actions: predicted latents follow the corrector's actions; False: the plan's.
     """
-    horizon, task, window = data.plan_actions.shape[1], data.task, corrector.window
+    horizon, task, window = data.plan.shape[1], data.task, corrector.window
     first, last = data.first[start], data.last[start]
     # The oldest step in the window may be the last one of a plan: start where that plan starts.
     before = 0 if window == 1 else window - 1 + int(earlier.max()) - 1
@@ -73,7 +72,7 @@ def unroll(
                 plan_at = torch.where(fresh, at[t], plan_at)
                 z_pred = torch.where(fresh[:, None], z[t], z_pred)
             k = (at[t] - plan_at).clamp(min=0)
-            planned = data.plan_actions[plan_at, k.clamp(max=horizon - 1)]
+            planned = data.plan[plan_at, k.clamp(max=horizon - 1)]
             planned = torch.where((k < horizon)[:, None], planned, prior[t])
             replayed.append((z_pred, planned, k))
             if own_actions and i > -window:
@@ -83,9 +82,7 @@ def unroll(
                 executed = torch.where((k == 0)[:, None], planned, teacher[t])
             else:
                 executed = corrector(history, planned) if own_actions else planned
-            if i >= 0 and not own_actions and i < horizon:
-                z_pred = data.plan_latents[start, i + 1]
-            elif i < steps:
+            if i < steps:
                 z_pred = model.next(z_pred, executed, task)
     # What the windows of the answers hold, once; then one call of the corrector serves all answers.
     held, answers = slice(-(window + steps), None), slice(-steps, None)

@@ -159,7 +159,7 @@ def _train(
     initial: BaseCorrector | None,
 ) -> Trained:
     c, steps, device = config, config.rollout_steps, data.latent.device
-    horizon, action_dim = data.plan_actions.shape[1:]
+    horizon, action_dim = data.plan.shape[1:]
     starts, validation, test = split_starts(data, c.held_out_every)
     torch.manual_seed(c.seed)  # of the weights
     corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)

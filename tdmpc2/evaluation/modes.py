@@ -1,13 +1,15 @@
 """The modes of execution that are compared: each is data, a `SpeculationConfig` with a name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from ..config import SpeculationConfig
+from ..config import TEACHER, SpeculationConfig
 
 BASELINE = "baseline"
 DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
-SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
+MEAN = "mean"  # replans at every step, and executes the mean that speculation executes too
+SIMPLER = (MEAN, "half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
 NAIVE_HORIZONS = (3, 6)
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
@@ -39,8 +41,9 @@ def standard_modes(
         iterations: of the teacher's planner.
     """
     modes = {
-        BASELINE: SpeculationConfig(execution_horizon=1),
-        "half_budget": SpeculationConfig(execution_horizon=1, iterations=max(iterations // 2, 1)),
+        BASELINE: TEACHER,
+        MEAN: SpeculationConfig(execution_horizon=1),
+        "half_budget": replace(TEACHER, iterations=max(iterations // 2, 1)),
     }
     for horizon in NAIVE_HORIZONS:
         modes[f"naive_{horizon}"] = SpeculationConfig(execution_horizon=horizon)

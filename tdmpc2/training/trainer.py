@@ -26,9 +26,9 @@ from ..agent import TDMPC2, SpeculativeAgent
 from ..cli import provenance, save_config
 from ..config import (
     MODEL_SIZES,
+    TEACHER,
     ComputeConfig,
     PlannerConfig,
-    SpeculationConfig,
     UpdateConfig,
     WorldModelConfig,
     at_least,
@@ -251,7 +251,7 @@ class Trainer:
         c = self.config
         # The same seeds every time: evaluations differ by what was learnt alone.
         self.evaluated.planner.noise.generator.manual_seed(c.seed)
-        agent = SpeculativeAgent(self.evaluated, SpeculationConfig(execution_horizon=1))
+        agent = SpeculativeAgent(self.evaluated, TEACHER)
         seeds = [self._seed_of("eval", i) for i in range(c.eval_episodes)]
         returns = rollout(agent, lambda: make_env(c.task, obs=c.obs), seeds).episodes["return"]
         mean = self.returns["evaluation"] = float(returns.mean())
