@@ -410,8 +410,11 @@ def draw(tasks: list[Path], path: Path) -> None:
     )
     for axes in panels.flat[len(tasks) :]:
         axes.remove()
-    for axes, folder in zip(panels.flat, tasks, strict=False):
-        for i, row in enumerate(pd.read_csv(folder / "summary.csv").itertuples()):
+    tables = [pd.read_csv(folder / "summary.csv") for folder in tasks]
+    modes = [*dict.fromkeys(mode for table in tables for mode in table["mode"])]
+    for axes, folder, table in zip(panels.flat, tasks, tables, strict=False):
+        for row in table.itertuples():
+            i = modes.index(row.mode)
             x = 100 * row.planner_calls
             axes.plot(x, row.return_ratio, "osDv^<>PX*hp"[i % 12], ms=9, label=row.mode, color=f"C{i % 10}")
             axes.plot([x, x], [row.return_ratio_low, row.return_ratio_high], color=f"C{i % 10}")
@@ -419,7 +422,8 @@ def draw(tasks: list[Path], path: Path) -> None:
         axes.set(title=folder.name, xlabel="planner calls, % of steps")
         axes.set_ylabel("return, ratio to the baseline")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    most = max(range(len(tasks)), key=lambda i: len(tables[i]))
+    figure.legend(*panels.flat[most].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="svg", metadata={"Date": None})

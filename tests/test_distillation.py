@@ -16,15 +16,9 @@ from torch import Tensor
 
 from tdmpc2 import load_world_model
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
-from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
+from tdmpc2.config import EAGER, TEACHER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, History, build_corrector, load_corrector, read_header
-from tdmpc2.distillation import (
-    TEACHER,
-    CorrectorTrainConfig,
-    collect,
-    load_shards,
-    train_corrector,
-)
+from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.collect import BURST_EVERY, BURST_STEPS, Bursts
 from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts
 from tdmpc2.distillation.losses import correction_loss, unroll

@@ -102,8 +102,8 @@ def recording(lengths: list[int]) -> Recording:
     first, last = episode_bounds(ends)
     return Recording(
         latent=MODEL.encode(torch.randn(steps, 24, generator=GENERATOR)),
-        plan_actions=torch.zeros(steps, 3, 6),
-        plan_latents=torch.zeros(steps, 4, MODEL.config.latent_dim),
+        plan=torch.zeros(steps, 3, 6),
+        drawn=torch.zeros(steps, 6),
         teacher_action=torch.zeros(steps, 6),
         first=first,
         last=last,

@@ -130,9 +130,7 @@ def test_exploration_moves_the_first_action_alone() -> None:
     assert not torch.equal(plans[0].actions[:, 0], plans[1].actions[:, 0])
     assert torch.equal(plans[0].actions[:, 1:], plans[1].actions[:, 1:])
     assert (plans[1].actions.abs() <= 1).all()
-    for plan in plans:
-        z_next = model.next(plan.latents[:, 0], plan.actions[:, 0])
-        torch.testing.assert_close(plan.latents[:, 1], z_next)
+    assert torch.equal(plans[0].mean, plans[1].mean)
 
 
 def test_compiled_equals_eager_and_compiles_twice_whatever_the_batch(monkeypatch, capsys) -> None:
