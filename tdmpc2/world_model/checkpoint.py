@@ -173,7 +173,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1))
     return digest.hexdigest()[:16]
 
 
@@ -275,8 +275,8 @@ def _build(config: WorldModelConfig, state: dict[str, Tensor], path: Path) -> Wo
             )
     if broken := [name for name, t in state.items() if not t.isfinite().all()]:
         raise CheckpointError(f"{path} is damaged: {broken[0]} holds values that are not finite")
-    model = WorldModel(config)
-    model.load_state_dict(state)
+    # Copies, for what safetensors gives is the file itself: who writes to it would change the model.
+    model.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
     return model
 
 
