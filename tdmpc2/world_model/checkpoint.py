@@ -273,7 +273,7 @@ def _build(config: WorldModelConfig, state: dict[str, Tensor], path: Path) -> Wo
                 f"{path} is not a complete TD-MPC2 checkpoint: {name} should have shape "
                 f"{expected.get(name, 'none (unknown)')} and has {found.get(name, 'none (missing)')}"
             )
-    if broken := [name for name, t in state.items() if not t.isfinite().all()]:
+    if broken := [name for name, t in state.items() if not torch.stack(t.aminmax()).isfinite().all()]:
         raise CheckpointError(f"{path} is damaged: {broken[0]} holds values that are not finite")
     # Copies, for what safetensors gives is the file itself: who writes to it would change the model.
     model.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
