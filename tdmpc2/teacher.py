@@ -1,6 +1,6 @@
 """A teacher on its task: what every script opens first, from which agents and environments are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gymnasium as gym
 
@@ -47,6 +47,17 @@ class Teacher:
         if self.task_index is None:
             return env
         return PadForModel(env, config.obs_shape[0], config.action_dim)
+
+    def disturbed(self, kind: str, strength: float) -> "Teacher":
+        """The same teacher in a world that is not as modelled.
+
+        Raises:
+            ConfigError: there is no such disturbance.
+            TaskError: the task's world cannot be disturbed in that way.
+        """
+        teacher = replace(self, disturbance=(kind, strength))
+        teacher.env().close()
+        return teacher
 
 
 def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str = "cpu") -> Teacher:

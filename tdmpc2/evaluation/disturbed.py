@@ -8,7 +8,7 @@
 A run that is killed goes on with what is missing.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +19,7 @@ from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
-from ..teacher import open_teacher
+from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import read_config
 from .evaluate import EvaluationConfig, Subject, check_evaluation, claim, run_modes, write_csv
 from .metrics import summarise
@@ -56,8 +56,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         TaskError: the task cannot be disturbed.
     """
     check_evaluation(config)
-    if unknown := set(config.kinds) - set(STRENGTHS):
-        raise ConfigError(f"kinds={sorted(unknown)}: there are {', '.join(STRENGTHS)}")
+    if not config.kinds or set(config.kinds) - set(STRENGTHS):
+        raise ConfigError(f"kinds={list(config.kinds)}: choose of {', '.join(STRENGTHS)}")
     folder = Path(config.agent)
     if not (folder / "evaluation" / "provenance.json").exists():
         raise CheckpointError(f"{folder} holds no finished run of scripts/accelerate.py")
@@ -69,7 +69,14 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     }
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
     modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
-    replace(teacher, disturbance=("push", 0.0)).env().close()  # a task that cannot be disturbed fails here
+    worlds: dict[tuple[str, float], Teacher] = {}
+    for kind in config.kinds:
+        try:
+            worlds |= {(kind, strength): teacher.disturbed(kind, strength) for strength in STRENGTHS[kind]}
+        except TaskError as e:
+            console.print(f"without {kind}: {e}")
+    if not worlds:
+        raise TaskError(f"{teacher.task} cannot be disturbed: there is nothing to evaluate")
     out = Path(config.out or folder / "disturbed")
     summaries: list[pd.DataFrame] = []
     episodes: list[pd.DataFrame] = []
@@ -83,22 +90,15 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         "num_envs": config.num_envs,
     }
     claim(out, settings)
-    for kind in config.kinds:
-        try:
-            replace(teacher, disturbance=(kind, 1.0)).env().close()
-        except TaskError as e:
-            console.print(f"without {kind}: {e}")
-            continue
-        for strength in STRENGTHS[kind]:
-            console.print(f"{kind} {strength}")
-            subject = Subject(replace(teacher, disturbance=(kind, strength)), correctors)
-            name = out / f"{kind}-{strength}"
-            result = run_modes(subject, modes, config, config.eval_seeds, name, console)
-            summary = summarise(result.episodes, result.steps, None)
-            for tables, own in ((summaries, summary), (episodes, result.episodes)):
-                own.insert(0, "kind", kind)
-                own.insert(1, "strength", strength)
-                tables.append(own)
+    for (kind, strength), world in worlds.items():
+        console.print(f"{kind} {strength}")
+        name = out / f"{kind}-{strength}"
+        result = run_modes(Subject(world, correctors), modes, config, config.eval_seeds, name, console)
+        summary = summarise(result.episodes, result.steps, None)
+        for tables, own in ((summaries, summary), (episodes, result.episodes)):
+            own.insert(0, "kind", kind)
+            own.insert(1, "strength", strength)
+            tables.append(own)
     table = pd.concat(summaries, ignore_index=True)
     write_csv(out / "episodes.csv", pd.concat(episodes, ignore_index=True))
     write_csv(out / "summary.csv", table)

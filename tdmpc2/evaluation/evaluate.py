@@ -12,7 +12,7 @@ A run that is killed goes on with the modes that are missing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,9 +185,7 @@ def choose(
     """
     pushed: Subject | None = None
     try:
-        pushed_teacher = replace(subject.teacher, disturbance=PUSH)
-        pushed_teacher.env().close()
-        pushed = Subject(pushed_teacher, subject.correctors)
+        pushed = Subject(subject.teacher.disturbed(*PUSH), subject.correctors)
         under_pushes = f", and {config.min_return_pushed} of it where both are pushed"
     except TaskError as e:
         console.print(f"{e}; the mode is chosen without pushes")
