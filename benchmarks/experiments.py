@@ -26,12 +26,12 @@ from torch import Tensor
 from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, TwoTowerCorrector, load_corrector
+from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
-from tdmpc2.evaluation.modes import BASELINE, FOREVER
+from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
 from tdmpc2.mismatch import calibrate_threshold
@@ -41,7 +41,13 @@ from tdmpc2.world_model.checkpoint import read_config
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
-DRAWS = 4  # plans that a label is the mean of
+DRAWS = 2  # plans that a label is the mean of
+REPLANNING = {  # what of a plan is executed, without corrector
+    "an elite drawn, 1 step": TEACHER,
+    "the mean, 1 step": replace(TEACHER, draw=False),
+    "an elite drawn, 3 steps": replace(TEACHER, execution_horizon=3),
+    "the mean, 3 steps": replace(TEACHER, execution_horizon=3, draw=False),
+}
 HEAVY = ("mass", 1.6)
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
     "1 planned step, then the prior": (1, None),
@@ -55,7 +61,7 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     """Which agent the experiments are made on, and how correctors are trained."""
 
     agent: str  # a folder that scripts/accelerate.py made
-    architecture: str = "temporal"
+    architecture: str = "two_tower"
     eval_seed: int = 40_000
     round_episodes: int = 8  # collected for the experiment on bursts
     round_seed: int = 30_000
@@ -124,7 +130,7 @@ class SlowStart(SpeculativeAgent):
 
 
 class Disagreement(SpeculativeAgent):
-    """How far the corrector's action is from that of `other`, a corrector that sees one step."""
+    """How far the corrector's action is from that of `other`, which sees one step."""
 
     def __init__(
         self,
@@ -211,12 +217,10 @@ def main(config: ExperimentConfig) -> None:
     used = {*data.seed.tolist(), *range(config.round_seed, config.round_seed + config.round_episodes)}
     if used & {*config.eval_seeds, *config.calibration_seeds}:
         raise ConfigError("evaluation or calibration seeds overlap those of the agent's data: change them")
-    corrector, two_tower = (
+    corrector, distilled = (
         load_corrector(folder / "correctors" / name, teacher.fingerprint, config.device)
-        for name in (config.architecture, "two_tower")
+        for name in (config.architecture, DISTILLED)
     )
-    if isinstance(corrector, TwoTowerCorrector):
-        raise ConfigError("architecture: its disagreement with two_tower is one of the experiments")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     path, about = (out / f"{teacher.task}.{end}" for end in ("csv", "json"))
@@ -227,6 +231,9 @@ def main(config: ExperimentConfig) -> None:
     write_json(running_about, {**cli.provenance(), **claim})
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
+
+    for variant, mode in REPLANNING.items():
+        bench.add("executed", variant, partial(bench.rollout, mode, None))
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
@@ -254,7 +261,7 @@ def main(config: ExperimentConfig) -> None:
         "mismatch over its median at k": partial(PerStep, typical=typical),
         "action gap": ActionGap,
         "value gap": ValueGap,
-        "disagreement of correctors": partial(Disagreement, other=two_tower),
+        "disagreement with the distilled policy": partial(Disagreement, other=distilled),
     }
 
     def accepting(variant: str, mode: SpeculationConfig, agent_type: Callable[..., SpeculativeAgent]) -> None:
