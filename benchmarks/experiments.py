@@ -35,6 +35,7 @@ from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
 from tdmpc2.mismatch import calibrate_threshold
+from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
 
@@ -42,11 +43,10 @@ LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
 DRAWS = 2  # plans that a label is the mean of
-REPLANNING = {  # what of a plan is executed, without corrector
-    "an elite drawn, 1 step": TEACHER,
-    "the mean, 1 step": replace(TEACHER, draw=False),
-    "an elite drawn, 3 steps": replace(TEACHER, execution_horizon=3),
-    "the mean, 3 steps": replace(TEACHER, execution_horizon=3, draw=False),
+EXECUTED: Mapping[str, Callable[[Plan], Tensor]] = {  # of a plan, without corrector
+    "the elite drawn": lambda plan: plan.actions,
+    "the mean": lambda plan: plan.mean,
+    "the elite drawn, then the mean": Plan.planned.fget,  # type: ignore[attr-defined]
 }
 HEAVY = ("mass", 1.6)
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
@@ -232,8 +232,11 @@ def main(config: ExperimentConfig) -> None:
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
-    for variant, mode in REPLANNING.items():
-        bench.add("executed", variant, partial(bench.rollout, mode, None))
+    for variant, executed in EXECUTED.items():
+        with patch.object(Plan, "planned", property(executed)):
+            for steps in (1, 3):
+                run = partial(bench.rollout, SpeculationConfig(steps), None)
+                bench.add("executed", f"{variant}, {steps} of each plan", run)
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
@@ -295,7 +298,7 @@ def training(
         run("loss", "squared distance", data, config)
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
-    run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)
+    run("label", "the action drawn", data._replace(teacher_action=data.plan[:, 0]), config)
     several = data._replace(teacher_action=mean_label(data, teacher))
     run("label", f"mean over {DRAWS} plans", several, config)
     shards = sorted(p for p in (folder / "data").iterdir() if p.is_dir())
@@ -348,7 +351,7 @@ def episodes(data: Recording, seeds: Tensor) -> Recording:
     rows = torch.isin(data.seed, seeds).nonzero().squeeze(1)
     moved = rows.new_full((len(data.seed),), -1)
     moved[rows] = torch.arange(len(rows))
-    columns = ("latent", "plan", "drawn", "teacher_action", "seed")
+    columns = ("latent", "plan", "teacher_action", "seed")
     return data._replace(
         **{name: getattr(data, name)[rows] for name in columns},
         first=moved[data.first[rows]],

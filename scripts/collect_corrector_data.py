@@ -35,8 +35,7 @@ class Settings(BudgetOverride):
 def main(settings: Settings) -> None:
     s = settings
     teacher = open_teacher(s.task, s.checkpoint, s, s.device)
-    k = s.execution_horizon
-    behaviour, correctors = SpeculationConfig(execution_horizon=k, draw=k == 1 and not s.corrector), {}
+    behaviour, correctors = SpeculationConfig(execution_horizon=s.execution_horizon), {}
     if s.corrector:
         name = Path(s.corrector).name
         correctors[name] = load_corrector(s.corrector, teacher.fingerprint, s.device)

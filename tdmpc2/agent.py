@@ -297,7 +297,7 @@ class SpeculativeAgent:
                 plan = self.teacher.plan(z[rows], rows, self._k[rows])
             else:
                 plan = Plan(*(x[rows] for x in plan))
-            self._actions[rows] = plan.actions if self.config.draw else plan.mean
+            self._actions[rows] = plan.planned
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
         self._k = self._k.masked_fill(replan, 0)
 

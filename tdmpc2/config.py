@@ -128,10 +128,9 @@ class SpeculationConfig:
     corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's
-    draw: bool = False  # execute the elite that was drawn, as TD-MPC2 does, not the distribution's mean
 
 
-TEACHER = SpeculationConfig(execution_horizon=1, draw=True)  # TD-MPC2 itself: it replans at every step
+TEACHER = SpeculationConfig(execution_horizon=1)  # TD-MPC2 itself: it replans at every step
 
 
 @dataclass(frozen=True)

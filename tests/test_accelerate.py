@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
 LENGTHS = ("3", "6", "12", "24", "until")
 MODES = [
-    *("baseline", "mean", "half_budget", "naive_3", "naive_6"),
+    *("baseline", "half_budget", "naive_3", "naive_6"),
     *(f"{corrector}_{length}" for corrector in ("two_tower", "temporal") for length in LENGTHS),
     *("distilled", "prior"),
 ]

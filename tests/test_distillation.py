@@ -102,7 +102,6 @@ def make_recording(
     recording = Recording(
         latent=latent,
         plan=plan,
-        drawn=torch.zeros(n, ACTION),
         teacher_action=label,
         first=first,
         last=last,
@@ -144,8 +143,8 @@ def test_shards_hold_whole_episodes_with_labels(shards: Path, model: WorldModel)
     torch.testing.assert_close(following.mean(1), tensors["reward"])
     # Latents, plans and labels are of the same step.
     torch.testing.assert_close(model.encode(obs), tensors["latent"])
-    assert torch.equal(action, tensors["drawn"])  # the teacher acted
-    assert not torch.equal(action, tensors["plan"][:, 0])  # plans are the mean, not the draw
+    assert torch.equal(action, tensors["plan"][:, 0])  # the teacher acted
+    assert not torch.equal(action, tensors["teacher_action"])  # labels are the mean, not the draw
 
 
 def test_load_shards_reads_all_folders_within(shards: Path, model: WorldModel) -> None:
@@ -241,7 +240,7 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
     plans, action = tensors["plan"], tensors["action"]
     for i in range(len(first)):
         t, taught = i - int(first[i]), first[i] == 0
-        expected = tensors["drawn"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
+        expected = plans[i, 0] if taught or t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
 
 
@@ -263,8 +262,8 @@ def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: P
     burst = Bursts(0)
     assert header["bursts"]
     assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
-    assert (tensors["action"] != tensors["drawn"]).all()
-    assert tensors["plan"].abs().sum() > 0
+    assert (tensors["action"] != tensors["plan"][:, 0]).all()
+    assert tensors["teacher_action"].abs().sum() > 0
 
 
 def test_impossible_collecting_is_refused(teacher: Drifting, tmp_path: Path) -> None:
@@ -340,7 +339,7 @@ def test_replayed_stretch_is_what_the_agent_does(model: WorldModel, architecture
                 agents[6]._history = agent._history
                 agent = agents[6]
                 agent._k[:] = 6
-            plan = Plan(torch.zeros(1), data.plan[t : t + 1], *[torch.zeros(1)] * 2)
+            plan = Plan(*[data.plan[t : t + 1]] * 2, *[torch.zeros(1)] * 2)
             executed[t] = agent.act(obs[t : t + 1], plan)[0]
         # Earlier corrections are taken to be the teacher's: here they are.
         taught = data._replace(teacher_action=executed)

@@ -70,13 +70,15 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
     modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
     worlds: dict[tuple[str, float], Teacher] = {}
+    reasons = []
     for kind in config.kinds:
         try:
             worlds |= {(kind, strength): teacher.disturbed(kind, strength) for strength in STRENGTHS[kind]}
         except TaskError as e:
             console.print(f"without {kind}: {e}")
+            reasons.append(str(e))
     if not worlds:
-        raise TaskError(f"{teacher.task} cannot be disturbed: there is nothing to evaluate")
+        raise TaskError(reasons[0])
     out = Path(config.out or folder / "disturbed")
     summaries: list[pd.DataFrame] = []
     episodes: list[pd.DataFrame] = []

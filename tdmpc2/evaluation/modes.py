@@ -8,8 +8,7 @@ from ..config import TEACHER, SpeculationConfig
 
 BASELINE = "baseline"
 DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
-MEAN = "mean"  # replans at every step, and executes the mean that speculation executes too
-SIMPLER = (MEAN, "half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
+SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
 NAIVE_HORIZONS = (3, 6)
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
@@ -42,7 +41,6 @@ def standard_modes(
     """
     modes = {
         BASELINE: TEACHER,
-        MEAN: SpeculationConfig(execution_horizon=1),
         "half_budget": replace(TEACHER, iterations=max(iterations // 2, 1)),
     }
     for horizon in NAIVE_HORIZONS:
