@@ -350,10 +350,16 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     experiments.main(config)
     done = tmp_path / "out/walker-walk.csv"
     table = pd.read_csv(done, keep_default_na=False)
-    names = {"baseline", "as it is", "loss", "unrolled steps", "label", "data", "bursts", "plan"}
+    names = {"baseline", "executed", "as it is", "loss", "unrolled steps", "label", "data", "bursts", "plan"}
     assert set(table["experiment"]) == names | {"acceptance"}
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
+    undisturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)
+    assert undisturbed["the elite drawn, 1 of each plan"] == undisturbed["baseline"]
+    assert undisturbed["the elite drawn, then the mean, 1 of each plan"] == undisturbed["baseline"]
+    assert undisturbed["the mean, 1 of each plan"] != undisturbed["baseline"]
+    three = [undisturbed[f"{v}, 3 of each plan"] for v in experiments.EXECUTED]
+    assert three[0] != three[1] != three[2] != three[0]
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
     about = done.with_suffix(".json")
