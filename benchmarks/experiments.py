@@ -43,13 +43,12 @@ LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
 DRAWS = 2  # plans that a label is the mean of
-EXECUTED: Mapping[str, tuple[int, Callable[[Plan], Tensor]]] = {  # of each plan, without corrector
-    "1 step of the mean": (1, lambda plan: plan.mean),
-    "3 steps of the mean": (3, lambda plan: plan.mean),
-    "3 steps of the elite drawn": (3, lambda plan: plan.actions),
-    "1 step of the elite drawn, 2 of the mean": (3, Plan.planned.fget),  # type: ignore[attr-defined]
-}
 HEAVY = ("mass", 1.6)
+EXECUTED = {  # of each plan, without corrector
+    "the mean, 1 step": (1, "mean"),
+    "the mean, 3 steps": (3, "mean"),
+    "the elite drawn, 3 steps": (3, "actions"),
+}
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
     "1 planned step, then the prior": (1, None),
     "3 planned steps, then the prior": (3, None),
@@ -68,6 +67,27 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     round_seed: int = 30_000
     device: str = "cpu"
     out: str = "results/experiments"
+
+
+class Always(SpeculativeAgent):
+    """Executes of each plan the field `what`: its mean, or the elite that was drawn."""
+
+    def __init__(
+        self,
+        teacher: TDMPC2,
+        config: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+        *,
+        what: str,
+    ):
+        super().__init__(teacher, config, corrector)
+        self.what = what
+
+    def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None) -> None:
+        rows = replan.nonzero().squeeze(1)
+        made = self.teacher.plan(z[rows], rows, self._k[rows])
+        super()._replan(z, replan, Plan(*(x.new_zeros(self.num_envs, *x.shape[1:]) for x in made)))
+        self._actions[rows] = getattr(made, self.what)
 
 
 class RelativeDrift(SpeculativeAgent):
@@ -233,9 +253,9 @@ def main(config: ExperimentConfig) -> None:
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
-    for variant, (k, executed) in EXECUTED.items():
-        with patch.object(Plan, "planned", property(executed)):
-            bench.add("executed", variant, partial(bench.rollout, SpeculationConfig(k), None))
+    for variant, (k, what) in EXECUTED.items():
+        run = partial(bench.rollout, SpeculationConfig(k), None, agent_type=partial(Always, what=what))
+        bench.add("executed", variant, run)
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
@@ -297,7 +317,7 @@ def training(
         run("loss", "squared distance", data, config)
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
-    run("label", "the action drawn", data._replace(teacher_action=data.plan[:, 0]), config)
+    run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)
     several = data._replace(teacher_action=mean_label(data, teacher))
     run("label", f"mean over {DRAWS} plans", several, config)
     shards = sorted(p for p in (folder / "data").iterdir() if p.is_dir())
@@ -350,7 +370,7 @@ def episodes(data: Recording, seeds: Tensor) -> Recording:
     rows = torch.isin(data.seed, seeds).nonzero().squeeze(1)
     moved = rows.new_full((len(data.seed),), -1)
     moved[rows] = torch.arange(len(rows))
-    columns = ("latent", "plan", "teacher_action", "seed")
+    columns = ("latent", "plan", "drawn", "teacher_action", "seed")
     return data._replace(
         **{name: getattr(data, name)[rows] for name in columns},
         first=moved[data.first[rows]],

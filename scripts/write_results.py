@@ -31,7 +31,7 @@ from tdmpc2.errors import DataError
 from tdmpc2.evaluation.aggregate import ALL, CHOSEN, TaskResults, speculation_table
 from tdmpc2.evaluation.evaluate import EvaluationConfig
 from tdmpc2.evaluation.metrics import PLANS, act_columns, act_times, paired_ratio
-from tdmpc2.evaluation.modes import BASELINE, DISTILLED, corrected
+from tdmpc2.evaluation.modes import BASELINE, DISTILLED, watched
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
@@ -151,7 +151,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     columns = [f"{name}{what}" for what in (", ratio [95 %]", " better", ", act") for name in both]
     lines, wins = header(["execution", *columns]), Counter[str]()
     pooled = table[table["task"] == ALL].set_index("setting")
-    for mode_a, mode_b in zip(corrected(first), corrected(second), strict=True):
+    for mode_a, mode_b in zip(watched(first), watched(second), strict=True):
         if not {mode_a, mode_b} <= set(pooled.index):
             continue
         better = dict.fromkeys(both, 0)

@@ -7,7 +7,7 @@ What the speculative agent keeps for each row, in an example with execution hori
 and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's mean:
 
     step in plan k   planned action   predicted latent     executed
-    0                a0               z_0, the real one    a0
+    0                a0               z_0, the real one    a0, drawn where the step before was planned too
     1                a1               y1 = d(z_0, a0)      b1 = c(z_1, y1, a1)
     2                a2               y2 = d(y1, b1)       b2 = c(z_2, y2, a2)
     3 (past H)       pi(z_3)          y3 = d(y2, b2)       b3 = c(z_3, y3, pi(z_3))
@@ -297,7 +297,11 @@ class SpeculativeAgent:
                 plan = self.teacher.plan(z[rows], rows, self._k[rows])
             else:
                 plan = Plan(*(x[rows] for x in plan))
-            self._actions[rows] = plan.planned
+            # Replanning step after step, it executes what it draws, as TD-MPC2 does: that breaks ties between
+            # ways that are equally good. A plan that is followed is better off without the noise.
+            again = (self._k[rows] <= 1)[:, None]
+            first = torch.where(again, plan.actions[:, 0], plan.mean[:, 0])
+            self._actions[rows] = torch.cat([first[:, None], plan.mean[:, 1:]], 1)
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
         self._k = self._k.masked_fill(replan, 0)
 

@@ -28,15 +28,6 @@ class Plan(NamedTuple):
     std: Tensor  # [B, H, A]
     value: Tensor  # [B], predicted return of `actions`
 
-    @property
-    def planned(self) -> Tensor:
-        """What is executed, step by step `[B, H, A]`: the drawn elite's first action, then the mean's.
-
-        Replanning at every step is then TD-MPC2 as published, whose draws break ties between ways that are
-        equally good. Later steps are better off without that noise: the mean is what a replan is closest to.
-        """
-        return torch.cat([self.actions[:, :1], self.mean[:, 1:]], 1)
-
 
 class NoiseSource:
     """Where all of a planner's randomness comes from; tests put recorded noise in its place."""

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
 LENGTHS = ("3", "6", "12", "24", "until")
 MODES = [
-    *("baseline", "half_budget", "naive_3", "naive_6"),
+    *("baseline", "half_budget", "naive_3", "naive_6", "plan_3", "plan_6"),
     *(f"{corrector}_{length}" for corrector in ("two_tower", "temporal") for length in LENGTHS),
     *("distilled", "prior"),
 ]
@@ -355,9 +355,8 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
     undisturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)
-    assert undisturbed["1 step of the mean"] != undisturbed["baseline"]
-    three = [undisturbed[variant] for variant, (k, _) in experiments.EXECUTED.items() if k == 3]
-    assert three[0] != three[1] != three[2] != three[0]
+    assert undisturbed["the mean, 1 step"] != undisturbed["baseline"]
+    assert undisturbed["the mean, 3 steps"] != undisturbed["the elite drawn, 3 steps"]
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
     about = done.with_suffix(".json")

@@ -102,6 +102,7 @@ def make_recording(
     recording = Recording(
         latent=latent,
         plan=plan,
+        drawn=torch.zeros(n, ACTION),
         teacher_action=label,
         first=first,
         last=last,
@@ -143,8 +144,8 @@ def test_shards_hold_whole_episodes_with_labels(shards: Path, model: WorldModel)
     torch.testing.assert_close(following.mean(1), tensors["reward"])
     # Latents, plans and labels are of the same step.
     torch.testing.assert_close(model.encode(obs), tensors["latent"])
-    assert torch.equal(action, tensors["plan"][:, 0])  # the teacher acted
-    assert not torch.equal(action, tensors["teacher_action"])  # labels are the mean, not the draw
+    assert torch.equal(action, tensors["drawn"])  # the teacher acted
+    assert not torch.equal(action, tensors["plan"][:, 0])  # plans are the mean, not the draw
 
 
 def test_load_shards_reads_all_folders_within(shards: Path, model: WorldModel) -> None:
@@ -240,7 +241,7 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
     plans, action = tensors["plan"], tensors["action"]
     for i in range(len(first)):
         t, taught = i - int(first[i]), first[i] == 0
-        expected = plans[i, 0] if taught or t % 2 == 0 else plans[i - 1, 1]
+        expected = tensors["drawn"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
 
 
@@ -262,8 +263,8 @@ def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: P
     burst = Bursts(0)
     assert header["bursts"]
     assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
-    assert (tensors["action"] != tensors["plan"][:, 0]).all()
-    assert tensors["teacher_action"].abs().sum() > 0
+    assert (tensors["action"] != tensors["drawn"]).all()
+    assert tensors["plan"].abs().sum() > 0
 
 
 def test_impossible_collecting_is_refused(teacher: Drifting, tmp_path: Path) -> None:

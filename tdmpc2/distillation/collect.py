@@ -146,8 +146,8 @@ def _run(
         batch = {
             "obs": seen,
             "latent": z,
-            "plan": plan.planned,
-            "teacher_action": plan.mean[:, 0],
+            "plan": plan.mean,
+            "drawn": plan.actions[:, 0],
             "action": action.clone(),
         }
         batch = {name: x.cpu() for name, x in batch.items()}

@@ -4,8 +4,9 @@ A shard is a safetensors file. Its steps stand one after another, episode after 
 
     step            0    1    2  ...  499  500  501 ...
     episode_end     0    0    0         1    0    0           1: cut off, 2: terminated
-    plan            what is executed of the plan that the teacher made *from that very step*, at every step
-    teacher_action  its answer there: the mean of the plan's distribution, first step
+    plan            the mean of the plan that the teacher made *from that very step*, at every step; its
+                    first action is the teacher's answer there
+    drawn           the action that TD-MPC2 would have executed there
     action          what was executed, by whatever behaviour drove the episode
 
 Because every state carries its own plan and its own label, any stretch of any length may be cut
@@ -32,7 +33,7 @@ TENSORS = {
     "obs": "[T, *obs_shape]",
     "latent": "[T, L]",
     "plan": "[T, H, A]",
-    "teacher_action": "[T, A]",
+    "drawn": "[T, A]",
     "action": "[T, A]",
     "reward": "[T]",
     "episode_end": "[T] uint8",
@@ -46,6 +47,7 @@ class Recording(NamedTuple):
 
     latent: Tensor  # [N, L]
     plan: Tensor  # [N, H, A]
+    drawn: Tensor  # [N, A]
     teacher_action: Tensor  # [N, A]
     first: Tensor  # [N] long, index of the first step of the step's episode
     last: Tensor  # [N] long, index of its last step
@@ -136,7 +138,8 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
     return Recording(
         latent=torch.cat([s["latent"] for s in shards]),
         plan=torch.cat([s["plan"] for s in shards]),
-        teacher_action=torch.cat([s["teacher_action"] for s in shards]),
+        drawn=torch.cat([s["drawn"] for s in shards]),
+        teacher_action=torch.cat([s["plan"][:, 0] for s in shards]),
         first=first,
         last=last,
         seed=seeds[first.unique(return_inverse=True)[1]],

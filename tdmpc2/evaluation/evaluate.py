@@ -29,7 +29,7 @@ from ..mismatch import calibrate_threshold
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import holds_up, summarise
-from .modes import BASELINE, HORIZONS, SIMPLER, Limits, corrected, standard_modes
+from .modes import BASELINE, HORIZONS, PLAN, SIMPLER, Limits, standard_modes, watched
 from .report import print_table, write_report
 from .rollout import Rollout, measure_latency, rollout
 
@@ -122,13 +122,17 @@ def calibrate(
     """
     seeds, limits = config.calibration_seeds, {}
     with _progress(console) as progress:
-        for corrector in subject.correctors:
-            free = SpeculationConfig(execution_horizon=max(HORIZONS), corrector=corrector)
-            modes = corrected(corrector)
+        for corrector in ["", *subject.correctors]:
+            modes = watched(corrector)
             if not modes:
                 continue
-            steps = _run_mode(subject, corrector, free, config, seeds, out / "free", progress).steps
-            min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.quantile)  # most lie above
+            longest = min(max(modes.values()), max(HORIZONS))
+            free = SpeculationConfig(execution_horizon=longest, corrector=corrector)
+            name = corrector or PLAN
+            steps = _run_mode(subject, name, free, config, seeds, out / "free", progress).steps
+            min_value = None
+            if corrector:  # most values lie above the limit
+                min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.quantile)
             for name, horizon in modes.items():
                 drift = steps.loc[steps["k"].between(1, horizon - 1), "mismatch"].to_numpy()
                 limits[name] = Limits(calibrate_threshold(drift, config.quantile), min_value)

@@ -9,44 +9,50 @@ from ..config import TEACHER, SpeculationConfig
 BASELINE = "baseline"
 DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
 SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
-NAIVE_HORIZONS = (3, 6)
+PLAN = "plan"  # what modes without a corrector are named by
+OPEN_LOOP_HORIZONS = (3, 6)
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
 FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
 
 
 class Limits(NamedTuple):
-    """Where a corrected mode gives its plan up."""
+    """Where a mode gives its plan up."""
 
     threshold: float  # of the mismatch
-    min_value: float  # of the state
+    min_value: float | None  # of the state; without a corrector nothing watches it
 
 
-def corrected(corrector: str) -> dict[str, int]:
-    """A corrector's modes, and their execution horizons; `until` replans only where a limit says so."""
+def watched(corrector: str) -> dict[str, int]:
+    """The modes with fallback of a corrector, or of none (""), and their execution horizons.
+
+    `until` replans only where a limit says so.
+    """
     if corrector == DISTILLED:
         return {}
+    if not corrector:
+        return {f"{PLAN}_{k}": k for k in OPEN_LOOP_HORIZONS}
     return {**{f"{corrector}_{k}": k for k in HORIZONS}, f"{corrector}_until": FOREVER}
 
 
 def standard_modes(
     correctors: Sequence[str], limits: Mapping[str, Limits], iterations: int
 ) -> dict[str, SpeculationConfig]:
-    """Every mode: the baseline first, then what is simpler than correction, then corrected execution.
+    """Every mode: the baseline first, then what is simpler than speculation, then speculation.
 
     Args:
         correctors: names of the correctors.
-        limits: of every corrected mode.
+        limits: of every mode with fallback.
         iterations: of the teacher's planner.
     """
     modes = {
         BASELINE: TEACHER,
         "half_budget": replace(TEACHER, iterations=max(iterations // 2, 1)),
     }
-    for horizon in NAIVE_HORIZONS:
+    for horizon in OPEN_LOOP_HORIZONS:
         modes[f"naive_{horizon}"] = SpeculationConfig(execution_horizon=horizon)
-    for corrector in correctors:
-        for name, horizon in corrected(corrector).items():
+    for corrector in ["", *correctors]:
+        for name, horizon in watched(corrector).items():
             modes[name] = SpeculationConfig(
                 execution_horizon=horizon, corrector=corrector, **limits[name]._asdict()
             )
