@@ -28,8 +28,7 @@ def plan_flops(model: WorldModelConfig, planner: PlannerConfig, batch: int) -> i
     shared = 2 * _products(m.latent_dim, m.mlp_dim)  # of both first layers, at the first step
     iteration = p.num_samples * (per_sample - shared) + shared
     prior = p.num_pi_trajs * (p.horizon * policy + (p.horizon - 1) * dynamics)
-    latents = p.horizon * dynamics  # predicted for the drawn sequence
-    return batch * (p.iterations * iteration + prior + latents)
+    return batch * (p.iterations * iteration + prior)
 
 
 def update_flops(model: WorldModelConfig, horizon: int, batch: int) -> int:
