@@ -44,11 +44,6 @@ UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.99, 0.999)
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
-EXECUTED = {  # of each plan, without corrector
-    "the mean, 1 step": (1, "mean"),
-    "the mean, 3 steps": (3, "mean"),
-    "the elite drawn, 3 steps": (3, "actions"),
-}
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
     "1 planned step, then the prior": (1, None),
     "3 planned steps, then the prior": (3, None),
@@ -69,25 +64,25 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     out: str = "results/experiments"
 
 
-class Always(SpeculativeAgent):
-    """Executes of each plan the field `what`: its mean, or the elite that was drawn."""
+class Mean(SpeculativeAgent):
+    """Executes the mean of every plan."""
 
-    def __init__(
-        self,
-        teacher: TDMPC2,
-        config: SpeculationConfig,
-        corrector: BaseCorrector | None = None,
-        *,
-        what: str,
-    ):
-        super().__init__(teacher, config, corrector)
-        self.what = what
+    def _followed(self, plan: Plan, again: Tensor) -> Tensor:
+        return plan.mean
 
-    def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None) -> None:
-        rows = replan.nonzero().squeeze(1)
-        made = self.teacher.plan(z[rows], rows, self._k[rows])
-        super()._replan(z, replan, Plan(*(x.new_zeros(self.num_envs, *x.shape[1:]) for x in made)))
-        self._actions[rows] = getattr(made, self.what)
+
+class Drawn(SpeculativeAgent):
+    """Executes the elite that was drawn from every plan."""
+
+    def _followed(self, plan: Plan, again: Tensor) -> Tensor:
+        return plan.actions
+
+
+EXECUTED: Mapping[str, tuple[int, type[SpeculativeAgent]]] = {  # steps of each plan, without corrector
+    "the mean, 1 step": (1, Mean),
+    "the mean, 3 steps": (3, Mean),
+    "the elite drawn, 3 steps": (3, Drawn),
+}
 
 
 class RelativeDrift(SpeculativeAgent):
@@ -253,9 +248,10 @@ def main(config: ExperimentConfig) -> None:
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
-    for variant, (k, what) in EXECUTED.items():
-        run = partial(bench.rollout, SpeculationConfig(k), None, agent_type=partial(Always, what=what))
-        bench.add("executed", variant, run)
+    for variant, (k, agent_type) in EXECUTED.items():
+        bench.add(
+            "executed", variant, partial(bench.rollout, SpeculationConfig(k), None, agent_type=agent_type)
+        )
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
 

@@ -84,13 +84,14 @@ def main(settings: Settings) -> None:
             tmp.write_text(text)
     content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
     content = between(content, "correctors", correctors(found, table))
-    content = between(content, "disturbed", disturbed(tasks))
-    content = between(content, "when_not", when_not(table, found, tasks))
+    disturbances = disturbed_tables(tasks)
+    content = between(content, "disturbed", disturbed(disturbances))
+    content = between(content, "when_not", when_not(table, found, disturbances))
     content = between(content, "teachers", teachers(Path(settings.pretrained)))
     content = between(content, "speed", speed(results))
     with atomic_write(readme) as tmp:
         tmp.write_text(content)
-    draw(tasks, docs / "front.svg")
+    draw(found, docs / "front.svg")
     print(f"{len(tasks)} tasks written to {readme} and {docs}", file=sys.stderr)
 
 
@@ -178,7 +179,9 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     return "\n".join([*lines, ""])
 
 
-def when_not(table: pd.DataFrame, results: Mapping[str, TaskResults], tasks: list[Path]) -> str:
+def when_not(
+    table: pd.DataFrame, results: Mapping[str, TaskResults], disturbances: pd.DataFrame | None
+) -> str:
     """Where speculation did not pay, or something simpler did as well, in Markdown."""
     table = table[table["task"] != ALL]
     holds = table["return_ratio_low"] >= MIN_RETURN
@@ -213,9 +216,8 @@ def when_not(table: pd.DataFrame, results: Mapping[str, TaskResults], tasks: lis
             else "On no task measured here is the lower end of the interval on held-out seeds below it."
         )
     )
-    disturbed_rows = disturbed_tables(tasks)
-    if disturbed_rows is not None:
-        own = disturbed_rows[(disturbed_rows["mode"] == CHOSEN) & (disturbed_rows["kind"] != UNDISTURBED)]
+    if disturbances is not None:
+        own = disturbances[(disturbances["mode"] == CHOSEN) & (disturbances["kind"] != UNDISTURBED)]
         lost = own[own["return_ratio"] < MIN_RETURN_DISTURBED].sort_values("return_ratio")
         cells = [
             f"{r.task}, {disturbance(r.kind, r.strength)} ({r.return_ratio:.2f})" for r in lost.itertuples()
@@ -260,9 +262,8 @@ def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     return table.reset_index().assign(kind=UNDISTURBED, strength=0.0)
 
 
-def disturbed(tasks: list[Path]) -> str:
+def disturbed(table: pd.DataFrame | None) -> str:
     """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
-    table = disturbed_tables(tasks)
     if table is None:
         return "Not measured yet.\n"
     modes = [CHOSEN, "naive_6", "distilled", "prior"]
@@ -401,7 +402,7 @@ def experiments(path: Path) -> str:
     return "\n".join([*lines, f"{about['commit']}, {about['machine']}.", "", ""])
 
 
-def draw(tasks: list[Path], path: Path) -> None:
+def draw(tasks: Mapping[str, TaskResults], path: Path) -> None:
     """Return ratio against planner calls, one panel a task."""
     across = min(len(tasks), 3)
     down = -(-len(tasks) // across)
@@ -410,20 +411,19 @@ def draw(tasks: list[Path], path: Path) -> None:
     )
     for axes in panels.flat[len(tasks) :]:
         axes.remove()
-    tables = [pd.read_csv(folder / "summary.csv") for folder in tasks]
-    modes = [*dict.fromkeys(mode for table in tables for mode in table["mode"])]
-    for axes, folder, table in zip(panels.flat, tasks, tables, strict=False):
-        for row in table.itertuples():
+    modes = [*dict.fromkeys(mode for results in tasks.values() for mode in results.summary["mode"])]
+    for axes, (task, results) in zip(panels.flat, tasks.items(), strict=False):
+        for row in results.summary.itertuples():
             i = modes.index(row.mode)
             x = 100 * row.planner_calls
             axes.plot(x, row.return_ratio, "osDv^<>PX*hp"[i % 12], ms=9, label=row.mode, color=f"C{i % 10}")
             axes.plot([x, x], [row.return_ratio_low, row.return_ratio_high], color=f"C{i % 10}")
         axes.axhline(1.0, color="black", lw=0.8, ls=":")
-        axes.set(title=folder.name, xlabel="planner calls, % of steps")
+        axes.set(title=task, xlabel="planner calls, % of steps")
         axes.set_ylabel("return, ratio to the baseline")
         axes.spines[["top", "right"]].set_visible(False)
-    most = max(range(len(tasks)), key=lambda i: len(tables[i]))
-    figure.legend(*panels.flat[most].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    most = max(figure.axes, key=lambda axes: len(axes.get_legend_handles_labels()[1]))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="svg", metadata={"Date": None})

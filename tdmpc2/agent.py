@@ -297,13 +297,18 @@ class SpeculativeAgent:
                 plan = self.teacher.plan(z[rows], rows, self._k[rows])
             else:
                 plan = Plan(*(x[rows] for x in plan))
-            # Replanning step after step, it executes what it draws, as TD-MPC2 does: that breaks ties between
-            # ways that are equally good. A plan that is followed is better off without the noise.
-            again = (self._k[rows] <= 1)[:, None]
-            first = torch.where(again, plan.actions[:, 0], plan.mean[:, 0])
-            self._actions[rows] = torch.cat([first[:, None], plan.mean[:, 1:]], 1)
+            self._actions[rows] = self._followed(plan, again=self._k[rows] <= 1)
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
         self._k = self._k.masked_fill(replan, 0)
+
+    def _followed(self, plan: Plan, again: Tensor) -> Tensor:
+        """What is to be executed of plans just made `[R, H, A]`; `again` `[R]`: right after another plan.
+
+        Replanning step after step, it is what was drawn, as in TD-MPC2: that breaks ties between ways that
+        are equally good. A plan that is followed is better off without the noise.
+        """
+        first = torch.where(again[:, None], plan.actions[:, 0], plan.mean[:, 0])
+        return torch.cat([first[:, None], plan.mean[:, 1:]], 1)
 
     def _eager_step(
         self,

@@ -75,6 +75,8 @@ def unroll(
             planned = data.plan[plan_at, k.clamp(max=horizon - 1)]
             planned = torch.where((k < horizon)[:, None], planned, prior[t])
             replayed.append((z_pred, planned, k))
+            if i == steps:
+                break
             if own_actions and i > -window:
                 history = history.then(corrector.embed(z[t], z_pred, planned, k))
                 history.valid[:, -1] = inside[t]
@@ -82,8 +84,7 @@ def unroll(
                 executed = torch.where((k == 0)[:, None], planned, teacher[t])
             else:
                 executed = corrector(history, planned) if own_actions else planned
-            if i < steps:
-                z_pred = model.next(z_pred, executed, task)
+            z_pred = model.next(z_pred, executed, task)
     # What the windows of the answers hold, once; then one call of the corrector serves all answers.
     held, answers = slice(-(window + steps), None), slice(-steps, None)
     z_preds, planneds, ks = (torch.stack(x) for x in zip(*replayed, strict=True))

@@ -1,6 +1,6 @@
 """Every mode on the same episodes: calibrate, run, measure, and write the evidence down.
 
-    OUT/calibration/free/NAME/           corrected modes without fallback, for the thresholds
+    OUT/calibration/free/NAME/           execution without fallback, for the limits
     OUT/calibration/modes/NAME/          the modes to choose from, on the calibration seeds
     OUT/calibration/pushed/NAME/         those that were tried under pushes, on the same seeds
     OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
@@ -128,8 +128,8 @@ def calibrate(
                 continue
             longest = min(max(modes.values()), max(HORIZONS))
             free = SpeculationConfig(execution_horizon=longest, corrector=corrector)
-            name = corrector or PLAN
-            steps = _run_mode(subject, name, free, config, seeds, out / "free", progress).steps
+            run = _run_mode(subject, corrector or PLAN, free, config, seeds, out / "free", progress)
+            steps = run.steps
             min_value = None
             if corrector:  # most values lie above the limit
                 min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.quantile)
