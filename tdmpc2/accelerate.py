@@ -46,7 +46,7 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     device: str = "cpu"
     episodes: int = 8  # of the teacher; at least 3, for training, validation and test
     rounds: int = 4  # of data under the correctors
-    round_episodes: int = 18  # two for each of two correctors and four execution horizons, two of `distilled`
+    round_episodes: int = 9  # one for each of two correctors and four execution horizons, one of `distilled`
     round_updates: int = 200  # in training before a round; `updates` are of the final training
     collect_seed: int = 0  # of the first episode of all
 
@@ -126,7 +126,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     chosen = evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
     if chosen == BASELINE:
         console.print(
-            f"correctors of more data may hold it: the same command with rounds={2 * c.rounds or 6}"
+            f"correctors of more data may hold it: the same command with rounds={2 * c.rounds or 4}"
         )
     save_world_model(
         out,
