@@ -36,7 +36,7 @@ from .config import (
 )
 from .corrector import BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
-from .inference import Compiled
+from .inference import AheadOfTime, Compiled
 from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, saved_config
@@ -218,14 +218,25 @@ class SpeculativeAgent:
         self._k = torch.full((n,), config.execution_horizon, device=device)
         self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
-        # step. A bool, for compiled code is tied to the value of every number that it reads: one compilation
-        # is to serve all horizons.
+        # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1
         self._values = corrector is not None and self.plan_length > 0
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
-            self._step = Compiled(self._eager_step, what="the corrector")
+            what = "the corrector"
+            if device.type == "cuda":
+                self._step = Compiled(self._eager_step, what=what)
+            else:
+                task = None if teacher.task is None else teacher.task.tolist()
+                traits = self.plan_length, self._predicts, self._values, task
+                self._step = AheadOfTime(
+                    self._eager_step,
+                    lambda x: Step(x[0], x[1], x[2], x[3], History(x[4], x[5])),
+                    what=what,
+                    modules=(model, corrector),
+                    depends_on=("step", model.config, corrector.config, traits),
+                )
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
 
     @property

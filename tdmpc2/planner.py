@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig
 from .errors import ConfigError
-from .inference import Compiled, FastModel, Origin, Weights, dtype_of
+from .inference import AheadOfTime, Compiled, FastModel, Origin, Weights, dtype_of
 from .world_model.model import WorldModel
 
 
@@ -94,8 +94,12 @@ class Iteration:
     def __init__(self, model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig):
         self.config, self.fast = config, FastModel(model, discount, dtype_of(compute))
         self._run: Callable[..., Search] = self._eager
-        if compute.compile:
-            self._run = Compiled(self._eager, cuda_graphs=next(model.parameters()).is_cuda)
+        what = "the planner"
+        if compute.compile and next(model.parameters()).is_cuda:
+            self._run = Compiled(self._eager, what=what, cuda_graphs=True)
+        elif compute.compile:
+            depends_on = "iteration", config, model.config, discount, compute
+            self._run = AheadOfTime(self._eager, Search._make, what=what, depends_on=depends_on)
 
     def __call__(
         self, at: Origin, prior: Tensor, mean: Tensor, std: Tensor, noise: NoiseSource, weights: Weights

@@ -1,7 +1,8 @@
 """The world model as the planner computes it: the same functions, arranged for the machine."""
 
+from .ahead import AheadOfTime
 from .compiled import Compiled, dtype_of
 from .fast_model import FastModel, Origin
 from .weights import Weights
 
-__all__ = ["Compiled", "FastModel", "Origin", "Weights", "dtype_of"]
+__all__ = ["AheadOfTime", "Compiled", "FastModel", "Origin", "Weights", "dtype_of"]

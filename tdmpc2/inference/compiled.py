@@ -1,8 +1,4 @@
-"""A function that is compiled when it is first called: what is said meanwhile, and what if it fails.
-
-PyTorch caches what the compiler makes on disk, so only the very first start takes long. Where the batch
-varies, one compilation serves a batch of one, a second one every larger batch.
-"""
+"""Compiling a function when it is first called: how, what is said meanwhile, and what if it fails."""
 
 import contextlib
 import gc
@@ -12,8 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..config import ComputeConfig
 from ..errors import ConfigError
@@ -37,71 +32,56 @@ def dtype_of(compute: ComputeConfig) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """The compiler makes objects by the million that stay: looking for garbage among them slows a start."""
+def announced(what: str) -> Iterator[None]:
+    """Around the compilation of `what`: where it takes long, a line says that it is going on."""
+    say = Console(stderr=True).print
+    timer = threading.Timer(PATIENCE, say, [f"compiling {what}; the result is kept for the next start"])
+    timer.daemon = True
+    timer.start()
     enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # the compiler makes objects by the million that stay: looking for garbage slows it down
     try:
         yield
     finally:
+        timer.cancel()
         if enabled:
             gc.enable()
 
 
+def stays_uncompiled(what: str, error: Exception) -> None:
+    """Say so, and why."""
+    # The first line may only say which part of the compiler failed.
+    reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    Console(stderr=True).print(f"{what} stays uncompiled, and slower: {reason}")
+
+
 class Compiled:
-    """`function`, compiled; eager where this machine cannot compile, after one line that says so.
+    """`function`, compiled in this process; eager where that cannot be, after one line that says so.
 
     Args:
         function: what is compiled.
         what: it is, for people.
-        batch_varies: from call to call; it is then the first axis of all positional arguments, which are
-            tensors or tuples of tensors, and keyword arguments do not depend on it.
         cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only. Results
             are then copies, for the next replay writes where the last one wrote.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        *,
-        what: str = "the planner",
-        batch_varies: bool = True,
-        cuda_graphs: bool = False,
-    ):
-        self._function, self._what, self._batch_varies = function, what, batch_varies
-        with no_garbage_collection():  # this loads the compiler
-            if cuda_graphs:
-                graphs = torch.compile(function, mode="reduce-overhead")
-                self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
-            else:
-                self._compiled = torch.compile(function, options=OPTIONS)
-        self._called: set[bool] = set()  # with a batch of one; with a larger one
+    def __init__(self, function: Callable[..., Any], *, what: str, cuda_graphs: bool = False):
+        self._function, self._what = function, what
+        if cuda_graphs:
+            graphs = torch.compile(function, mode="reduce-overhead")
+            self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
+        else:
+            self._compiled = torch.compile(function, options=OPTIONS)
+        self._called = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors: list[Tensor] = tree_leaves(args) if self._batch_varies else []
-        is_batch = bool(tensors) and tensors[0].shape[0] > 1
-        if is_batch:
-            for tensor in tensors:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        if is_batch in self._called:
+        if self._called:
             return self._compiled(*args, **kwargs)
-        self._called.add(is_batch)
-        return self._first_call(args, kwargs)
-
-    def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        say = Console(stderr=True).print
-        line = f"compiling {self._what}; the result is kept for the next start"
-        timer = threading.Timer(PATIENCE, say, [line])
-        timer.daemon = True
-        timer.start()
+        self._called = True
         try:
-            with no_garbage_collection(), torch._dynamo.config.patch(run_gc_after_compile=False):
+            with announced(self._what):
                 return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as e:
-            # The first line may only say which part of the compiler failed.
-            reason = " ".join(str(e).split("\n\n")[0].split()) or type(e).__name__
-            say(f"{self._what} stays uncompiled, and slower: {reason}")
+            stays_uncompiled(self._what, e)
             self._compiled = self._function
             return self._function(*args, **kwargs)
-        finally:
-            timer.cancel()

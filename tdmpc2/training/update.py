@@ -79,7 +79,7 @@ class Update:
         self._targets, self._losses, self._judged = td_targets, world_model_losses, judge_policy
         if compute.compile:
             self._targets, self._losses, self._judged = (
-                Compiled(f, what=f"the update's {f.__name__.replace('_', ' ')}", batch_varies=False)
+                Compiled(f, what=f"the update's {f.__name__.replace('_', ' ')}")
                 for f in (td_targets, world_model_losses, judge_policy)
             )
         model.requires_grad_(True).target_q.requires_grad_(False)

@@ -1,0 +1,88 @@
+"""Functions compiled ahead of time: what a library depends on, and what happens where there is none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tdmpc2.inference import AheadOfTime
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch, tmp_path: Path) -> Path:
+    """The folder of libraries, empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "tdmpc2"
+
+
+def ahead_of(module: nn.Module, shift: float = 0.0) -> AheadOfTime:
+    return AheadOfTime(
+        lambda x: module(x) + shift, lambda y: y[0], what="it", modules=[module], depends_on=shift
+    )
+
+
+@torch.no_grad()
+def test_weights_are_inputs_and_all_else_is_in_the_name(libraries: Path) -> None:
+    one, other, x = nn.Linear(3, 2), nn.Linear(3, 2), torch.randn(1, 3)
+    for module, shift in ((one, 0.0), (other, 0.0), (one, 1.0)):
+        torch.testing.assert_close(ahead_of(module, shift)(x), module(x) + shift)
+    assert len(list(libraries.iterdir())) == 2, "one for each shift, whatever the weights"
+    compiled = ahead_of(one)
+    before = compiled(x)
+    one.weight.add_(1.0)
+    torch.testing.assert_close(compiled(x), before + x.sum(), msg="later changes are followed")
+
+
+@torch.no_grad()
+def test_inputs_may_lie_in_memory_in_any_way() -> None:
+    module, x = nn.Linear(3, 2), torch.randn(3, 8)
+    compiled = ahead_of(module)
+    for rows in (x.T.contiguous(), x.T, x.T[::2], x.T[:1]):
+        torch.testing.assert_close(compiled(rows), module(rows))
+
+
+def test_weights_that_it_does_not_know_of_are_refused() -> None:
+    hidden = nn.Linear(3, 2)
+    with pytest.raises(AssertionError, match="never to change"):
+        AheadOfTime(lambda x: hidden(x), lambda y: y[0], what="it", depends_on="")(torch.zeros(1, 3))
+
+
+@torch.no_grad()
+def test_a_damaged_library_is_made_anew(libraries: Path) -> None:
+    module, x = nn.Linear(3, 2), torch.randn(1, 3)
+    ahead_of(module)(x)
+    (library,) = libraries.iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    torch.testing.assert_close(ahead_of(module)(x), module(x))
+    assert library.stat().st_size > len(whole) // 2
+
+
+def test_without_a_compiler_it_works_all_the_same_and_says_so(capsys) -> None:
+    compiled = AheadOfTime(lambda x: x.cos() + 41.375, lambda y: y[0], what="the planner", depends_on="")
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
+        for _ in range(2):
+            assert torch.equal(compiled(torch.zeros(3, 2)), torch.full((3, 2), 42.375))
+    said = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("the planner stays uncompiled") for line in said) == 1
+
+
+def test_a_start_does_not_load_the_compiler(tmp_path: Path) -> None:
+    """Nor does anything that an agent imports: it is what makes a start slow."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import sys, torch\n"
+        "import tdmpc2\n"
+        "from tdmpc2.inference import AheadOfTime\n"
+        "compiled = AheadOfTime(lambda x: x.sin(), lambda y: y[0], what='it', depends_on='')\n"
+        "print(compiled(torch.zeros(1)).item(), 'torch._inductor' in sys.modules, 'torch._dynamo' in sys.modules)\n"
+    )
+    first, second = (
+        subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert first.split() == ["0.0", "True", "True"]
+    assert second.split() == ["0.0", "False", "False"]
