@@ -160,7 +160,7 @@ class Disagreement(SpeculativeAgent):
         self.other = other
 
     def _drift(self, z: Tensor) -> Tensor:
-        planned = self._planned_action(z, self._actions, self._k)
+        planned = self._planned_action(z, self._actions, self._k, self.teacher.task)
         seen = self.other.embed(z, self._z_pred, planned, self._k)
         answer = self.other(self.other.no_history(self.num_envs).then(seen), planned)
         return (would_execute(self, z) - answer).norm(dim=-1)
@@ -169,7 +169,7 @@ class Disagreement(SpeculativeAgent):
 def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
     """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
     assert agent.corrector is not None and agent._history is not None
-    planned = agent._planned_action(z, agent._actions, agent._k)
+    planned = agent._planned_action(z, agent._actions, agent._k, agent.teacher.task)
     seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k)
     return agent.corrector(agent._history.then(seen), planned)
 

@@ -225,18 +225,19 @@ class SpeculativeAgent:
         if teacher.planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
             what = "the corrector"
-            if device.type == "cuda":
-                self._step = Compiled(self._eager_step, what=what)
-            else:
-                task = None if teacher.task is None else teacher.task.tolist()
-                traits = self.plan_length, self._predicts, self._values, task
+            if device.type == "cpu":
                 self._step = AheadOfTime(
                     self._eager_step,
                     lambda x: Step(x[0], x[1], x[2], x[3], History(x[4], x[5])),
                     what=what,
                     modules=(model, corrector),
-                    depends_on=("step", model.config, corrector.config, traits),
+                    depends_on=(
+                        (model.config, corrector.config),
+                        (self.plan_length, self._predicts, self._values),
+                    ),
                 )
+            else:
+                self._step = Compiled(self._eager_step, what=what)
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
 
     @property
@@ -274,7 +275,7 @@ class SpeculativeAgent:
         if replan.any():
             self._replan(z, replan, plan)
 
-        step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history)
+        step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history, self.teacher.task)
         self._z_pred, self._value, self._history = step.z_pred, step.value, step.history
         self._k = self._k + 1
         self._last = (due, replan, k, drift, step)
@@ -329,6 +330,7 @@ class SpeculativeAgent:
         k: Tensor,
         replan: Tensor,
         history: History | None,
+        task: Tensor | None,
     ) -> Step:
         """Execute step `k` `[B]` of the plans `[B, H, A]`, corrected where none was made now.
 
@@ -339,9 +341,10 @@ class SpeculativeAgent:
             k: step in plan.
             replan: `[B]`, where plans were made now.
             history: of earlier steps, where there is a corrector.
+            task: `[B]`, indices of tasks, of a multi-task model.
         """
-        model, task = self.teacher.model, self.teacher.task
-        planned, value = self._planned_action(z, plan, k), torch.full_like(self._value, torch.nan)
+        model = self.teacher.model
+        planned, value = self._planned_action(z, plan, k, task), z.new_full(z.shape[:1], torch.nan)
         action = planned
         if self._values:
             value = model.value(z, model.prior(z, task), task).mean(0)
@@ -354,12 +357,12 @@ class SpeculativeAgent:
             z_pred = model.next(z_pred, action, task)
         return Step(planned, action, z_pred, value, history)
 
-    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor) -> Tensor:
+    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
 
         At the predicted one the prior would follow the model's errors.
         """
-        model, task = self.teacher.model, self.teacher.task
+        model = self.teacher.model
         if not self.plan_length:
             return model.prior(z, task)
         in_plan = k < self.plan_length

@@ -71,7 +71,7 @@ class ComputeConfig:
     """How the planner computes, not what."""
 
     precision: str = "float32"  # of matrix products in planning, or "bfloat16"
-    compile: bool = False  # takes tens of seconds at the first start of all, a few afterwards
+    compile: bool = False  # takes tens of seconds once; acting starts quickly afterwards
 
 
 EAGER = ComputeConfig()

@@ -241,17 +241,21 @@ def test_untrained_corrector_executes_the_plan(model, architecture) -> None:
         torch.testing.assert_close(corrected.act(obs), naive.act(obs))
 
 
-@pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
-def test_compiled_step_is_the_eager_one(model, architecture, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "name", "task"),
+    [("two_tower", "state_small", None), ("temporal", "state_small", None), ("two_tower", "mt30_small", 4)],
+)
+def test_compiled_step_is_the_eager_one(architecture, name, task, monkeypatch, tmp_path) -> None:
     """Replanned, corrected, past the planning horizon; one compilation serves all execution horizons."""
-    corrector, obs = noisy_corrector(model, architecture), observations(8, 1)
-    labeller = TDMPC2(model, BUDGET)
+    model = load_world_model(Path(__file__).parent / f"fixtures/official/{name}.pt")
+    corrector, obs = noisy_corrector(model, architecture), torch.randn(8, 1, *model.config.obs_shape)
+    labeller = TDMPC2(model, BUDGET, task=task)
     plan = labeller.plan(labeller.encode(obs[0]))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def run(horizon: int, compute: ComputeConfig) -> list[torch.Tensor]:
         mode = SpeculationConfig(execution_horizon=horizon, corrector=architecture)
-        agent = SpeculativeAgent(TDMPC2(model, BUDGET, compute=compute), mode, corrector)
+        agent = SpeculativeAgent(TDMPC2(model, BUDGET, task=task, compute=compute), mode, corrector)
         agent.reset()
         return [torch.cat([agent.act(o, plan)[0], agent.info.correction]) for o in obs]
 

@@ -76,7 +76,7 @@ def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
             values = [MODEL.value(z, a).mean(0) for a in (MODEL.prior(z), action)]
             expected = values[0] - values[1]
         else:
-            planned = agent._planned_action(z, plan, k)
+            planned = agent._planned_action(z, plan, k, None)
             answer = other(other.no_history(1).then(other.embed(z, z_pred, planned, k)), planned)
             expected = (action - answer).norm(dim=-1)
         torch.testing.assert_close(agent.info.mismatch, expected)

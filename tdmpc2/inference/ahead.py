@@ -2,14 +2,16 @@
 
 Loading PyTorch's compiler and tracing a function takes seconds at every start, though what it makes is
 cached. A library that was compiled ahead of time (AOTInductor) takes milliseconds. Libraries are kept in
-`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name that says all they depend on.
+`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name made of all they depend on.
 """
 
 import hashlib
+import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +24,11 @@ from .compiled import OPTIONS, announced, stays_uncompiled
 
 Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
+PACKAGE = Path(__file__).parents[1]
+# Read when it is imported: what is on disk later may not be what runs.
+SOURCES = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(PACKAGE.rglob("*.py")))).hexdigest()
+VERSIONED = ("builtins", "torch", __name__.split(".")[0])  # code that `_machine` names the version of
+
 
 class AheadOfTime:
     """`function`, compiled; eager where this machine cannot compile, after one line that says so.
@@ -29,13 +36,14 @@ class AheadOfTime:
     Without gradients, and on CPUs only. One library serves a batch of one, a second one every larger batch.
 
     Args:
-        function: what is compiled. It takes and gives tensors and tuples of tensors, of which some may be
-            None. The batch is the first axis of all positional arguments; keyword arguments do not depend
-            on it.
-        result: makes what `function` gives of its tensors in order.
-        what: it is, for people.
-        modules: whose weights it reads.
-        depends_on: everything else that it reads, such as configurations: its `repr` names them all.
+        function: a method or function that takes and gives tensors and tuples of tensors, of which some may
+            be None. The batch is the first axis of all positional arguments; keyword arguments do not
+            depend on it, and are laid out alike in every call.
+        result: makes a tuple of tensors what `function` returns.
+        what: name of the function in messages.
+        modules: whose weights `function` reads. Changes in place are followed; other tensors must be
+            arguments.
+        depends_on: all else that it reads: values whose `repr` tells them apart.
     """
 
     def __init__(
@@ -49,86 +57,110 @@ class AheadOfTime:
     ):
         self._function, self._result, self._what, self._depends_on = function, result, what, depends_on
         self._caller = _Caller(function, modules)
-        self._weights = dict(self._caller.state_dict(keep_vars=True))
-        self._runs: dict[bool, Run] = {}  # with a batch of one; with a larger one
-        self._compiles = True
+        named = [*self._caller.named_parameters(), *self._caller.named_buffers()]
+        self._weights: dict[str, Tensor] = dict(named)
+        self._runs: dict[tuple[bool, int], Run | None] = {}  # None: eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._compiles:
-            return self._function(*args, **kwargs)
         # A library takes for granted that its inputs are laid out as those were that it was compiled with.
         varying = [x.contiguous() for x in tree_leaves(args) if x is not None]
         fixed = [x for x in tree_leaves(kwargs) if x is not None]
         inputs = [*varying, *fixed, *self._weights.values()]
-        is_batch = varying[0].shape[0] > 1
-        if is_batch not in self._runs:
-            try:
-                with announced(self._what):
-                    self._runs[is_batch] = self._load(args, kwargs, inputs, len(varying) if is_batch else 0)
-            except (RuntimeError, OSError) as e:
-                stays_uncompiled(self._what, e)
-                self._compiles = False
-                return self._function(*args, **kwargs)
-        return self._result(self._runs[is_batch](inputs))
+        kind = varying[0].shape[0] > 1, torch.get_num_threads()  # it is compiled for that many
+        if kind not in self._runs:
+            self._runs[kind] = self._first_call(args, kwargs, inputs, len(varying) if kind[0] else 0)
+        run = self._runs[kind]
+        return self._function(*args, **kwargs) if run is None else self._result(run(inputs))
 
-    def _load(self, args: Any, kwargs: Any, inputs: list[Tensor], varying: int) -> Run:
+    def _first_call(self, args: Any, kwargs: Any, inputs: list[Tensor], varying: int) -> Run | None:
         """The library for such inputs, the batch being free in the first `varying` of them."""
         leaves, spec = tree_flatten((args, kwargs))
         present = [x is not None for x in leaves]
-        layouts = [
-            (x.dtype, (*x.shape[free:],), (*x.stride()[free:],))
-            for x, free in zip(inputs, [1] * varying + [0] * len(inputs), strict=False)
-        ]
-        key = repr((self._depends_on, [*self._weights], present, layouts, varying, _machine()))
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdmpc2"
-        path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt2"
-        if path.exists():
-            try:
+        layouts = [(x.dtype, x.shape[i < varying :], x.stride()[i < varying :]) for i, x in enumerate(inputs)]
+        try:
+            key = (self._depends_on, self._code(), [*self._weights], present, layouts, varying, _machine())
+            name = hashlib.sha256(repr((key, torch.get_num_threads())).encode()).hexdigest()[:32]
+            with announced(self._what), _folder() as folder:
+                path = folder / f"{name}.pt2"
+                if path.exists():
+                    try:
+                        return _open(path)
+                    except RuntimeError:
+                        path.unlink(missing_ok=True)  # damaged
+                with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be compiling the same
+                    self._compile(Path(own) / path.name, spec, present, inputs, varying)
+                    os.replace(Path(own) / path.name, path)
                 return _open(path)
-            except RuntimeError:
-                pass  # it is damaged
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be compiling the same
-            made = Path(own) / path.name
-            self._compile(made, spec, present, inputs, varying)
-            os.replace(made, path)
-        return _open(path)
+        except _Baked:
+            raise
+        except Exception as e:  # of whatever kind: the compiler has many
+            stays_uncompiled(self._what, e)
+            return None
 
     def _compile(
         self, path: Path, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int
     ) -> None:
-        class Flat(nn.Module):
+        def flat(inputs: list[Tensor]) -> list[Tensor]:
             """Takes and gives lists of tensors, as a library does."""
-
-            def forward(root, inputs: list[Tensor]) -> list[Tensor]:  # noqa: N805  # self is that outside
-                given = iter(inputs)
-                args, kwargs = tree_unflatten([next(given) if p else None for p in present], spec)
-                weights = dict(zip(self._weights, given, strict=True))
-                result = torch.func.functional_call(self._caller, weights, args, kwargs)
-                return [x for x in tree_leaves(result) if x is not None]
+            given = iter(inputs)
+            args, kwargs = tree_unflatten([next(given) if p else None for p in present], spec)
+            weights = dict(zip(self._weights, given, strict=True))
+            result = torch.func.functional_call(self._caller, weights, args, kwargs)
+            return [x for x in tree_leaves(result) if x is not None]
 
         free = {0: torch.export.Dim("batch", min=2)}
-        shapes = [free if i < varying else None for i in range(len(inputs))]
-        with torch.no_grad():
-            graph = torch.export.export(Flat(), (inputs,), dynamic_shapes={"inputs": shapes}, strict=False)
-        if weights := [name for name, x in graph.constants.items() if x.numel() > 1]:
-            raise AssertionError(f"not among the modules, and so never to change: {weights}")
+        shapes = ([free if i < varying else None for i in range(len(inputs))],)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            graph = torch.export.export(_Caller(flat), (inputs,), dynamic_shapes=(shapes,), strict=False)
+        if graph.constants:
+            raise _Baked(f"{self._what} reads tensors that are neither arguments nor of its modules")
+        options = {**OPTIONS, "aot_inductor.precompile_headers": False}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own code brings them on
-            torch._inductor.aoti_compile_and_package(
-                graph, package_path=str(path), inductor_configs={**OPTIONS}
-            )
+            torch._inductor.aoti_compile_and_package(graph, package_path=str(path), inductor_configs=options)
+
+    def _code(self) -> list[object]:
+        """What is compiled: the function, and the types of what it is of and of the modules it reads."""
+        owners = [getattr(self._function, "__self__", None), *self._caller.modules()]
+        code: set[Any] = {self._function, *(c for owner in owners for c in type(owner).__mro__)}
+        foreign = {inspect.getfile(c) for c in code if c.__module__.split(".")[0] not in VERSIONED}
+        return [
+            (self._function.__module__, self._function.__qualname__),
+            [(type(m).__module__, type(m).__qualname__) for m in owners],
+            [m.training for m in self._caller.modules()],
+            [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(foreign)],
+        ]
+
+
+class _Baked(AssertionError):
+    """A library would hold the values of tensors for good."""
 
 
 class _Caller(nn.Module):
     """A function as a module that has the modules which it reads."""
 
-    def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module]):
+    def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module] = ()):
         super().__init__()
         self.function, self.modules_read = function, nn.ModuleList(modules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where libraries are kept; where nothing can be, a folder for now."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdmpc2"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):  # the latter where there is no home
+        kept = False
+    if kept:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as own:
+            yield Path(own)
 
 
 def _open(path: Path) -> Run:
@@ -139,9 +171,5 @@ def _open(path: Path) -> Run:
 
 @lru_cache
 def _machine() -> tuple[object, ...]:
-    """What the name of a library says of everything that is the same for all of a process."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        sources.update(path.read_bytes())
-    capabilities = sorted(torch.cpu.get_capabilities().items())
-    return sources.hexdigest(), torch.__version__, capabilities, torch.get_num_threads(), OPTIONS
+    """What every library of a process depends on."""
+    return SOURCES, torch.__version__, sorted(torch.cpu.get_capabilities().items()), OPTIONS

@@ -79,7 +79,7 @@ class Compiled:
             return self._compiled(*args, **kwargs)
         self._called = True
         try:
-            with announced(self._what):
+            with announced(self._what), torch._dynamo.config.patch(run_gc_after_compile=False):
                 return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as e:
             stays_uncompiled(self._what, e)
