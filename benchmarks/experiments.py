@@ -34,16 +34,17 @@ from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
-from tdmpc2.mismatch import calibrate_threshold
+from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
 
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
-QUANTILES = (0.9, 0.99, 0.999)
+QUANTILES = (0.9, 0.95, 0.99)
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
+STANDARD = "mismatch"  # with a threshold for every step in plan
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
     "1 planned step, then the prior": (1, None),
     "3 planned steps, then the prior": (3, None),
@@ -96,24 +97,6 @@ class RelativeDrift(SpeculativeAgent):
         return drift if before is None else drift / ((z - before).norm(dim=-1) + 1e-3)
 
 
-class PerStep(SpeculativeAgent):
-    """Mismatch in units of what is typical at that step in plan, `[K]`; later steps take the last one's."""
-
-    def __init__(
-        self,
-        teacher: TDMPC2,
-        config: SpeculationConfig,
-        corrector: BaseCorrector | None = None,
-        *,
-        typical: Tensor,
-    ):
-        super().__init__(teacher, config, corrector)
-        self.typical = typical
-
-    def _drift(self, z: Tensor) -> Tensor:
-        return super()._drift(z) / self.typical[self._k.clamp(max=len(self.typical) - 1)]
-
-
 class ActionGap(SpeculativeAgent):
     """How far the prior's actions at the real and the predicted latent are apart: what a mismatch changes."""
 
@@ -140,7 +123,7 @@ class SlowStart(SpeculativeAgent):
         drift, begins = super()._drift(z), self._k >= self.config.execution_horizon
         reach = torch.full_like(self._k, FOREVER) if self._reach is None else self._reach
         reach = reach.masked_fill(begins, FOREVER)
-        lost, ended = ~begins & ~(drift <= self._threshold), self._k >= reach
+        lost, ended = ~begins & ~(drift <= self._threshold()), self._k >= reach
         self._reach = torch.where(lost, 1, torch.where(ended, 2 * reach, reach))
         return drift.masked_fill(ended, torch.inf)
 
@@ -269,14 +252,11 @@ def main(config: ExperimentConfig) -> None:
     for variant, (length, horizon) in EXTENSIONS.items():
         longer = partial(bench.rollout, replace(free, plan_length=length), corrector, horizon=horizon)
         bench.add("plan", variant, longer)
-    steps = bench.rollout(free, corrector, seeds=config.calibration_seeds).steps
-    typical = torch.tensor(steps.groupby("k")["mismatch"].median().to_numpy(), dtype=torch.float32)
-    typical[0] = 1.0  # there the plan is made
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
-        "mismatch": SpeculativeAgent,
+        STANDARD: SpeculativeAgent,
+        "mismatch, one threshold for all steps": SpeculativeAgent,
         "mismatch, slow start after it": SlowStart,
         "mismatch over last step": RelativeDrift,
-        "mismatch over its median at k": partial(PerStep, typical=typical),
         "action gap": ActionGap,
         "value gap": ValueGap,
         "disagreement with the distilled policy": partial(Disagreement, other=distilled),
@@ -289,11 +269,14 @@ def main(config: ExperimentConfig) -> None:
     for rule, agent_type in rules.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
         for quantile in QUANTILES:
-            threshold = calibrate_threshold(seen.loc[seen["k"] > 0, "mismatch"].to_numpy(), quantile)
+            later = seen.loc[seen["k"] > 0, "mismatch"].to_numpy()
+            threshold = (calibrate_threshold(later, quantile),)
+            if rule == STANDARD:
+                threshold = calibrate_thresholds(seen, quantile)
             mode = SpeculationConfig(FOREVER, threshold, corrector=config.architecture)
             accepting(f"{rule}, quantile {quantile}", mode, agent_type)
-            if agent_type is SpeculativeAgent:
-                floor = -calibrate_threshold(-seen["value"].to_numpy(), quantile)
+            if rule == STANDARD:
+                floor = -calibrate_threshold(-seen["value"].to_numpy(), config.value_quantile)
                 accepting(f"{rule} or value, quantile {quantile}", replace(mode, min_value=floor), agent_type)
     running_about.rename(about)
     running.rename(path)

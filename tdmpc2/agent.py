@@ -208,9 +208,9 @@ class SpeculativeAgent:
             planner.config = replace(planner.config, iterations=config.iterations)
             check_budget(planner.config)
         self.teacher, self.config, self.corrector = teacher, config, corrector
-        self._threshold = math.inf if config.threshold is None else config.threshold
         self._min_value = -math.inf if config.min_value is None else config.min_value
         n, model = teacher.num_envs, teacher.model
+        self._thresholds = torch.tensor(config.threshold or (math.inf,), device=teacher.device)
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
         self._actions = torch.zeros(n, horizon, action, device=device)
         self._z_pred = torch.zeros(n, latent, device=device)
@@ -271,7 +271,7 @@ class SpeculativeAgent:
         drift = self._drift(z)
         # A mismatch that is no number is too large. The value is that of the state before: one network less
         # stands between an observation and its action.
-        replan = due | ~(drift <= self._threshold) | (self._value < self._min_value)
+        replan = due | ~(drift <= self._threshold()) | (self._value < self._min_value)
         if replan.any():
             self._replan(z, replan, plan)
 
@@ -300,6 +300,10 @@ class SpeculativeAgent:
     def _drift(self, z: Tensor) -> Tensor:
         """What is held against the threshold `[B]`: how far the real latents are from those predicted."""
         return mismatch(z, self._z_pred)
+
+    def _threshold(self) -> Tensor:
+        """That of each row's step in plan `[B]`."""
+        return self._thresholds[(self._k - 1).clamp(0, len(self._thresholds) - 1)]
 
     def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None) -> None:
         """Put the rows `replan` `[B]` bool at step 0 of a fresh plan."""

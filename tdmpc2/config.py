@@ -123,11 +123,16 @@ class SpeculationConfig:
     """
 
     execution_horizon: int = 3  # K: steps executed per plan
-    threshold: float | None = None  # mismatch above which the agent replans; None: never
+    # Mismatch above which the agent replans at step 1, 2, ... of a plan; the last holds for all later steps.
+    threshold: tuple[float, ...] | None = None  # None: never
     min_value: float | None = None  # value of a state below which the agent replans after it; None: never
     corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:  # JSON makes lists of tuples
+            object.__setattr__(self, "threshold", tuple(self.threshold))
 
 
 TEACHER = SpeculationConfig(execution_horizon=1)  # TD-MPC2 itself: it replans at every step

@@ -1,6 +1,7 @@
 """How far reality has drifted from the plan, and how far it may before the plan is thrown away."""
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
 from .errors import DataError
@@ -18,7 +19,7 @@ def calibrate_threshold(mismatches: np.ndarray, quantile: float) -> float:
     """The threshold that a share `quantile` of calibration steps stays below.
 
     Args:
-        mismatches: at steps k >= 1 of plans that were executed without fallback.
+        mismatches: of plans that were executed without fallback.
         quantile: in (0, 1].
 
     Raises:
@@ -28,3 +29,21 @@ def calibrate_threshold(mismatches: np.ndarray, quantile: float) -> float:
     if finite.size == 0:
         raise DataError("no mismatch to calibrate on: the calibration episodes hold no step beyond k = 0")
     return float(np.quantile(finite, quantile))
+
+
+def calibrate_thresholds(steps: pd.DataFrame, quantile: float) -> tuple[float, ...]:
+    """A threshold for every step in plan k = 1, 2, ...: a plan drifts from reality the further the longer.
+
+    One threshold for all steps would be blind where a plan has just begun.
+
+    Args:
+        steps: columns `k, mismatch`, of plans that were executed without fallback.
+        quantile: share of the steps at each k that stay below, in (0, 1].
+
+    Raises:
+        DataError: there is no finite mismatch to calibrate on.
+    """
+    finite = steps[(steps["k"] > 0) & np.isfinite(steps["mismatch"])]
+    if finite.empty:
+        raise DataError("no mismatch to calibrate on: the calibration episodes hold no step beyond k = 0")
+    return tuple(finite.groupby("k")["mismatch"].quantile(quantile))

@@ -135,7 +135,7 @@ def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
     agent = tdmpc2.load_agent(finished)
     assert isinstance(agent, tdmpc2.SpeculativeAgent)
     chosen = json.loads((finished / "evaluation/chosen.json").read_text())["speculation"]
-    assert asdict(agent.config) == chosen
+    assert agent.config == SpeculationConfig(**chosen)
 
     folder = shutil.copytree(finished, tmp_path / "agent")
     config = json.loads((folder / "config.json").read_text())

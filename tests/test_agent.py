@@ -1,8 +1,10 @@
 """The speculative agent's clock, buffer, mismatch, fallback and correction."""
 
+import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -16,8 +18,8 @@ from tdmpc2.config import (
     SpeculationConfig,
 )
 from tdmpc2.corrector import build_corrector
-from tdmpc2.errors import ConfigError, ObservationError
-from tdmpc2.mismatch import calibrate_threshold
+from tdmpc2.errors import ConfigError, DataError, ObservationError
+from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.world_model import load_world_model
 
@@ -97,12 +99,24 @@ def test_fallback_above_the_threshold_only(model) -> None:
         drifts.append(float(free.info.mismatch[0]))
     # A threshold between the first two drifts' values: decides step 1 alone.
     below, above = drifts[1] * 0.999, drifts[1] * 1.001
-    assert kinds(agent_of(model, execution_horizon=6, threshold=below), obs[:2])[1] == ["FALLBACK"]
-    assert kinds(agent_of(model, execution_horizon=6, threshold=above), obs[:2])[1] == ["OPEN_LOOP"]
+    assert kinds(agent_of(model, execution_horizon=6, threshold=(below,)), obs[:2])[1] == ["FALLBACK"]
+    assert kinds(agent_of(model, execution_horizon=6, threshold=(above,)), obs[:2])[1] == ["OPEN_LOOP"]
+
+
+def test_every_step_in_plan_has_a_threshold_of_its_own(model) -> None:
+    """The last one holds for all that come later."""
+    free, never = (math.inf,), (0.0,)
+    for threshold, expected in (
+        (free * 2 + never, "POOFOO"),
+        (never + free, "PFFFFF"),
+        (free + never, "POFOFO"),
+    ):
+        seen = kinds(agent_of(model, execution_horizon=20, threshold=threshold), observations(6, 1))
+        assert "".join(k[0][0] for k in seen) == expected
 
 
 def test_fallback_executes_the_first_action_of_one_new_plan(model, monkeypatch) -> None:
-    agent = agent_of(model, execution_horizon=3, threshold=0.0)
+    agent = agent_of(model, execution_horizon=3, threshold=(0.0,))
     agent.reset()
     plans: list[Plan] = []
     plan = agent.teacher.planner.plan
@@ -171,7 +185,7 @@ def test_a_batch_acts_as_its_rows_alone(model, architecture) -> None:
 
     def run(rows: list[int]) -> torch.Tensor:
         agent = agent_of(
-            model, corrector, len(rows), execution_horizon=4, threshold=0.9, corrector=architecture
+            model, corrector, len(rows), execution_horizon=4, threshold=(0.9,), corrector=architecture
         )
         agent.teacher.planner.noise = Silence()
         agent.reset()
@@ -300,6 +314,13 @@ def test_bad_settings_are_named(model) -> None:
     multi = load_world_model(Path(__file__).parent / "fixtures/official/mt30_small.pt")
     with pytest.raises(ConfigError, match="0 to 29"):
         TDMPC2(multi, BUDGET)
+
+
+def test_thresholds_are_quantiles_at_each_step_in_plan() -> None:
+    steps = pd.DataFrame({"k": [0, 1, 2, 1, 2, 1, 2], "mismatch": [np.nan, 1.0, 4.0, 2.0, 8.0, 3.0, 9.0]})
+    assert calibrate_thresholds(steps, 0.5) == (2.0, 8.0)
+    with pytest.raises(DataError, match="beyond k = 0"):
+        calibrate_thresholds(steps[:1], 0.5)
 
 
 def test_threshold_is_a_quantile_of_finite_mismatches() -> None:

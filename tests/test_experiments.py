@@ -36,12 +36,6 @@ def test_mismatch_in_units_of_the_last_step() -> None:
     torch.testing.assert_close(drifts(experiments.RelativeDrift), drifts(SpeculativeAgent) / moved)
 
 
-def test_mismatch_in_units_of_its_step_in_plan() -> None:
-    typical = torch.tensor([1.0, 2.0, 4.0])
-    expected = drifts(SpeculativeAgent) / torch.tensor([2.0, 4.0, 4.0, 4.0, 4.0])
-    torch.testing.assert_close(drifts(experiments.PerStep, typical=typical), expected)
-
-
 def test_action_gap_is_that_of_the_prior() -> None:
     agent = experiments.ActionGap(TDMPC2(MODEL, BUDGET), SpeculationConfig(3))
     z, agent._z_pred = MODEL.encode(OBSERVATIONS[:2, 0]).split(1)
@@ -88,7 +82,7 @@ def test_plans_grow_again_after_a_fallback() -> None:
     agent.reset()
     kinds = []
     for t, obs in enumerate(OBSERVATIONS):
-        agent._threshold = 0.0 if t == 2 else 1e6
+        agent._thresholds = torch.tensor([0.0 if t == 2 else 1e6])
         agent.act(obs)
         kinds.append(Kind(int(agent.info.kind)).name[0])
     assert "".join(kinds) == "POF" + "F" + "OF" + "OOOF" + "OO"

@@ -11,6 +11,7 @@
 A run that is killed goes on with the modes that are missing.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..config import SpeculationConfig, at_least
 from ..corrector import BaseCorrector
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, read_json, write_json
-from ..mismatch import calibrate_threshold
+from ..mismatch import calibrate_threshold, calibrate_thresholds
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import holds_up, summarise
@@ -44,7 +45,10 @@ class EvaluationConfig:
     eval_seed: int = 20_000  # the first of them; the others follow
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
-    quantile: float = 0.99  # share of the calibration steps that are within each limit of a mode
+    quantile: float = (
+        0.95  # share of the calibration steps within the mismatch's limit, at every step in plan
+    )
+    value_quantile: float = 0.99  # share of them within that of the value
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
     num_envs: int = 10  # episodes run as one batch
@@ -65,7 +69,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
     c = config
     at_least(1, c, "calibration_episodes", "eval_episodes", "latency_steps", "num_envs")
     at_least(0, c, "calibration_seed", "eval_seed")
-    for name in ("quantile", "min_return", "min_return_pushed"):
+    for name in ("quantile", "value_quantile", "min_return", "min_return_pushed"):
         if not 0 < getattr(c, name) <= 1:
             raise ConfigError(f"{name}={getattr(c, name)}: must be above 0 and at most 1")
     if not 0 <= c.label_episodes <= min(c.num_envs, c.eval_episodes):
@@ -132,10 +136,10 @@ def calibrate(
             steps = run.steps
             min_value = None
             if corrector:  # most values lie above the limit
-                min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.quantile)
+                min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.value_quantile)
+            thresholds = calibrate_thresholds(steps, config.quantile)
             for name, horizon in modes.items():
-                drift = steps.loc[steps["k"].between(1, horizon - 1), "mismatch"].to_numpy()
-                limits[name] = Limits(calibrate_threshold(drift, config.quantile), min_value)
+                limits[name] = Limits(thresholds[: horizon - 1], min_value)
     return standard_modes(list(subject.correctors), limits, subject.teacher.planner.iterations)
 
 
@@ -342,7 +346,7 @@ def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
     """Whether `path` holds these settings; False where there is no such file."""
     if not path.exists():
         return False
-    if read_json(path) != settings:
+    if read_json(path) != json.loads(json.dumps(settings)):  # which makes lists of tuples
         raise ConfigError(f"{path} was written with other settings: choose another out=, or delete it")
     return True
 

@@ -19,7 +19,7 @@ FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
 class Limits(NamedTuple):
     """Where a mode gives its plan up."""
 
-    threshold: float  # of the mismatch
+    threshold: tuple[float, ...]  # of the mismatch, for steps 1, 2, ... of a plan
     min_value: float | None  # of the state; without a corrector nothing watches it
 
 
