@@ -82,7 +82,8 @@ def main(settings: Settings) -> None:
     for name, text in pages.items():
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
-    content = between(readme.read_text(), "results", overview(table) + pooled_rows(table))
+    overviews = overview(table) + pooled_rows(table) + commits(tasks)
+    content = between(readme.read_text(), "results", overviews)
     content = between(content, "correctors", correctors(found, table))
     disturbances = disturbed_tables(tasks)
     content = between(content, "disturbed", disturbed(disturbances))
@@ -144,6 +145,14 @@ def pooled_rows(table: pd.DataFrame) -> str:
         times = [f"{x:.2f} ms" for x in (row.act_ms_median, row.act_ms_p99)]
         lines.append(line([row.setting, interval(row), *ratios, *calls, *times]))
     return "\n".join([*lines, ""])
+
+
+def commits(folders: list[Path]) -> str:
+    """The commit that each task was evaluated at, in Markdown."""
+    at: dict[str, list[str]] = {}
+    for folder in folders:
+        at.setdefault(read_json(folder / "provenance.json")["commit"], []).append(folder.name)
+    return "\n" + "; ".join(f"{', '.join(names)}: commit {commit}" for commit, names in at.items()) + ".\n"
 
 
 def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
