@@ -284,11 +284,14 @@ def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path
     one_line(result, "half/two_tower did not end")
 
 
-@pytest.mark.parametrize(("least", "chosen"), [(0.85, "far"), (0.95, "near"), (0.99, "baseline")])
-def test_the_chosen_mode_withstands_pushes(
-    least: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("far_calls", "least", "chosen"),
+    [(0.1, 0.85, "far"), (0.1, 0.95, "near"), (0.1, 0.99, "baseline"), (0.3, 0.85, "near")],
+)
+def test_the_chosen_mode_plans_least_and_withstands_pushes(
+    far_calls: float, least: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = {"baseline": 1.0, "near": 0.2, "far": 0.1, "lossy": 0.05, "prior": 0.0}
+    calls = {"baseline": 1.0, "near": 0.2, "far": far_calls, "lossy": 0.05, "prior": 0.0}
     undisturbed = {"baseline": 100.0, "near": 100.0, "far": 100.0, "lossy": 90.0, "prior": 100.0}
     pushed = {"baseline": 80.0, "near": 78.0, "far": 70.0}
 

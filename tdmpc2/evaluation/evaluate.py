@@ -184,12 +184,12 @@ def choose(
     out: Path,
     console: Console,
 ) -> Choice:
-    """The mode with the longest execution horizon that holds up on the calibration seeds, none of SIMPLER.
+    """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
 
     Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
     pushes too. Modes are tried from the longest execution horizon to the shortest, for a long one is cheap to
-    try as well; the baseline always holds up. What is simpler never plans, or executes plans unwatched; the
-    report names what of it would have done.
+    try as well, until none that is left can call the planner less often; the baseline always holds up. What
+    is simpler never plans, or executes plans unwatched; the report names what of it would have done.
     """
     pushed: Subject | None = None
     try:
@@ -200,24 +200,31 @@ def choose(
         under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
     tried, tried_pushed = ({BASELINE: modes[BASELINE]} for _ in range(2))
     candidates = {n: mode for n, mode in modes.items() if n not in SIMPLER and n != BASELINE}
+    best, fewest = "", 1.0
     for horizon in sorted({mode.execution_horizon for mode in candidates.values()}, reverse=True):
+        if 1 / horizon >= fewest:
+            break
         group = {n: mode for n, mode in candidates.items() if mode.execution_horizon == horizon}
         tried |= group
         summary = _calibration_summary(subject, tried, config, out / "modes", console)
         good = summary[holds_up(summary, config.min_return) & summary["mode"].isin(group)]
-        for name in good.sort_values("planner_calls", kind="stable")["mode"]:
+        for row in (
+            good[good["planner_calls"] < fewest].sort_values("planner_calls", kind="stable").itertuples()
+        ):
             if pushed is not None:
-                tried_pushed[name] = modes[name]
+                tried_pushed[row.mode] = modes[row.mode]
                 returns = _calibration_summary(pushed, tried_pushed, config, out / "pushed", console)
                 returns = returns.set_index("mode")["return_mean"]
-                lost = returns[BASELINE] - returns[name]
+                lost = returns[BASELINE] - returns[row.mode]
                 if not lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
                     continue
-            return Choice(
-                name,
-                f"it has the longest execution horizon, and then the fewest planner calls, of what holds "
-                f"{config.min_return} of the return{under_pushes}",
-            )
+            best, fewest = row.mode, row.planner_calls
+            break
+    if best:
+        return Choice(
+            best,
+            f"it plans least often of what holds {config.min_return} of the return{under_pushes}",
+        )
     if len(tried_pushed) == 1:
         return Choice(BASELINE, f"no mode that speculates holds {config.min_return} of the return")
     return Choice(
