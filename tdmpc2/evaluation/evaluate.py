@@ -45,9 +45,7 @@ class EvaluationConfig:
     eval_seed: int = 20_000  # the first of them; the others follow
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
-    quantile: float = (
-        0.95  # share of the calibration steps within the mismatch's limit, at every step in plan
-    )
+    quantile: float = 0.97  # share of calibration steps within the mismatch's limit, at every step in plan
     value_quantile: float = 0.99  # share of them within that of the value
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
