@@ -268,11 +268,12 @@ def main(config: ExperimentConfig) -> None:
 
     for rule, agent_type in rules.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
+        later = seen.loc[seen["k"] > 0, "mismatch"].to_numpy()
         for quantile in QUANTILES:
-            later = seen.loc[seen["k"] > 0, "mismatch"].to_numpy()
-            threshold = (calibrate_threshold(later, quantile),)
             if rule == STANDARD:
                 threshold = calibrate_thresholds(seen, quantile)
+            else:
+                threshold = (calibrate_threshold(later, quantile),)
             mode = SpeculationConfig(FOREVER, threshold, corrector=config.architecture)
             accepting(f"{rule}, quantile {quantile}", mode, agent_type)
             if rule == STANDARD:

@@ -125,9 +125,8 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     train(out / "correctors", correctors, c.updates)
     chosen = evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
     if chosen == BASELINE:
-        console.print(
-            f"correctors of more data may hold it: the same command with rounds={2 * c.rounds or 4}"
-        )
+        rounds = 2 * c.rounds or AccelerateConfig.rounds
+        console.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
     save_world_model(
         out,
         teacher.model,

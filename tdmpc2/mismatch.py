@@ -41,9 +41,8 @@ def calibrate_thresholds(steps: pd.DataFrame, quantile: float) -> tuple[float, .
         quantile: share of the steps at each k that stay below, in (0, 1].
 
     Raises:
-        DataError: there is no finite mismatch to calibrate on.
+        DataError: at some step there is no finite mismatch to calibrate on.
     """
-    finite = steps[(steps["k"] > 0) & np.isfinite(steps["mismatch"])]
-    if finite.empty:
-        raise DataError("no mismatch to calibrate on: the calibration episodes hold no step beyond k = 0")
-    return tuple(finite.groupby("k")["mismatch"].quantile(quantile))
+    last = max(int(steps["k"].max()), 1)
+    at = [steps.loc[steps["k"] == k, "mismatch"].to_numpy() for k in range(1, last + 1)]
+    return tuple(calibrate_threshold(mismatches, quantile) for mismatches in at)

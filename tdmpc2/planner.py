@@ -94,12 +94,12 @@ class Iteration:
     def __init__(self, model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig):
         self.config, self.fast = config, FastModel(model, discount, dtype_of(compute))
         self._run: Callable[..., Search] = self._eager
-        what = "the planner"
-        if compute.compile and next(model.parameters()).device.type == "cpu":
+        what, device = "the planner", next(model.parameters()).device
+        if compute.compile and device.type == "cpu":
             depends_on = config, model.config, discount, compute
             self._run = AheadOfTime(self._eager, Search._make, what=what, depends_on=depends_on)
         elif compute.compile:
-            self._run = Compiled(self._eager, what=what, cuda_graphs=next(model.parameters()).is_cuda)
+            self._run = Compiled(self._eager, what=what, cuda_graphs=device.type == "cuda")
 
     def __call__(
         self, at: Origin, prior: Tensor, mean: Tensor, std: Tensor, noise: NoiseSource, weights: Weights

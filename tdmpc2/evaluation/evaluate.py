@@ -206,9 +206,8 @@ def choose(
         tried |= group
         summary = _calibration_summary(subject, tried, config, out / "modes", console)
         good = summary[holds_up(summary, config.min_return) & summary["mode"].isin(group)]
-        for row in (
-            good[good["planner_calls"] < fewest].sort_values("planner_calls", kind="stable").itertuples()
-        ):
+        cheaper = good[good["planner_calls"] < fewest].sort_values("planner_calls", kind="stable")
+        for row in cheaper.itertuples():
             if pushed is not None:
                 tried_pushed[row.mode] = modes[row.mode]
                 returns = _calibration_summary(pushed, tried_pushed, config, out / "pushed", console)

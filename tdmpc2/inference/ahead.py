@@ -24,9 +24,10 @@ from .compiled import OPTIONS, announced, stays_uncompiled
 
 Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
-PACKAGE = Path(__file__).parents[1]
 # Read when it is imported: what is on disk later may not be what runs.
-SOURCES = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(PACKAGE.rglob("*.py")))).hexdigest()
+SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+).hexdigest()
 VERSIONED = ("builtins", "torch", __name__.split(".")[0])  # code that `_machine` names the version of
 
 
