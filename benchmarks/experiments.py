@@ -21,14 +21,15 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
-from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, load_corrector
+from tdmpc2.config import TEACHER, BudgetOverride, CorrectorConfig, SpeculationConfig
+from tdmpc2.corrector import ARCHITECTURES, BaseCorrector, History, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
-from tdmpc2.distillation.dataset import Recording
+from tdmpc2.distillation.dataset import Recording, split_starts
+from tdmpc2.distillation.losses import action_error, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER
@@ -38,10 +39,13 @@ from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
+from tdmpc2.world_model.layers import NormedLinear, mlp
+from tdmpc2.world_model.model import WorldModel
 
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, 0.95, 0.99)
+HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
 STANDARD = "mismatch"  # with a threshold for every step in plan
@@ -149,12 +153,80 @@ class Disagreement(SpeculativeAgent):
         return (would_execute(self, z) - answer).norm(dim=-1)
 
 
-def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
-    """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
+class OwnError(SpeculativeAgent):
+    """How far the corrector's action is from the teacher's, as `head` estimates it (see `error_estimate`)."""
+
+    def __init__(
+        self,
+        teacher: TDMPC2,
+        config: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+        *,
+        head: nn.Module,
+    ):
+        super().__init__(teacher, config, corrector)
+        self.head = head
+
+    def _drift(self, z: Tensor) -> Tensor:
+        assert self.corrector is not None
+        estimate: Tensor = self.head(self.corrector.features(would_see(self, z)[0]))
+        return estimate.squeeze(-1)
+
+
+def would_see(agent: SpeculativeAgent, z: Tensor) -> tuple[History, Tensor]:
+    """A corrector's history and planned action `[B, A]` at the real latents `[B, L]`, without a replan."""
     assert agent.corrector is not None and agent._history is not None
     planned = agent._planned_action(z, agent._actions, agent._k, agent.teacher.task)
     seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k)
-    return agent.corrector(agent._history.then(seen), planned)
+    return agent._history.then(seen), planned
+
+
+def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
+    """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
+    assert agent.corrector is not None
+    return agent.corrector(*would_see(agent, z))
+
+
+class Estimating(nn.Module):
+    """A corrector, and a head that estimates the error of its last answer from the same features."""
+
+    def __init__(self, corrector: BaseCorrector):
+        super().__init__()
+        self.corrector, self.window = corrector, corrector.window
+        self.embed, self.no_history = corrector.embed, corrector.no_history
+        features = corrector.own.in_features
+        self.head = mlp(features, [features], 1)
+
+    def forward(self, history: History, planned: Tensor) -> Tensor:
+        self.estimate = self.head(self.corrector.features(history)).squeeze(-1)
+        return self.corrector(history, planned)
+
+
+def error_estimate(model: WorldModel, corrector: BaseCorrector, data: Recording, steps: int) -> nn.Module:
+    """A head, features `[B, F]` to `[B, 1]`: the L1 distance to the teacher's action to be expected.
+
+    Trained on the data that the corrector was trained on, over stretches of `steps` steps.
+    """
+    torch.manual_seed(0)
+    both, starts = Estimating(corrector), split_starts(data, CorrectorTrainConfig.held_out_every).train
+    optimizer = torch.optim.Adam(both.head.parameters(), CorrectorTrainConfig.lr)
+    for _ in range(HEAD_UPDATES):
+        start = starts[torch.randint(len(starts), (CorrectorTrainConfig.batch_size,))]
+        u = unroll(model, both, data, start, torch.ones_like(start), steps)  # type: ignore[arg-type]
+        missed = (both.estimate - action_error(u.action, u.teacher).flatten()).square()
+        optimizer.zero_grad()
+        (missed * u.inside.flatten()).mean().backward()
+        optimizer.step()
+    return both.head.requires_grad_(False)
+
+
+class WithPrior(TwoTowerCorrector):
+    """Sees the policy prior's action beside the real latent."""
+
+    def __init__(self, config: CorrectorConfig, prior: Callable[[Tensor], Tensor]):
+        super().__init__(config)
+        self.real = NormedLinear(config.latent_dim + config.action_dim, config.width, nn.Mish())
+        self.real.register_forward_pre_hook(lambda _, z: torch.cat([z[0], prior(z[0])], -1))
 
 
 class Bench:
@@ -242,7 +314,7 @@ def main(config: ExperimentConfig) -> None:
         @cache
         def new() -> BaseCorrector:
             with TemporaryDirectory() as out:
-                return train_corrector(teacher.model, data, settings, out)[config.architecture].corrector
+                return train_corrector(teacher.model, data, settings, out)[settings.architecture].corrector
 
         bench.add(experiment, variant, lambda d: bench.rollout(free, new(), d))
 
@@ -252,6 +324,7 @@ def main(config: ExperimentConfig) -> None:
     for variant, (length, horizon) in EXTENSIONS.items():
         longer = partial(bench.rollout, replace(free, plan_length=length), corrector, horizon=horizon)
         bench.add("plan", variant, longer)
+    head = error_estimate(teacher.model, corrector, data, config.rollout_steps)
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         STANDARD: SpeculativeAgent,
         "mismatch, one threshold for all steps": SpeculativeAgent,
@@ -260,6 +333,7 @@ def main(config: ExperimentConfig) -> None:
         "action gap": ActionGap,
         "value gap": ValueGap,
         "disagreement with the distilled policy": partial(Disagreement, other=distilled),
+        "estimate of the corrector's own error": partial(OwnError, head=head),
     }
 
     def accepting(variant: str, mode: SpeculationConfig, agent_type: Callable[..., SpeculativeAgent]) -> None:
@@ -295,6 +369,9 @@ def training(
     run("as it is", as_it_is, data, config)
     with patch("tdmpc2.distillation.losses.action_error", squared_error):
         run("loss", "squared distance", data, config)
+    prior = partial(teacher.model.prior, task=data.task)
+    with patch.dict(ARCHITECTURES, {"two_tower": partial(WithPrior, prior=prior)}):
+        run("input", "the prior's action too", data, replace(config, architecture="two_tower"))
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
     run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)

@@ -77,6 +77,33 @@ def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
         assert expected.abs() > 1e-4
 
 
+def test_error_is_estimated_where_it_is() -> None:
+    """The teacher's answers are off in one of the two episodes to train on, as planned in the other."""
+    data = recording([60, 60, 60, 60])
+    teacher = data.plan[:, 0].clone()
+    teacher[60:120] += 1.0
+    data = data._replace(teacher_action=teacher)
+    data.latent[60:120, 0] += 1.0
+    corrector = build_corrector(CorrectorConfig(MODEL.config.latent_dim, 6, "two_tower", width=32)).eval()
+    head = experiments.error_estimate(MODEL, corrector.requires_grad_(False), data, steps=4)
+    agent = experiments.OwnError(
+        TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, head=head
+    )
+    agent._z_pred, agent._k = data.latent, torch.ones(240, dtype=torch.long)
+    estimate = agent._drift(data.latent)
+    assert estimate[60:120].mean() > 4 and estimate[120:180].mean() < 2, "six actions are off by one"
+
+
+def test_a_corrector_that_sees_the_prior_sees_it() -> None:
+    config = CorrectorConfig(MODEL.config.latent_dim, MODEL.config.action_dim, "two_tower", width=32)
+    corrector = experiments.WithPrior(config, prior=MODEL.prior)
+    z = MODEL.encode(OBSERVATIONS[:2, 0])
+    planned, k = torch.zeros(2, 6), torch.ones(2, dtype=torch.long)
+    sees = corrector.embed(z, z, planned, k)
+    corrector.real.weight.data[..., -6:] = 0.0  # blind to the prior's action
+    assert not torch.allclose(corrector.embed(z, z, planned, k), sees)
+
+
 def test_plans_grow_again_after_a_fallback() -> None:
     agent = experiments.SlowStart(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER))
     agent.reset()
