@@ -1,7 +1,9 @@
 """Functions compiled ahead of time: what a library depends on, and what happens where there is none."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc2.inference import AheadOfTime
+from tdmpc2.inference.ahead import KEPT
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +63,20 @@ def test_weights_that_it_does_not_know_of_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_a_damaged_library_is_made_anew(libraries: Path) -> None:
+def test_a_damaged_library_is_made_anew_and_an_unused_one_goes(libraries: Path) -> None:
     module, x = nn.Linear(3, 2), torch.randn(1, 3)
+    libraries.mkdir()
+    used, unused = (libraries / f"{name}.pt2" for name in ("used", "unused"))
+    for path, age in ((used, 0.9 * KEPT), (unused, 1.1 * KEPT)):
+        path.touch()
+        os.utime(path, (0, time.time() - age))
     ahead_of(module)(x)
+    assert used.exists() and not unused.exists()
+    used.unlink()
     (library,) = libraries.iterdir()
+    os.utime(library, (0, 0))
+    ahead_of(module)(x)
+    assert library.stat().st_mtime > time.time() - KEPT, "used now"
     whole = library.read_bytes()
     library.write_bytes(whole[: len(whole) // 2])
     torch.testing.assert_close(ahead_of(module)(x), module(x))

@@ -2,16 +2,18 @@
 
 Loading PyTorch's compiler and tracing a function takes seconds at every start, though what it makes is
 cached. A library that was compiled ahead of time (AOTInductor) takes milliseconds. Libraries are kept in
-`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name made of all they depend on.
+`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name made of all they depend on, for as long as they
+are used.
 """
 
 import hashlib
 import inspect
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +30,7 @@ Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
 ).hexdigest()
+KEPT = 30 * 24 * 3600.0  # seconds that a library is kept unused
 VERSIONED = ("builtins", "torch", __name__.split(".")[0])  # code that `_machine` names the version of
 
 
@@ -85,12 +88,14 @@ class AheadOfTime:
                 path = folder / f"{name}.pt2"
                 if path.exists():
                     try:
+                        path.touch()  # it is in use
                         return _open(path)
                     except RuntimeError:
                         path.unlink(missing_ok=True)  # damaged
                 with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be compiling the same
                     self._compile(Path(own) / path.name, spec, present, inputs, varying)
                     os.replace(Path(own) / path.name, path)
+                _remove_unused(folder)
                 return _open(path)
         except _Baked:
             raise
@@ -162,6 +167,14 @@ def _folder() -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory() as own:
             yield Path(own)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Delete what has not been loaded for long: any change of version or machine leaves libraries behind."""
+    for path in folder.glob("*.pt2"):
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - path.stat().st_mtime > KEPT:
+                path.unlink()
 
 
 def _open(path: Path) -> Run:
