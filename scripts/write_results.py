@@ -83,7 +83,8 @@ def main(settings: Settings) -> None:
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
     overviews = overview(table) + pooled_rows(table) + commits(tasks)
-    content = between(readme.read_text(), "results", overviews)
+    content = between(readme.read_text(), "headline", headline(table))
+    content = between(content, "results", overviews)
     content = between(content, "correctors", correctors(found, table))
     disturbances = disturbed_tables(tasks)
     content = between(content, "disturbed", disturbed(disturbances))
@@ -113,6 +114,19 @@ def between(content: str, mark: str, text: str) -> str:
     if count != 1:
         raise DataError(f"the README lacks the marks <!-- {mark} --> and <!-- /{mark} -->")
     return content
+
+
+def headline(table: pd.DataFrame) -> str:
+    """All tasks together, the chosen setting beside the baseline, as one sentence."""
+    pooled = table[table["task"] == ALL].set_index("setting")
+    own, baseline, tasks = pooled.loc[CHOSEN], pooled.loc[BASELINE], table["task"].nunique() - 1
+    return (
+        f"On {tasks} tasks, each in the mode that was chosen for it, the agent keeps {interval(own)} of the "
+        f"return of replanning at every step (interquartile mean, 95 % interval), with "
+        f"{100 * own.planner_calls:.1f} % of the planner calls; an action takes {own.act_ms_median:.2f} ms "
+        f"instead of {baseline.act_ms_median:.2f} ms in the median. [Results](#results) has the tasks one by "
+        "one.\n"
+    )
 
 
 def overview(table: pd.DataFrame) -> str:
