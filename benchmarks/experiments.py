@@ -32,7 +32,7 @@ from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import action_error, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
-from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER
+from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER, GROWTH
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
 from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
@@ -44,7 +44,8 @@ from tdmpc2.world_model.model import WorldModel
 
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
-QUANTILES = (0.9, 0.95, 0.99)
+QUANTILES = (0.9, EvaluationConfig.quantile)
+GROWTHS = (4, None)  # beside the default
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
@@ -116,20 +117,6 @@ class ValueGap(SpeculativeAgent):
         model, task = self.teacher.model, self.teacher.task
         prior, own = model.prior(z, task), would_execute(self, z)
         return model.value(z, prior, task).mean(0) - model.value(z, own, task).mean(0)
-
-
-class SlowStart(SpeculativeAgent):
-    """After a fallback the next plan is executed for one step, then plans for two, four, eight, ..."""
-
-    _reach: Tensor | None = None
-
-    def _drift(self, z: Tensor) -> Tensor:
-        drift, begins = super()._drift(z), self._k >= self.config.execution_horizon
-        reach = torch.full_like(self._k, FOREVER) if self._reach is None else self._reach
-        reach = reach.masked_fill(begins, FOREVER)
-        lost, ended = ~begins & ~(drift <= self._threshold()), self._k >= reach
-        self._reach = torch.where(lost, 1, torch.where(ended, 2 * reach, reach))
-        return drift.masked_fill(ended, torch.inf)
 
 
 class Disagreement(SpeculativeAgent):
@@ -328,7 +315,6 @@ def main(config: ExperimentConfig) -> None:
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         STANDARD: SpeculativeAgent,
         "mismatch, one threshold for all steps": SpeculativeAgent,
-        "mismatch, slow start after it": SlowStart,
         "mismatch over last step": RelativeDrift,
         "action gap": ActionGap,
         "value gap": ValueGap,
@@ -348,9 +334,12 @@ def main(config: ExperimentConfig) -> None:
                 threshold = calibrate_thresholds(seen, quantile)
             else:
                 threshold = (calibrate_threshold(later, quantile),)
-            mode = SpeculationConfig(FOREVER, threshold, corrector=config.architecture)
+            mode = SpeculationConfig(FOREVER, GROWTH, threshold, corrector=config.architecture)
             accepting(f"{rule}, quantile {quantile}", mode, agent_type)
             if rule == STANDARD:
+                for growth in GROWTHS:
+                    words = f"{rule}, growth {growth or 'without limit'}, quantile {quantile}"
+                    accepting(words, replace(mode, growth=growth), agent_type)
                 floor = -calibrate_threshold(-seen["value"].to_numpy(), config.value_quantile)
                 accepting(f"{rule} or value, quantile {quantile}", replace(mode, min_value=floor), agent_type)
     running_about.rename(about)

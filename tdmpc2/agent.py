@@ -183,7 +183,8 @@ class SpeculativeAgent:
 
     Two things end a plan early: a mismatch above the threshold, and a state that is worth less than
     `min_value`. A robot that has fallen lies as still as the model predicts: no mismatch tells that it is
-    lost.
+    lost. With `growth` the plans after it are short, and become longer while nothing ends them early: what
+    disturbed the last plan may well disturb the next one.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
@@ -199,6 +200,10 @@ class SpeculativeAgent:
     ):
         if config.execution_horizon < 1:
             raise ConfigError(f"execution_horizon={config.execution_horizon}: must be at least 1")
+        if config.growth is not None and config.growth < 2:
+            raise ConfigError(
+                f"growth={config.growth}: must be at least 2, or plans would stay short for good"
+            )
         horizon = teacher.planner.config.horizon
         self.plan_length = horizon if config.plan_length is None else config.plan_length
         if not 0 <= self.plan_length <= horizon:
@@ -216,6 +221,7 @@ class SpeculativeAgent:
         self._z_pred = torch.zeros(n, latent, device=device)
         self._value = torch.full((n,), torch.nan, device=device)
         self._k = torch.full((n,), config.execution_horizon, device=device)
+        self._reach = self._k.clone()  # the step at which a replan is due
         self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
@@ -248,7 +254,7 @@ class SpeculativeAgent:
         """Begin an episode in the rows `mask` `[B]` bool, or in all."""
         index: slice | Tensor = slice(None) if mask is None else mask
         self.teacher.reset(mask)
-        self._k[index] = self.config.execution_horizon  # a replan is due
+        self._k[index] = self._reach[index] = self.config.execution_horizon  # a replan is due
         if self._history is not None:
             self._history.valid[index] = False
 
@@ -267,7 +273,7 @@ class SpeculativeAgent:
         """
         k = self._k
         z = self.teacher.encode(obs)
-        due = k >= self.config.execution_horizon
+        due = k >= self._reach
         drift = self._drift(z)
         # A mismatch that is no number is too large. The value is that of the state before: one network less
         # stands between an observation and its action.
@@ -315,6 +321,9 @@ class SpeculativeAgent:
                 plan = Plan(*(x[rows] for x in plan))
             self._actions[rows] = self._followed(plan, again=self._k[rows] <= 1)
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
+        if self.config.growth is not None:
+            reach = (self.config.growth * self._k).clamp(max=self.config.execution_horizon)
+            self._reach = torch.where(replan, reach, self._reach)
         self._k = self._k.masked_fill(replan, 0)
 
     def _followed(self, plan: Plan, again: Tensor) -> Tensor:

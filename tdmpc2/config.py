@@ -123,6 +123,7 @@ class SpeculationConfig:
     """
 
     execution_horizon: int = 3  # K: steps executed per plan
+    growth: int | None = None  # a plan lasts at most so many times as long as the last one; None: no limit
     # Mismatch above which the agent replans at step 1, 2, ... of a plan; the last holds for all later steps.
     threshold: tuple[float, ...] | None = None  # None: never
     min_value: float | None = None  # value of a state below which the agent replans after it; None: never

@@ -115,6 +115,22 @@ def test_every_step_in_plan_has_a_threshold_of_its_own(model) -> None:
         assert "".join(k[0][0] for k in seen) == expected
 
 
+def test_plans_become_longer_again_after_a_fallback(model) -> None:
+    agent = agent_of(model, execution_horizon=5, growth=2, num_envs=2)
+    agent.reset()
+    seen = []
+    for t, obs in enumerate(observations(13, 2)):
+        agent._thresholds = torch.tensor([0.0 if t in (1, 9) else 1e6])
+        agent._z_pred[1] = agent.teacher.encode(obs)[1]  # all is as predicted in the second row
+        if t == 11:
+            agent.reset(torch.tensor([True, False]))
+        agent.act(obs)
+        seen.append([Kind(int(k)).name[0] for k in agent.info.kind])
+    first, second = ("".join(row) for row in zip(*seen, strict=True))
+    assert first == "PF" + "OP" + "OOOP" + "OF" + "O" + "PO", "at most two steps after one, then four, five"
+    assert second == "POOOO" * 2 + "POO"
+
+
 def test_fallback_executes_the_first_action_of_one_new_plan(model, monkeypatch) -> None:
     agent = agent_of(model, execution_horizon=3, threshold=(0.0,))
     agent.reset()
@@ -309,6 +325,8 @@ def test_bad_observations_are_named(model) -> None:
 def test_bad_settings_are_named(model) -> None:
     with pytest.raises(ConfigError, match="execution_horizon=0"):
         agent_of(model, execution_horizon=0)
+    with pytest.raises(ConfigError, match="growth=1"):
+        agent_of(model, growth=1)
     with pytest.raises(ConfigError, match="plan_length=4"):
         agent_of(model, plan_length=4)
     multi = load_world_model(Path(__file__).parent / "fixtures/official/mt30_small.pt")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import experiments
-from tdmpc2.agent import TDMPC2, Kind, SpeculativeAgent
+from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, build_corrector
 from tdmpc2.distillation.dataset import Recording, episode_bounds
@@ -102,17 +102,6 @@ def test_a_corrector_that_sees_the_prior_sees_it() -> None:
     sees = corrector.embed(z, z, planned, k)
     corrector.real.weight.data[..., -6:] = 0.0  # blind to the prior's action
     assert not torch.allclose(corrector.embed(z, z, planned, k), sees)
-
-
-def test_plans_grow_again_after_a_fallback() -> None:
-    agent = experiments.SlowStart(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER))
-    agent.reset()
-    kinds = []
-    for t, obs in enumerate(OBSERVATIONS):
-        agent._thresholds = torch.tensor([0.0 if t == 2 else 1e6])
-        agent.act(obs)
-        kinds.append(Kind(int(agent.info.kind)).name[0])
-    assert "".join(kinds) == "POF" + "F" + "OF" + "OOOF" + "OO"
 
 
 def recording(lengths: list[int]) -> Recording:

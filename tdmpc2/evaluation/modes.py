@@ -14,6 +14,7 @@ OPEN_LOOP_HORIZONS = (3, 6)
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
 FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
+GROWTH = 2  # of plans that have no other limit
 
 
 class Limits(NamedTuple):
@@ -26,7 +27,7 @@ class Limits(NamedTuple):
 def watched(corrector: str) -> dict[str, int]:
     """The modes with fallback of a corrector, or of none (""), and their execution horizons.
 
-    `until` replans only where a limit says so.
+    `until` replans where a limit says so, and where a plan has lasted `GROWTH` times as long as the last one.
     """
     if corrector == DISTILLED:
         return {}
@@ -54,7 +55,10 @@ def standard_modes(
     for corrector in ["", *correctors]:
         for name, horizon in watched(corrector).items():
             modes[name] = SpeculationConfig(
-                execution_horizon=horizon, corrector=corrector, **limits[name]._asdict()
+                execution_horizon=horizon,
+                growth=GROWTH if horizon == FOREVER else None,
+                corrector=corrector,
+                **limits[name]._asdict(),
             )
     if DISTILLED in correctors:
         modes[DISTILLED] = ALONE
