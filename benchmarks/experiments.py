@@ -4,7 +4,8 @@
 
 Every experiment changes one thing. Where that is a matter of training or of plans, a corrector executes 24
 steps a plan without fallback, trained anew from the agent's data or, for plans, the agent's own; where it is
-a matter of accepting, the agent's own executes plans until it is told to stop. In the world as it is, under
+a matter of accepting, the agent's own executes plans until it is told to stop, or one has lasted twice as
+long as the one before. In the world as it is, under
 pushes, and accepting also where everything is much heavier. The seeds are neither those of calibration nor
 those of the results. Writes `results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the
 numbers come from. A run that is killed goes on with the variants that are missing.
@@ -45,7 +46,7 @@ from tdmpc2.world_model.model import WorldModel
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, EvaluationConfig.quantile)
-GROWTHS = (4, None)  # beside the default
+GROWTHS = (4, None)  # beside GROWTH
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
@@ -174,37 +175,31 @@ def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
     return agent.corrector(*would_see(agent, z))
 
 
-class Estimating(nn.Module):
-    """A corrector, and a head that estimates the error of its last answer from the same features."""
-
-    def __init__(self, corrector: BaseCorrector):
-        super().__init__()
-        self.corrector, self.window = corrector, corrector.window
-        self.embed, self.no_history = corrector.embed, corrector.no_history
-        features = corrector.own.in_features
-        self.head = mlp(features, [features], 1)
-
-    def forward(self, history: History, planned: Tensor) -> Tensor:
-        self.estimate = self.head(self.corrector.features(history)).squeeze(-1)
-        return self.corrector(history, planned)
-
-
-def error_estimate(model: WorldModel, corrector: BaseCorrector, data: Recording, steps: int) -> nn.Module:
+def error_estimate(
+    model: WorldModel, corrector: BaseCorrector, data: Recording, config: CorrectorTrainConfig
+) -> nn.Module:
     """A head, features `[B, F]` to `[B, 1]`: the L1 distance to the teacher's action to be expected.
 
-    Trained on the data that the corrector was trained on, over stretches of `steps` steps.
+    Trained on the stretches that the corrector was trained on.
     """
-    torch.manual_seed(0)
-    both, starts = Estimating(corrector), split_starts(data, CorrectorTrainConfig.held_out_every).train
-    optimizer = torch.optim.Adam(both.head.parameters(), CorrectorTrainConfig.lr)
+    torch.manual_seed(config.seed)
+    width, steps = corrector.own.in_features, config.rollout_steps
+    head = mlp(width, [width], 1).to(data.latent.device)
+    starts = split_starts(data, config.held_out_every).train
+    optimizer = torch.optim.Adam(head.parameters(), config.lr)
+    features: list[Tensor] = []
+    hook = corrector.own.register_forward_pre_hook(lambda _, args: features.append(args[0]))
     for _ in range(HEAD_UPDATES):
-        start = starts[torch.randint(len(starts), (CorrectorTrainConfig.batch_size,))]
-        u = unroll(model, both, data, start, torch.ones_like(start), steps)  # type: ignore[arg-type]
-        missed = (both.estimate - action_error(u.action, u.teacher).flatten()).square()
+        start = starts[torch.randint(len(starts), (config.batch_size,))]
+        earlier = torch.randint(1, steps + 2, start.shape, device=start.device)
+        u = unroll(model, corrector, data, start, earlier, steps)  # last of all, it answers all steps at once
+        missed = (head(features[-1]).squeeze(-1) - action_error(u.action, u.teacher).flatten()).square()
+        features.clear()
         optimizer.zero_grad()
         (missed * u.inside.flatten()).mean().backward()
         optimizer.step()
-    return both.head.requires_grad_(False)
+    hook.remove()
+    return head.requires_grad_(False)
 
 
 class WithPrior(TwoTowerCorrector):
@@ -213,7 +208,7 @@ class WithPrior(TwoTowerCorrector):
     def __init__(self, config: CorrectorConfig, prior: Callable[[Tensor], Tensor]):
         super().__init__(config)
         self.real = NormedLinear(config.latent_dim + config.action_dim, config.width, nn.Mish())
-        self.real.register_forward_pre_hook(lambda _, z: torch.cat([z[0], prior(z[0])], -1))
+        self.real.register_forward_pre_hook(lambda _, args: torch.cat([args[0], prior(args[0])], -1))
 
 
 class Bench:
@@ -283,10 +278,13 @@ def main(config: ExperimentConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path, about = (out / f"{teacher.task}.{end}" for end in ("csv", "json"))
     running, running_about = (p.with_name(f"{p.name}.running") for p in (path, about))
-    claim = {"agent": saved["provenance"], "settings": asdict(config)}
+    made_by = cli.provenance()
+    claim = {"agent": saved["provenance"], "settings": asdict(config), "commit": made_by["commit"]}
     if running_about.exists() and {**read_json(running_about), **claim} != read_json(running_about):
-        raise ConfigError(f"{running} was begun with another agent or other settings: delete both files")
-    write_json(running_about, {**cli.provenance(), **claim})
+        raise ConfigError(
+            f"{running} was begun with another agent, other settings or other code: delete both files"
+        )
+    write_json(running_about, {**made_by, **claim})
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
@@ -311,7 +309,7 @@ def main(config: ExperimentConfig) -> None:
     for variant, (length, horizon) in EXTENSIONS.items():
         longer = partial(bench.rollout, replace(free, plan_length=length), corrector, horizon=horizon)
         bench.add("plan", variant, longer)
-    head = error_estimate(teacher.model, corrector, data, config.rollout_steps)
+    head = error_estimate(teacher.model, corrector, data, config)
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         STANDARD: SpeculativeAgent,
         "mismatch, one threshold for all steps": SpeculativeAgent,
@@ -334,7 +332,9 @@ def main(config: ExperimentConfig) -> None:
                 threshold = calibrate_thresholds(seen, quantile)
             else:
                 threshold = (calibrate_threshold(later, quantile),)
-            mode = SpeculationConfig(FOREVER, GROWTH, threshold, corrector=config.architecture)
+            mode = SpeculationConfig(
+                FOREVER, growth=GROWTH, threshold=threshold, corrector=config.architecture
+            )
             accepting(f"{rule}, quantile {quantile}", mode, agent_type)
             if rule == STANDARD:
                 for growth in GROWTHS:
@@ -353,7 +353,7 @@ def training(
     config: ExperimentConfig,
     run: Callable[[str, str, Recording, ExperimentConfig], None],
 ) -> None:
-    """The experiments whose variants are trained: loss, unrolled steps, labels, and amount of data."""
+    """The experiments whose variants are trained: loss, input, unrolled steps, labels, amount of data."""
     as_it_is = f"L1 distance, {config.rollout_steps} unrolled steps, labels are means, all episodes"
     run("as it is", as_it_is, data, config)
     with patch("tdmpc2.distillation.losses.action_error", squared_error):

@@ -183,8 +183,8 @@ class SpeculativeAgent:
 
     Two things end a plan early: a mismatch above the threshold, and a state that is worth less than
     `min_value`. A robot that has fallen lies as still as the model predicts: no mismatch tells that it is
-    lost. With `growth` the plans after it are short, and become longer while nothing ends them early: what
-    disturbed the last plan may well disturb the next one.
+    lost. With `growth` a plan lasts at most so many times as long as the one before: what ended that one may
+    well end the next.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
@@ -254,7 +254,7 @@ class SpeculativeAgent:
         """Begin an episode in the rows `mask` `[B]` bool, or in all."""
         index: slice | Tensor = slice(None) if mask is None else mask
         self.teacher.reset(mask)
-        self._k[index] = self._reach[index] = self.config.execution_horizon  # a replan is due
+        self._k[index] = self.config.execution_horizon  # a replan is due
         if self._history is not None:
             self._history.valid[index] = False
 

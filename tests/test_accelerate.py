@@ -128,6 +128,9 @@ def test_the_evidence_is_complete(finished: Path) -> None:
         "http://creativecommons.org", ""
     ).replace("http://matplotlib", "")
     assert set(json.loads((evaluation / "chosen.json").read_text())) == {"mode", "why", "speculation"}
+    modes = json.loads((evaluation / "provenance.json").read_text())["modes"]
+    growth = {name: mode["growth"] for name, mode in modes.items() if mode["growth"] is not None}
+    assert growth == {"two_tower_until": 2, "temporal_until": 2}
 
 
 def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
@@ -159,6 +162,15 @@ def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_run_again(finished: Path, workdir: Path) -> None:
+    """Nor if it was begun when there was no `growth` to set."""
+    for path in finished.glob("evaluation/**/modes/*/settings.json"):
+        mode = json.loads(path.read_text())
+        path.write_text(json.dumps({name: x for name, x in mode.items() if x or name != "growth"}))
+    for path in finished.glob("data/*/shard-*"):
+        tensors, header = read_shard(path)
+        for behaviour in header["behaviours"]:
+            del behaviour["growth"]
+        write_shard(path, tensors, header)
     data = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors") if p.name != "model.safetensors"}
     assert accelerate(workdir, "out=done").returncode == 0
     assert {p: p.stat().st_mtime_ns for p in data} == data
@@ -342,7 +354,7 @@ def as_walker(finished: Path, folder: Path) -> Path:
 def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them on episodes of 20 steps; and again where the last ones are missing."""
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
-    for name, few in {"QUANTILES": (0.9,), "UNROLLED": (2,), "DRAWS": 2, "LONG": 5}.items():
+    for name, few in {"QUANTILES": (0.9,), "UNROLLED": (2,), "HEAD_UPDATES": 2, "LONG": 5}.items():
         monkeypatch.setattr(experiments, name, few)
     folder = as_walker(finished, tmp_path / "agent")
     config = experiments.ExperimentConfig(
@@ -353,8 +365,8 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     experiments.main(config)
     done = tmp_path / "out/walker-walk.csv"
     table = pd.read_csv(done, keep_default_na=False)
-    names = {"baseline", "executed", "as it is", "loss", "unrolled steps", "label", "data", "bursts", "plan"}
-    assert set(table["experiment"]) == names | {"acceptance"}
+    names = {"baseline", "executed", "as it is", "loss", "input", "unrolled steps", "label", "data", "bursts"}
+    assert set(table["experiment"]) == names | {"plan", "acceptance"}
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
     undisturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)

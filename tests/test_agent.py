@@ -127,7 +127,7 @@ def test_plans_become_longer_again_after_a_fallback(model) -> None:
         agent.act(obs)
         seen.append([Kind(int(k)).name[0] for k in agent.info.kind])
     first, second = ("".join(row) for row in zip(*seen, strict=True))
-    assert first == "PF" + "OP" + "OOOP" + "OF" + "O" + "PO", "at most two steps after one, then four, five"
+    assert first == "PF" + "OP" + "OOOP" + "OF" + "O" + "PO", "at most two steps after one, then four"
     assert second == "POOOO" * 2 + "POO"
 
 

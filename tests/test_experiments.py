@@ -9,6 +9,7 @@ from benchmarks import experiments
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, build_corrector
+from tdmpc2.distillation import CorrectorTrainConfig
 from tdmpc2.distillation.dataset import Recording, episode_bounds
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import load_world_model
@@ -85,7 +86,9 @@ def test_error_is_estimated_where_it_is() -> None:
     data = data._replace(teacher_action=teacher)
     data.latent[60:120, 0] += 1.0
     corrector = build_corrector(CorrectorConfig(MODEL.config.latent_dim, 6, "two_tower", width=32)).eval()
-    head = experiments.error_estimate(MODEL, corrector.requires_grad_(False), data, steps=4)
+    head = experiments.error_estimate(
+        MODEL, corrector.requires_grad_(False), data, CorrectorTrainConfig(rollout_steps=4)
+    )
     agent = experiments.OwnError(
         TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, head=head
     )

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -323,7 +324,7 @@ def _run_mode(
     """Episodes of one mode, read back where an earlier run left them."""
     folder = out / name
     bar = progress.add_task(name, total=len(seeds))
-    if _same_settings(folder / "settings.json", asdict(mode)):
+    if _same_settings(folder / "settings.json", asdict(mode), asdict(SpeculationConfig())):
         progress.update(bar, completed=len(seeds))
         return Rollout(*(pd.read_csv(folder / f"{name}.csv") for name in Rollout._fields))
     result = subject.rollout(
@@ -346,11 +347,16 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         write_json(out / "settings.json", settings)
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
-    """Whether `path` holds these settings; False where there is no such file."""
+def _same_settings(
+    path: Path, settings: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> bool:
+    """Whether `path` holds these settings; False where there is no such file.
+
+    What it lacks of `defaults` there was not when it was written.
+    """
     if not path.exists():
         return False
-    if read_json(path) != json.loads(json.dumps(settings)):  # which makes lists of tuples
+    if {**defaults, **read_json(path)} != json.loads(json.dumps(settings)):  # which makes lists of tuples
         raise ConfigError(f"{path} was written with other settings: choose another out=, or delete it")
     return True
 

@@ -2,8 +2,8 @@
 
 Loading PyTorch's compiler and tracing a function takes seconds at every start, though what it makes is
 cached. A library that was compiled ahead of time (AOTInductor) takes milliseconds. Libraries are kept in
-`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name made of all they depend on, for as long as they
-are used.
+`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name made of all they depend on. What has not been
+loaded for a month is deleted when another library is made.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
 ).hexdigest()
-KEPT = 30 * 24 * 3600.0  # seconds that a library is kept unused
+KEPT = 30 * 24 * 3600.0  # seconds that a library is kept without being loaded
 VERSIONED = ("builtins", "torch", __name__.split(".")[0])  # code that `_machine` names the version of
 
 
@@ -88,7 +88,8 @@ class AheadOfTime:
                 path = folder / f"{name}.pt2"
                 if path.exists():
                     try:
-                        path.touch()  # it is in use
+                        with suppress(OSError):  # it may be another user's
+                            os.utime(path)
                         return _open(path)
                     except RuntimeError:
                         path.unlink(missing_ok=True)  # damaged
@@ -170,9 +171,9 @@ def _folder() -> Iterator[Path]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Delete what has not been loaded for long: any change of version or machine leaves libraries behind."""
+    """Delete what has not been loaded for long: whatever libraries depend on changes now and then."""
     for path in folder.glob("*.pt2"):
-        with suppress(FileNotFoundError):  # another process was faster
+        with suppress(OSError):  # another process was faster, or it is another user's
             if time.time() - path.stat().st_mtime > KEPT:
                 path.unlink()
 
