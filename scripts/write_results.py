@@ -304,7 +304,8 @@ def disturbed(table: pd.DataFrame | None) -> str:
         cells += [f"{mean:.3f}" for mean in ratio.mean().reindex(modes)]
         cells += [f"{100 * own[name].mean():.1f} %" for name in ("planner_calls", "fallbacks")]
         lines.append(line(cells))
-    return "\n".join([*lines, "", "Means over the tasks; the columns of modes are ratios.", ""])
+    few = f"{table['episodes'].min():.0f} episodes or more of each"
+    return "\n".join([*lines, "", f"Means over the tasks, {few}; the columns of modes are ratios.", ""])
 
 
 def header(columns: list[str], words: int = 1) -> list[str]:
