@@ -5,10 +5,10 @@
 Every experiment changes one thing. Where that is a matter of training or of plans, a corrector executes 24
 steps a plan without fallback, trained anew from the agent's data or, for plans, the agent's own; where it is
 a matter of accepting, the agent's own executes plans until it is told to stop, or one has lasted twice as
-long as the one before. In the world as it is, under
-pushes, and accepting also where everything is much heavier. The seeds are neither those of calibration nor
-those of the results. Writes `results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the
-numbers come from. A run that is killed goes on with the variants that are missing.
+long as the one before. In the world as it is, under pushes, and accepting also where everything is much
+heavier. The seeds are neither those of calibration nor those of the results. Writes
+`results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the numbers come from. A run that is
+killed goes on with the variants that are missing.
 """
 
 import shutil
@@ -120,8 +120,8 @@ class ValueGap(SpeculativeAgent):
         return model.value(z, prior, task).mean(0) - model.value(z, own, task).mean(0)
 
 
-class Disagreement(SpeculativeAgent):
-    """How far the corrector's action is from that of `other`, which sees one step."""
+class Judged(SpeculativeAgent):
+    """Accepts by what a network of its own says."""
 
     def __init__(
         self,
@@ -129,35 +129,29 @@ class Disagreement(SpeculativeAgent):
         config: SpeculationConfig,
         corrector: BaseCorrector | None = None,
         *,
-        other: BaseCorrector,
+        judge: nn.Module,
     ):
         super().__init__(teacher, config, corrector)
-        self.other = other
+        self.judge = judge
+
+
+class Disagreement(Judged):
+    """How far the corrector's action is from that of `judge`, a corrector which sees one step."""
 
     def _drift(self, z: Tensor) -> Tensor:
-        planned = self._planned_action(z, self._actions, self._k, self.teacher.task)
-        seen = self.other.embed(z, self._z_pred, planned, self._k)
-        answer = self.other(self.other.no_history(self.num_envs).then(seen), planned)
-        return (would_execute(self, z) - answer).norm(dim=-1)
+        assert self.corrector is not None and isinstance(self.judge, BaseCorrector)
+        history, planned = would_see(self, z)
+        seen = self.judge.embed(z, self._z_pred, planned, self._k)
+        answer = self.judge(self.judge.no_history(self.num_envs).then(seen), planned)
+        return (self.corrector(history, planned) - answer).norm(dim=-1)
 
 
-class OwnError(SpeculativeAgent):
-    """How far the corrector's action is from the teacher's, as `head` estimates it (see `error_estimate`)."""
-
-    def __init__(
-        self,
-        teacher: TDMPC2,
-        config: SpeculationConfig,
-        corrector: BaseCorrector | None = None,
-        *,
-        head: nn.Module,
-    ):
-        super().__init__(teacher, config, corrector)
-        self.head = head
+class OwnError(Judged):
+    """How far the corrector's action is from the teacher's, as `judge` (of `error_estimate`) has it."""
 
     def _drift(self, z: Tensor) -> Tensor:
         assert self.corrector is not None
-        estimate: Tensor = self.head(self.corrector.features(would_see(self, z)[0]))
+        estimate: Tensor = self.judge(self.corrector.features(would_see(self, z)[0]))
         return estimate.squeeze(-1)
 
 
@@ -316,8 +310,8 @@ def main(config: ExperimentConfig) -> None:
         "mismatch over last step": RelativeDrift,
         "action gap": ActionGap,
         "value gap": ValueGap,
-        "disagreement with the distilled policy": partial(Disagreement, other=distilled),
-        "estimate of the corrector's own error": partial(OwnError, head=head),
+        "disagreement with the distilled policy": partial(Disagreement, judge=distilled),
+        "estimate of the corrector's own error": partial(OwnError, judge=head),
     }
 
     def accepting(variant: str, mode: SpeculationConfig, agent_type: Callable[..., SpeculativeAgent]) -> None:

@@ -23,6 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
 from tdmpc2.cli import run
@@ -122,7 +123,7 @@ def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
     pooled = table[table["task"] == ALL].set_index("setting")
     own, baseline = pooled.loc[CHOSEN], pooled.loc[BASELINE]
     means = [t.summary.set_index("mode")["act_ms_mean"].loc[[t.chosen, BASELINE]] for t in results.values()]
-    own_mean, baseline_mean = pd.concat([m.reset_index(drop=True) for m in means], axis=1).mean(axis=1)
+    own_mean, baseline_mean = np.mean(means, axis=0)
     return (
         f"On {len(results)} tasks, each in the mode that was chosen for it, the agent keeps {interval(own)} "
         f"of the return of replanning at every step (interquartile mean, 95 % interval), with "

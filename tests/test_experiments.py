@@ -57,7 +57,7 @@ def corrector_of(architecture: str) -> BaseCorrector:
 @pytest.mark.parametrize("rule", ["ValueGap", "Disagreement"])
 def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
     own, other = corrector_of("temporal"), corrector_of("two_tower")
-    arguments = {"other": other} if rule == "Disagreement" else {}
+    arguments = {"judge": other} if rule == "Disagreement" else {}
     agent = getattr(experiments, rule)(
         TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER, corrector="temporal"), own, **arguments
     )
@@ -90,7 +90,7 @@ def test_error_is_estimated_where_it_is() -> None:
         MODEL, corrector.requires_grad_(False), data, CorrectorTrainConfig(rollout_steps=4)
     )
     agent = experiments.OwnError(
-        TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, head=head
+        TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, judge=head
     )
     agent._z_pred, agent._k = data.latent, torch.ones(240, dtype=torch.long)
     estimate = agent._drift(data.latent)
