@@ -29,7 +29,7 @@ from .config import TEACHER, BudgetOverride, SpeculationConfig, at_least
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
 from .distillation import CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
-from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, evaluate
+from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, check_unseen, evaluate
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
 from .files import read_json, write_json
 from .teacher import Teacher, open_teacher
@@ -161,10 +161,12 @@ def evaluate_correctors(
 
     Raises:
         CheckpointError: there is no corrector, or one is of another teacher.
+        ConfigError: a corrector was trained on episodes that it would be evaluated on.
     """
     found = [name for name in ARCHITECTURES if (folder / name).is_dir()]
     if not found:
         raise CheckpointError(f"no corrector in {folder}: train one with scripts/train_corrector.py")
+    check_unseen(config, [folder / name for name in found])
     device = next(teacher.model.parameters()).device
     networks = {n: load_corrector(folder / n, teacher.fingerprint, device) for n in found}
     validation = []

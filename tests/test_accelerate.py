@@ -287,6 +287,14 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
     one_line(result, "distilled from teacher")
 
 
+def test_correctors_are_not_evaluated_on_what_they_were_trained_on(finished: Path, workdir: Path) -> None:
+    arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false", "eval_episodes=3"]
+    result = script(
+        "eval_corrector", workdir, *arguments, "correctors=done/correctors", "out=no", "eval_seed=6"
+    )
+    one_line(result, "was trained on episodes with seeds of this evaluation")
+
+
 def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path) -> None:
     teacher = load_teacher(finished, compute=EAGER).model
     half = load_corrector(finished / "correctors/two_tower", None)
@@ -298,14 +306,21 @@ def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path
 
 @pytest.mark.parametrize(
     ("far_calls", "least", "chosen"),
-    [(0.1, 0.85, "far"), (0.1, 0.95, "near"), (0.1, 0.99, "baseline"), (0.3, 0.85, "near")],
+    [
+        (0.1, 0.85, "far"),  # `lower` plans less often, but by less than a percent
+        (0.106, 0.85, "lower"),
+        (0.1, 0.95, "near"),
+        (0.1, 0.99, "baseline"),
+        (0.3, 0.85, "near"),
+    ],
 )
 def test_the_chosen_mode_plans_least_and_withstands_pushes(
     far_calls: float, least: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {"baseline": 1.0, "near": 0.2, "far": far_calls, "lossy": 0.05, "prior": 0.0}
-    undisturbed = {"baseline": 100.0, "near": 100.0, "far": 100.0, "lossy": 90.0, "prior": 100.0}
-    pushed = {"baseline": 80.0, "near": 78.0, "far": 70.0}
+    calls["lower"] = far_calls - 0.004
+    undisturbed = {**dict.fromkeys(calls, 100.0), "lossy": 90.0, "lower": 99.0}
+    pushed = {"baseline": 80.0, "near": 78.0, "far": 70.0, "lower": 70.0}
 
     def summary(subject: evaluate.Subject, modes: dict[str, Any], *_: Any) -> pd.DataFrame:
         assert "prior" not in modes
@@ -314,6 +329,7 @@ def test_the_chosen_mode_plans_least_and_withstands_pushes(
         table = {
             "return_mean": returns,
             "return_ratio_low": ratio,
+            "return_difference_low": returns - returns["baseline"],
             "planner_calls": pd.Series(calls)[list(modes)],
         }
         return pd.DataFrame(table).rename_axis("mode").reset_index()
@@ -321,7 +337,7 @@ def test_the_chosen_mode_plans_least_and_withstands_pushes(
     monkeypatch.setattr(evaluate, "_calibration_summary", summary)
     teacher = open_teacher("walker-walk", str(TEACHER), BudgetOverride())
     config = evaluate.EvaluationConfig(min_return_pushed=least)
-    horizons = {"baseline": 1, "near": 6, "far": 24, "lossy": 24, "prior": 1}
+    horizons = {"baseline": 1, "near": 6, "lower": 24, "far": 24, "lossy": 24, "prior": 1}
     modes = {name: SpeculationConfig(horizon) for name, horizon in horizons.items()}
     mode, why = evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console())
     assert mode == chosen and ("none keeps 0.99 of it" in why) == (chosen == "baseline")
@@ -410,3 +426,6 @@ def test_mistakes_of_the_disturbed(finished: Path, workdir: Path) -> None:
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())
     with pytest.raises(ConfigError, match="num_envs=0"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), Console())
+    calibrated = disturbed.DisturbedConfig(agent=str(finished), eval_seed=10_001, calibration_seed=50_000)
+    with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
+        disturbed.evaluate_disturbed(calibrated, Console())

@@ -215,7 +215,8 @@ def _train(
     corrector = load_corrector(out, data.teacher, device)
     judge = _Judge(model, data, test, steps, corrector)
     errors = Errors(judge.error(corrector), judge.plan, judge.prior)
-    save_corrector(out, corrector, data.teacher, errors=errors._asdict())
+    seeds = data.seed.unique().tolist()
+    save_corrector(out, corrector, data.teacher, errors=errors._asdict(), seeds=seeds)
     return Trained(corrector.eval(), errors)
 
 

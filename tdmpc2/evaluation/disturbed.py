@@ -21,9 +21,10 @@ from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
 from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import read_config
-from .evaluate import EvaluationConfig, Subject, check_evaluation, claim, run_modes, write_csv
+from .evaluate import EvaluationConfig, Subject, check_evaluation, check_unseen, claim, run_modes, write_csv
 from .metrics import summarise
 from .modes import BASELINE, DISTILLED
+from .rollout import Rollout
 
 STRENGTHS = {
     "push": (0.1, 0.3, 1.0),
@@ -52,7 +53,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
 
     Raises:
         CheckpointError: the folder is not one that `scripts/accelerate.py` finished.
-        ConfigError: a setting cannot be, there is no such kind, or the folder for the results has others.
+        ConfigError: a setting cannot be, there is no such kind, the agent was made with episodes of these
+            seeds, or the folder for the results has other settings.
         TaskError: the task cannot be disturbed.
     """
     check_evaluation(config)
@@ -63,10 +65,15 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         raise CheckpointError(f"{folder} holds no finished run of scripts/accelerate.py")
     teacher = open_teacher(read_config(folder)["task"], str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
-    names = list(about["correctors"])
-    correctors = {
-        n: load_corrector(folder / "correctors" / n, teacher.fingerprint, config.device) for n in names
-    }
+    paths = {name: folder / "correctors" / name for name in about["correctors"]}
+    check_unseen(config, paths.values())
+    calibrated = EvaluationConfig(
+        calibration_seed=about["config"]["calibration_seed"],
+        calibration_episodes=about["config"]["calibration_episodes"],
+    )
+    if set(config.eval_seeds) & set(calibrated.calibration_seeds):
+        raise ConfigError(f"{folder} was calibrated on episodes with these seeds: change eval_seed")
+    correctors = {n: load_corrector(path, teacher.fingerprint, config.device) for n, path in paths.items()}
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
     modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
     worlds: dict[tuple[str, float], Teacher] = {}
@@ -80,8 +87,6 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     if not worlds:
         raise TaskError(reasons[0])
     out = Path(config.out or folder / "disturbed")
-    summaries: list[pd.DataFrame] = []
-    episodes: list[pd.DataFrame] = []
     settings = {
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),
@@ -92,17 +97,20 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         "num_envs": config.num_envs,
     }
     claim(out, settings)
+    results: dict[tuple[str, float], Rollout] = {}
     for (kind, strength), world in worlds.items():
         console.print(f"{kind} {strength}")
-        name = out / f"{kind}-{strength}"
-        result = run_modes(Subject(world, correctors), modes, config, config.eval_seeds, name, console)
-        summary = summarise(result.episodes, result.steps, None)
-        for tables, own in ((summaries, summary), (episodes, result.episodes)):
-            own.insert(0, "kind", kind)
-            own.insert(1, "strength", strength)
-            tables.append(own)
-    table = pd.concat(summaries, ignore_index=True)
-    write_csv(out / "episodes.csv", pd.concat(episodes, ignore_index=True))
+        subject, name = Subject(world, correctors), out / f"{kind}-{strength}"
+        results[kind, strength] = run_modes(subject, modes, config, config.eval_seeds, name, console)
+    table = _together({key: summarise(r.episodes, r.steps, None) for key, r in results.items()})
+    write_csv(out / "episodes.csv", _together({key: r.episodes for key, r in results.items()}))
     write_csv(out / "summary.csv", table)
     write_json(out / "provenance.json", {**provenance(), **settings})
     return table
+
+
+def _together(tables: dict[tuple[str, float], pd.DataFrame]) -> pd.DataFrame:
+    """Tables under one another, behind columns `kind` and `strength`."""
+    return (
+        pd.concat(tables, names=["kind", "strength"]).reset_index(["kind", "strength"]).reset_index(drop=True)
+    )

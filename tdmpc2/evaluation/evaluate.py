@@ -12,7 +12,7 @@ A run that is killed goes on with the modes that are missing.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..agent import SpeculativeAgent
 from ..config import SpeculationConfig, at_least
-from ..corrector import BaseCorrector
+from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, read_json, write_json
 from ..mismatch import calibrate_threshold, calibrate_thresholds
@@ -78,6 +78,17 @@ def check_evaluation(config: EvaluationConfig) -> None:
         )
     if set(c.eval_seeds) & set(c.calibration_seeds):
         raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+
+
+def check_unseen(config: EvaluationConfig, correctors: Iterable[Path]) -> None:
+    """Raise ConfigError where a corrector in one of these folders was trained on episodes of these seeds."""
+    for folder in correctors:
+        seen = set(read_header(folder).get("seeds", ()))  # correctors of earlier versions do not tell
+        if seen & {*config.eval_seeds, *config.calibration_seeds}:
+            raise ConfigError(
+                f"{folder} was trained on episodes with seeds of this evaluation: change eval_seed or "
+                "calibration_seed"
+            )
 
 
 class Choice(NamedTuple):
@@ -186,9 +197,11 @@ def choose(
     """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
 
     Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
-    pushes too. Modes are tried from the longest execution horizon to the shortest, for a long one is cheap to
-    try as well, until none that is left can call the planner less often; the baseline always holds up. What
-    is simpler never plans, or executes plans unwatched; the report names what of it would have done.
+    pushes too. Planner calls count in whole percents of the steps, for less says nothing: of modes with as
+    many, the one whose interval begins highest. Modes are tried from the longest execution horizon to the
+    shortest, for a long one is cheap to try as well, until none that is left can call the planner less
+    often; the baseline always holds up. What is simpler never plans, or executes plans unwatched; the
+    report names what of it would have done.
     """
     pushed: Subject | None = None
     try:
@@ -199,16 +212,17 @@ def choose(
         under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
     tried, tried_pushed = ({BASELINE: modes[BASELINE]} for _ in range(2))
     candidates = {n: mode for n, mode in modes.items() if n not in SIMPLER and n != BASELINE}
-    best, fewest = "", 1.0
+    best, fewest = "", 100
     for horizon in sorted({mode.execution_horizon for mode in candidates.values()}, reverse=True):
-        if 1 / horizon >= fewest:
+        if 100 // horizon >= fewest:
             break
         group = {n: mode for n, mode in candidates.items() if mode.execution_horizon == horizon}
         tried |= group
         summary = _calibration_summary(subject, tried, config, out / "modes", console)
         good = summary[holds_up(summary, config.min_return) & summary["mode"].isin(group)]
-        cheaper = good[good["planner_calls"] < fewest].sort_values("planner_calls", kind="stable")
-        for row in cheaper.itertuples():
+        good = good.assign(percent=(100 * good["planner_calls"]).round().astype(int))
+        order = good.sort_values(["percent", "return_difference_low"], ascending=[True, False])
+        for row in order[order["percent"] < fewest].itertuples():
             if pushed is not None:
                 tried_pushed[row.mode] = modes[row.mode]
                 returns = _calibration_summary(pushed, tried_pushed, config, out / "pushed", console)
@@ -216,7 +230,7 @@ def choose(
                 lost = returns[BASELINE] - returns[row.mode]
                 if not lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
                     continue
-            best, fewest = row.mode, row.planner_calls
+            best, fewest = row.mode, row.percent
             break
     if best:
         return Choice(

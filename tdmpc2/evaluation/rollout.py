@@ -109,19 +109,17 @@ def rollout(
 
 
 def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -> pd.DataFrame:
-    by_seed = steps.groupby("seed")
-    return pd.DataFrame(
+    kind, by_seed = steps["kind"], steps.groupby("seed")
+    table = pd.DataFrame(
         {
-            "seed": list(seeds),
-            "return": by_seed["reward"].sum().loc[list(seeds)].to_numpy(),
-            "length": by_seed.size().loc[list(seeds)].to_numpy(),
-            "terminated": [seed in terminated for seed in seeds],
-            "planner_calls": steps["kind"].isin(PLANS).groupby(steps["seed"]).sum()
-            .loc[list(seeds)].to_numpy(),
-            "fallbacks": (steps["kind"] == "fallback").groupby(steps["seed"]).sum()
-            .loc[list(seeds)].to_numpy(),
+            "return": by_seed["reward"].sum(),
+            "length": by_seed.size(),
+            "terminated": by_seed.size().index.isin(terminated),
+            "planner_calls": kind.isin(PLANS).groupby(steps["seed"]).sum(),
+            "fallbacks": (kind == "fallback").groupby(steps["seed"]).sum(),
         }
-    )  # fmt: skip
+    )
+    return table.loc[list(seeds)].reset_index()
 
 
 def measure_latency(
