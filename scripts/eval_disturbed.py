@@ -10,13 +10,14 @@ from rich.table import Table
 
 from tdmpc2 import cli
 from tdmpc2.evaluation.disturbed import DisturbedConfig, evaluate_disturbed
+from tdmpc2.evaluation.metrics import with_interval
 
 
 def main(config: DisturbedConfig) -> None:
     console = Console()
     table = Table("disturbance", "mode", "return", "ratio to replanning [95 %]", "planner calls", "fallbacks")
     for row in evaluate_disturbed(config, console).itertuples():
-        ratio = f"{row.return_ratio:.3f} [{row.return_ratio_low:.3f}, {row.return_ratio_high:.3f}]"
+        ratio = with_interval(row.return_ratio, row.return_ratio_low, row.return_ratio_high)
         cells = [f"{row.kind} {row.strength}", row.mode, f"{row.return_mean:.1f}", ratio]
         table.add_row(*cells, f"{row.planner_calls:.1%}", f"{row.fallbacks:.1%}")
     console.print(table)

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,18 @@ import pandas as pd
 from tdmpc2.cli import run
 from tdmpc2.corrector import ARCHITECTURES
 from tdmpc2.errors import DataError
-from tdmpc2.evaluation.aggregate import ALL, CHOSEN, TaskResults, speculation_table
+from tdmpc2.evaluation.aggregate import (
+    ALL,
+    CHOSEN,
+    TaskResults,
+    mean_ratio,
+    paired_returns,
+    speculation_table,
+    stratified_interval,
+)
 from tdmpc2.evaluation.evaluate import EvaluationConfig
-from tdmpc2.evaluation.metrics import PLANS, act_columns, act_times, paired_ratio
-from tdmpc2.evaluation.modes import BASELINE, DISTILLED, watched
+from tdmpc2.evaluation.metrics import PLANS, act_columns, act_times, paired_ratio, with_interval
+from tdmpc2.evaluation.modes import BASELINE, DISTILLED, SIMPLER, watched
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
@@ -49,9 +57,16 @@ Every row changes one thing and is compared with replanning at every step on the
 as it is, under pushes, and with everything much heavier than the model knows it. Their seeds are neither
 those of calibration nor those of the results. Correctors trained anew, and those whose plans are extended
 otherwise, execute 24 steps of each plan without fallback; acceptance rules execute plans until they end them,
-or until one has lasted twice as long as the one before.
+or until one has lasted twice as long as the one before. The last column compares with what the package does,
+the row that has no entry there: where its interval holds 1, so few episodes cannot tell the two apart.
 
 """
+AS_IT_IS = {  # of each experiment the variant that the package has; of the others that of `as it is`
+    "executed": "the mean, 3 steps",
+    "bursts": "of random actions",
+    "plan": "3 planned steps, then the prior",
+    "acceptance": f"mismatch or value, quantile {EvaluationConfig.quantile}",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +99,7 @@ def main(settings: Settings) -> None:
     for name, text in pages.items():
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
-    overviews = overview(table) + pooled_rows(table) + commits(tasks)
+    overviews = overview(table) + pooled_rows(found, table) + commits(tasks)
     content = between(readme.read_text(), "headline", headline(table, found))
     content = between(content, "results", overviews)
     content = between(content, "correctors", correctors(found, table))
@@ -125,8 +140,9 @@ def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
     means = [t.summary.set_index("mode")["act_ms_mean"].loc[[t.chosen, BASELINE]] for t in results.values()]
     own_mean, baseline_mean = np.mean(means, axis=0)
     return (
-        f"On {len(results)} tasks, each in the mode that was chosen for it, the agent keeps {interval(own)} "
-        f"of the return of replanning at every step (interquartile mean, 95 % interval), with "
+        f"On {len(results)} tasks, each in the mode that was chosen for it, the agent keeps "
+        f"{mean_of_tasks(results, CHOSEN)} of the return of replanning at every step (mean of the tasks, "
+        f"95 % interval; at worst {worst_task(table, CHOSEN)}), with "
         f"{100 * own.planner_calls:.1f} % of the planner calls; an action takes {own_mean:.2f} ms "
         f"instead of {baseline_mean:.2f} ms on average, {own.act_ms_median:.2f} ms instead of "
         f"{baseline.act_ms_median:.2f} ms in the median. [Results](#results) has the tasks one by one.\n"
@@ -135,8 +151,8 @@ def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
 
 def overview(table: pd.DataFrame) -> str:
     """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
-    beside = ["two_tower_6", "temporal_6", "naive_6", "prior", "distilled"]
-    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "of the baseline"]
+    beside = ["two_tower_6", "temporal_6", "naive_3", "naive_6", "prior", "distilled"]
+    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls", "act, median", "baseline's"]
     columns += [f"{name}, ratio" for name in beside]
     lines = header(columns, words=2)
     for task, rows in table.groupby("task", sort=False):
@@ -150,19 +166,32 @@ def overview(table: pd.DataFrame) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def pooled_rows(table: pd.DataFrame) -> str:
+def pooled_rows(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     """All tasks together, a row a setting, in Markdown."""
-    columns = ["setting", "return, ratio [95 %]", "mean of the tasks", "worst task", "planner calls"]
-    lines = header([*columns, "fallbacks", "act, median", "act, p99"])
-    tasks = table[table["task"] != ALL]
+    columns = ["setting", "return, mean of the ratios [95 %]", "interquartile mean [95 %]", "worst task"]
+    lines = header([*columns, "planner calls", "fallbacks", "act, median", "act, p99"])
     for row in table[table["task"] == ALL].itertuples():
-        own = tasks[tasks["chosen"] if row.setting == CHOSEN else tasks["setting"] == row.setting]
-        worst = own.loc[own["return_ratio"].idxmin()]
-        ratios = [f"{own['return_ratio'].mean():.3f}", f"{worst.return_ratio:.3f} ({worst.task})"]
+        ratios = [mean_of_tasks(results, row.setting), interval(row), worst_task(table, row.setting)]
         calls = [f"{100 * x:.1f} %" for x in (row.planner_calls, row.fallbacks)]
         times = [f"{x:.2f} ms" for x in (row.act_ms_median, row.act_ms_p99)]
-        lines.append(line([row.setting, interval(row), *ratios, *calls, *times]))
+        lines.append(line([row.setting, *ratios, *calls, *times]))
     return "\n".join([*lines, ""])
+
+
+def mean_of_tasks(results: Mapping[str, TaskResults], setting: str) -> str:
+    """The mean of the tasks' return ratios in a setting, with its interval."""
+    modes = {task: r.chosen if setting == CHOSEN else setting for task, r in results.items()}
+    pairs = paired_returns(results, modes)
+    mean = float(mean_ratio([pair[:, None] for pair in pairs])[0])
+    return with_interval(mean, *stratified_interval(pairs, mean_ratio))
+
+
+def worst_task(table: pd.DataFrame, setting: str) -> str:
+    """The lowest return ratio of a setting on any task, and which task that is."""
+    tasks = table[table["task"] != ALL]
+    own = tasks[tasks["chosen"] if setting == CHOSEN else tasks["setting"] == setting]
+    worst = own.loc[own["return_ratio"].idxmin()]
+    return f"{worst.return_ratio:.3f} ({worst.task})"
 
 
 def commits(folders: list[Path]) -> str:
@@ -227,12 +256,16 @@ def when_not(
         + (f"So it is on {', '.join(stays)}: the baseline was chosen. " if stays else "On no task here. ")
         + "`accelerate.py` finds out, and then leaves the baseline in place."
     )
-    idle = table[holds & table["setting"].isin(["prior", DISTILLED])]
-    kept = [f"{r.task} ({r.setting} {interval(r)})" for r in idle.itertuples()]
+    calls = table["task"].map(table[table["chosen"]].set_index("task")["planner_calls"])
+    enough = table[holds & table["setting"].isin(SIMPLER) & (table["planner_calls"] <= calls)]
+    kept = [
+        f"{r.task} ({r.setting} {interval(r)}; {beside_chosen(r.task, r.setting, disturbances)})"
+        for r in enough.itertuples()
+    ]
     lines.append(
-        "- **A network without a planner does it.** "
-        + (f"So it is with {', '.join(kept)}. " if kept else "On no task measured here. ")
-        + "The report names such modes; take them if the disturbances above do not matter to you."
+        "- **Something simpler does it,** at no more planner calls: "
+        + (f"{', '.join(kept)}. " if kept else "on no task measured here. ")
+        + "The report names such modes; whether they do under disturbance, ask `scripts/eval_disturbed.py`."
     )
     fell = [f"{r.task} ({r.setting} {interval(r)})" for r in table[table["chosen"] & ~holds].itertuples()]
     lines.append(
@@ -246,15 +279,26 @@ def when_not(
     if disturbances is not None:
         own = disturbances[(disturbances["mode"] == CHOSEN) & (disturbances["kind"] != UNDISTURBED)]
         lost = own[own["return_ratio"] < MIN_RETURN_DISTURBED].sort_values("return_ratio")
-        cells = [
-            f"{r.task}, {disturbance(r.kind, r.strength)} ({r.return_ratio:.2f})" for r in lost.itertuples()
-        ]
+        cells = [f"{r.task}, {disturbance(r.kind, r.strength)} ({interval(r)})" for r in lost.itertuples()]
+        unsure = (own["return_ratio_low"] < MIN_RETURN_DISTURBED).sum()
         lines.append(
-            f"- **The world is much unlike the model.** Of {len(own)} pairs of a task and a disturbance, the "
+            f"- **Your world is not as modelled.** Of {len(own)} pairs of a task and a disturbance, the "
             f"chosen mode keeps less than {MIN_RETURN_DISTURBED} of what replanning keeps in {len(lost)}"
-            + (f": {', '.join(cells)}." if cells else ".")
+            + (f": {', '.join(cells)}" if cells else "")
+            + f". The lower end of the interval is below it in {unsure}."
         )
     return "\n".join([*lines, ""])
+
+
+def beside_chosen(task: str, setting: str, disturbances: pd.DataFrame | None) -> str:
+    """How often a setting is at least as good as the chosen one under disturbance, in words."""
+    if disturbances is not None:
+        own = disturbances[(disturbances["task"] == task) & (disturbances["kind"] != UNDISTURBED)]
+        ratios = own.pivot(index=["kind", "strength"], columns="mode", values="return_ratio")
+        if setting in ratios:
+            as_good = (ratios[setting] >= ratios[CHOSEN]).sum()
+            return f"as good as the chosen mode under {as_good} of {len(ratios)} disturbances"
+    return "not tried under disturbance"
 
 
 def disturbance(kind: str, strength: float) -> str:
@@ -276,16 +320,22 @@ def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
             table = pd.concat([undisturbed(folder, about["seeds"]), table], ignore_index=True)
             own = table[table["mode"] == chosen].assign(mode=CHOSEN)
             tables.append(pd.concat([table, own]).assign(task=folder.name))
-    return pd.concat(tables) if tables else None
+    return pd.concat(tables, ignore_index=True) if tables else None
 
 
 def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     """What a table of disturbances begins with: the same seeds in the world as it is."""
     episodes = pd.read_csv(folder / "episodes.csv")
-    its = episodes[episodes["seed"].isin(seeds)].groupby("mode", sort=False).sum()
-    baseline = its.loc[BASELINE, "return"]
-    table = its[["planner_calls", "fallbacks"]].div(its["length"], axis=0)
-    table["return_ratio"] = its["return"] / (baseline if baseline > 0 else nan)
+    episodes = episodes[episodes["seed"].isin(seeds)]
+    if set(seeds) - set(episodes["seed"]):
+        raise DataError(f"{folder}/disturbed has seeds that {folder} lacks: run it with the same eval_seed")
+    sums, returns = (
+        episodes.groupby("mode", sort=False).sum(),
+        episodes.pivot(index="seed", columns="mode", values="return"),
+    )
+    table = sums[["planner_calls", "fallbacks"]].div(sums["length"], axis=0)
+    ratios = [paired_ratio(returns[mode].to_numpy(), returns[BASELINE].to_numpy()) for mode in table.index]
+    table[["return_ratio", "return_ratio_low", "return_ratio_high"]] = ratios
     return table.reset_index().assign(kind=UNDISTURBED, strength=0.0)
 
 
@@ -300,13 +350,18 @@ def disturbed(table: pd.DataFrame | None) -> str:
     for (kind, strength), rows in table.groupby(["kind", "strength"], sort=False):
         ratio = rows.pivot(index="task", columns="mode", values="return_ratio")
         own = rows[rows["mode"] == CHOSEN]
-        worst = f"{ratio[CHOSEN].min():.3f} ({ratio[CHOSEN].idxmin()})"
+        least = own.loc[own["return_ratio"].idxmin()]
+        worst = f"{interval(least)} ({least.task})"
         cells = [disturbance(kind, strength), str(len(ratio)), worst]
         cells += [f"{mean:.3f}" for mean in ratio.mean().reindex(modes)]
         cells += [f"{100 * own[name].mean():.1f} %" for name in ("planner_calls", "fallbacks")]
         lines.append(line(cells))
-    few = f"{table['episodes'].min():.0f} episodes or more of each"
-    return "\n".join([*lines, "", f"Means over the tasks, {few}; the columns of modes are ratios.", ""])
+    n = " or ".join(f"{n:.0f}" for n in sorted(table["episodes"].dropna().unique()))
+    words = (
+        f"Means over the tasks, {n} episodes of each; the columns of modes are ratios. A ratio far above 1 "
+        "means that replanning itself fails there."
+    )
+    return "\n".join([*lines, "", words, ""])
 
 
 def header(columns: list[str], words: int = 1) -> list[str]:
@@ -319,7 +374,7 @@ def line(cells: list[str]) -> str:
 
 
 def interval(row: Any) -> str:
-    return f"{row.return_ratio:.3f} [{row.return_ratio_low:.3f}, {row.return_ratio_high:.3f}]"
+    return with_interval(row.return_ratio, row.return_ratio_low, row.return_ratio_high)
 
 
 def teachers(folder: Path) -> str:
@@ -327,7 +382,7 @@ def teachers(folder: Path) -> str:
     published = pd.read_csv(folder / "published_returns.csv", index_col="task")
     columns = [
         "teacher",
-        "trained for",
+        "snapshot at",
         "return, mean",
         "sd",
         "published",
@@ -417,15 +472,21 @@ def experiments(path: Path) -> str:
     """The experiments on one task in Markdown, with where their numbers come from."""
     episodes, about = pd.read_csv(path, keep_default_na=False), read_json(path.with_suffix(".json"))
     columns = ["experiment", "variant", "disturbance", "return, ratio [95 %]", "planner calls"]
-    lines = [f"## {path.stem}", "", *header(columns, words=3)]
-    baselines = episodes[episodes["experiment"] == BASELINE].set_index(["disturbance", "seed"])["return"]
+    lines = [f"## {path.stem}", "", *header([*columns, "against as it is [95 %]"], words=3)]
     keys = ["experiment", "variant", "disturbance"]
-    for (experiment, variant, disturbance), rows in episodes.groupby(keys, sort=False):
-        baseline = baselines[disturbance].loc[rows["seed"]].to_numpy()
-        ratio, low, high = paired_ratio(rows["return"].to_numpy(), baseline)
-        calls = f"{100 * rows['planner_calls'].sum() / rows['length'].sum():.1f} %"
-        ends = f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
-        lines.append(line([experiment, variant, disturbance, ends, calls]))
+    variants = {key: rows.set_index("seed") for key, rows in episodes.groupby(keys, sort=False)}
+    trained = episodes.loc[episodes["experiment"] == "as it is", "variant"].iloc[0]
+    for (experiment, variant, disturbance), own in variants.items():
+        as_it_is = (experiment, AS_IT_IS[experiment]) if experiment in AS_IT_IS else ("as it is", trained)
+        ratios = []
+        for other in ((BASELINE, BASELINE), as_it_is):
+            if other == (experiment, variant) or experiment == BASELINE:
+                ratios.append("")
+            else:
+                base = variants[(*other, disturbance)]["return"].loc[own.index]
+                ratios.append(with_interval(*paired_ratio(own["return"].to_numpy(), base.to_numpy())))
+        calls = f"{100 * own['planner_calls'].sum() / own['length'].sum():.1f} %"
+        lines.append(line([experiment, variant, disturbance, ratios[0], calls, ratios[1]]))
     lines += ["", f"{episodes['seed'].nunique()} episodes a row. `{about['command']}` at commit"]
     return "\n".join([*lines, f"{about['commit']}, {about['machine']}.", "", ""])
 

@@ -1,5 +1,7 @@
 """Over tasks: the pooled row is what its parts say, and its interval covers what it should."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from tdmpc2.evaluation.aggregate import (
     COLUMNS,
     TaskResults,
     interquartile_mean_ratio,
+    mean_ratio,
     speculation_table,
     stratified_interval,
 )
@@ -68,12 +71,13 @@ def test_pairs_stay_together() -> None:
     """Seeds that are hard for both modes do not widen the interval."""
     rng = np.random.default_rng(0)
     base = rng.uniform(200, 1000, 40)
-    low, high = stratified_interval([np.stack([base, base])])
-    apart_low, apart_high = stratified_interval([np.stack([rng.permutation(base), base])])
+    low, high = stratified_interval([np.stack([base, base])], mean_ratio)
+    apart_low, apart_high = stratified_interval([np.stack([rng.permutation(base), base])], mean_ratio)
     assert high - low < 0.5 * (apart_high - apart_low)
 
 
-def test_interval_covers() -> None:
+@pytest.mark.parametrize("statistic", [interquartile_mean_ratio, mean_ratio])
+def test_interval_covers(statistic: Callable[[list[np.ndarray]], np.ndarray]) -> None:
     """Of 95 % intervals, about that share holds the true ratio, here of symmetric noise around 0.95."""
     rng, inside = np.random.default_rng(1), 0
     for i in range(60):
@@ -81,7 +85,7 @@ def test_interval_covers() -> None:
         for scale in (1.0, 50.0):
             base = scale * rng.normal(100, 2, 20)
             tasks.append(np.stack([0.95 * scale * rng.normal(100, 2, 20), base]))
-        low, high = stratified_interval(tasks, rng_seed=i)
+        low, high = stratified_interval(tasks, statistic, rng_seed=i)
         inside += low <= 0.95 <= high
     assert 48 <= inside <= 60
 
@@ -98,3 +102,4 @@ def test_outliers_count_less_than_in_a_mean() -> None:
     own = base.copy()
     own[:4] = 0.0  # a fifth of the episodes fail
     assert interquartile_mean_ratio([np.stack([own, base])[:, None]])[0] == 1.0
+    assert mean_ratio([np.stack([own, base])[:, None]])[0] == pytest.approx(0.8)

@@ -1,6 +1,6 @@
 """Over tasks: one table of every task and setting, and what holds for all tasks together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -54,19 +54,14 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
     Raises:
         DataError: a baseline's mean return is not positive.
     """
-    returns, counts, times = [], [], []
+    returns, counts, times = paired_returns(tasks, modes), [], []
     for task, mode in modes.items():
         r = tasks[task]
-        own = r.episodes[r.episodes["mode"] == mode].set_index("seed")
-        baseline = r.episodes[r.episodes["mode"] == r.summary["mode"].iloc[0]].set_index("seed")
-        pair = np.stack([own["return"], baseline["return"].loc[own.index]])
-        if pair[1].mean() <= 0:
-            raise DataError(f"{task}: its baseline's mean is not positive, a ratio to it says nothing")
-        returns.append(pair)  # [2, n]
+        own = r.episodes[r.episodes["mode"] == mode]
         counts.append([own[name].sum() / own["length"].sum() for name in ("planner_calls", "fallbacks")])
         times.append(act_times(r.latency, mode, counts[-1][0]))
     planner_calls, fallbacks = np.mean(counts, 0)
-    low, high = stratified_interval(returns)
+    low, high = stratified_interval(returns, interquartile_mean_ratio)
     latency = act_columns(np.concatenate([t for t, _ in times]), np.concatenate([w for _, w in times]))
     return {
         "episodes": sum(pair.shape[1] for pair in returns),
@@ -81,6 +76,32 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
     }
 
 
+def paired_returns(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> list[np.ndarray]:
+    """For each task `[2, n]`, the returns of its mode and of its baseline on the same seeds.
+
+    Raises:
+        DataError: a baseline's mean return is not positive.
+    """
+    pairs = []
+    for task, mode in modes.items():
+        by_mode = tasks[task].episodes.pivot(index="seed", columns="mode", values="return")
+        pair = by_mode[[mode, tasks[task].summary["mode"].iloc[0]]].to_numpy().T
+        if pair[1].mean() <= 0:
+            raise DataError(f"{task}: its baseline's mean is not positive, a ratio to it says nothing")
+        pairs.append(pair)
+    return pairs
+
+
+def mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
+    """The mean over the tasks `[R]` of the ratios of mean returns to the baseline's.
+
+    Args:
+        returns: of each task `[2, R, n]`, a mode's and the baseline's.
+    """
+    means = [pair.mean(-1) for pair in returns]
+    return np.mean([own / baseline for own, baseline in means], axis=0)
+
+
 def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
     """The interquartile mean `[R]` of normalised returns, as a ratio to that of the baseline's.
 
@@ -92,13 +113,15 @@ def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
     return own / baseline
 
 
-def stratified_interval(returns: list[np.ndarray], rng_seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the interquartile mean ratio; each task's `[2, n]`, resampled apart."""
+def stratified_interval(
+    returns: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray], rng_seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of one of the two ratios above; each task's `[2, n]`, resampled apart."""
     rng = np.random.default_rng(rng_seed)
     resampled = []
     for pair in returns:
         n = pair.shape[1]
         resampled.append(pair[:, rng.integers(n, size=(RESAMPLES, n))])  # [2, RESAMPLES, n]
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(interquartile_mean_ratio(resampled), [tail, 1 - tail])
+    low, high = np.quantile(statistic(resampled), [tail, 1 - tail])
     return float(low), float(high)

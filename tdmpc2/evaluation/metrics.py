@@ -144,6 +144,11 @@ def paired_ratio(returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0) -
     return ratio, *_interval((returns, baseline), statistic, rng_seed)
 
 
+def with_interval(ratio: float, low: float, high: float) -> str:
+    """A ratio and its interval as text, alone where it has none."""
+    return f"{ratio:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
+
+
 def holds_up(summary: pd.DataFrame, min_return: float) -> pd.Series:
     """Which modes hold a return of `min_return` of the baseline's, by the lower end of the interval.
 

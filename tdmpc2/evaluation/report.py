@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import atomic_write
-from .metrics import by_step_in_plan, holds_up
+from .metrics import by_step_in_plan, holds_up, with_interval
 from .modes import DISTILLED, HORIZONS, SIMPLER
 
 COLUMNS = {
@@ -293,8 +293,7 @@ def _row(row: pd.Series) -> dict[str, str]:
         if pd.isna(value):
             cells[name] = "–"
         elif name == "return_ratio":
-            low, high = row["return_ratio_low"], row["return_ratio_high"]
-            cells[name] = f"{value:.3f}" + ("" if pd.isna(low) else f" [{low:.3f}, {high:.3f}]")
+            cells[name] = with_interval(value, row["return_ratio_low"], row["return_ratio_high"])
         elif name in PERCENT:
             cells[name] = _percent(value)
         elif name.startswith("return"):
