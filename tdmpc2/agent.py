@@ -52,8 +52,8 @@ class Kind(IntEnum):
     PLANNED = 0  # a replan was due; its first action
     CORRECTED = 1  # a later action of the plan, corrected
     OPEN_LOOP = 2  # a later action of the plan, as it was planned
-    FALLBACK = 3  # the mismatch was too large: replanned, the new plan's first action
-    PRIOR = 4  # the policy prior's action; no plan was made
+    FALLBACK = 3  # the mismatch was too large or the value too low: replanned, the new plan's first action
+    PRIOR = 4  # no plan was made: the policy prior's action, or a corrector's in its place
 
 
 class StepInfo(NamedTuple):
