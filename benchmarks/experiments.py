@@ -29,7 +29,7 @@ from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import TEACHER, BudgetOverride, CorrectorConfig, SpeculationConfig
 from tdmpc2.corrector import ARCHITECTURES, BaseCorrector, History, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
-from tdmpc2.distillation.dataset import Recording, split_starts
+from tdmpc2.distillation.dataset import Recording, look_ahead, split_starts
 from tdmpc2.distillation.losses import action_error, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
@@ -141,7 +141,7 @@ class Disagreement(Judged):
     def _drift(self, z: Tensor) -> Tensor:
         assert self.corrector is not None and isinstance(self.judge, BaseCorrector)
         history, planned = would_see(self, z)
-        seen = self.judge.embed(z, self._z_pred, planned, self._k)
+        seen = self.judge.embed(z, self._z_pred, planned, self._k, self._advantages(z, self.teacher.task))
         answer = self.judge(self.judge.no_history(self.num_envs).then(seen), planned)
         return (self.corrector(history, planned) - answer).norm(dim=-1)
 
@@ -159,7 +159,8 @@ def would_see(agent: SpeculativeAgent, z: Tensor) -> tuple[History, Tensor]:
     """A corrector's history and planned action `[B, A]` at the real latents `[B, L]`, without a replan."""
     assert agent.corrector is not None and agent._history is not None
     planned = agent._planned_action(z, agent._actions, agent._k, agent.teacher.task)
-    seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k)
+    advantage = agent._advantages(z, agent.teacher.task)
+    seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k, advantage)
     return agent._history.then(seen), planned
 
 
@@ -180,6 +181,7 @@ def error_estimate(
     width, steps = corrector.own.in_features, config.rollout_steps
     head = mlp(width, [width], 1).to(data.latent.device)
     starts = split_starts(data, config.held_out_every).train
+    data = look_ahead(model, data, corrector.config.lookahead)
     optimizer = torch.optim.Adam(head.parameters(), config.lr)
     features: list[Tensor] = []
     hook = corrector.own.register_forward_pre_hook(lambda _, args: features.append(args[0]))

@@ -37,6 +37,7 @@ from .config import (
 from .corrector import BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import AheadOfTime, Compiled
+from .lookahead import advantages
 from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, saved_config
@@ -239,7 +240,7 @@ class SpeculativeAgent:
                     modules=(model, corrector),
                     depends_on=(
                         (model.config, corrector.config),
-                        (self.plan_length, self._predicts, self._values),
+                        (self.plan_length, self._predicts, self._values, teacher.planner.discount),
                     ),
                 )
             else:
@@ -362,13 +363,19 @@ class SpeculativeAgent:
         if self._values:
             value = model.value(z, model.prior(z, task), task).mean(0)
         if self.corrector is not None and history is not None:
-            history = history.then(self.corrector.embed(z, z_pred, planned, k))
+            history = history.then(self.corrector.embed(z, z_pred, planned, k, self._advantages(z, task)))
             action = self.corrector(history, planned)
             if self._predicts:
                 action = torch.where(replan[:, None], planned, action)
         if self._predicts:
             z_pred = model.next(z_pred, action, task)
         return Step(planned, action, z_pred, value, history)
+
+    def _advantages(self, z: Tensor, task: Tensor | None) -> Tensor:
+        """What the corrector sees of other actions at the real latents, `[B, O A]`."""
+        assert self.corrector is not None
+        discount, horizon = self.teacher.planner.discount, self.corrector.config.lookahead
+        return advantages(self.teacher.model, z, task, discount=discount, horizon=horizon)
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.

@@ -40,11 +40,12 @@ class Steps(NamedTuple):
     z_pred: Tensor  # [B, W, L]
     planned: Tensor  # [B, W, A]
     k: Tensor  # [B, W]
+    advantage: Tensor  # [B, W, O A]
     valid: Tensor  # [B, W]
 
 
 def act(corrector: BaseCorrector, x: Steps) -> Tensor:
-    return corrector(History(corrector.embed(*x[:4]), x.valid), x.planned[:, -1])
+    return corrector(History(corrector.embed(*x[:5]), x.valid), x.planned[:, -1])
 
 
 def random_input(batch: int = 5, window: int = 4) -> Steps:
@@ -55,8 +56,8 @@ def random_input(batch: int = 5, window: int = 4) -> Steps:
 
     valid = torch.ones(batch, window, dtype=torch.bool)
     k = torch.arange(window).expand(batch, -1)
-    latents = uniform(2, batch, window, 16)
-    return Steps(latents[0], latents[1], uniform(batch, window, 3) * 2 - 1, k, valid)
+    latents, planned = uniform(2, batch, window, 16), uniform(batch, window, 3) * 2 - 1
+    return Steps(latents[0], latents[1], planned, k, uniform(batch, window, 12) - 0.5, valid)
 
 
 @BOTH
@@ -77,6 +78,7 @@ def test_action_stays_in_the_box_and_every_input_counts(architecture: str) -> No
         x._replace(z_pred=x.z_pred * 0.5),
         x._replace(planned=x.planned * 0.9),
         x._replace(k=x.k + 1),
+        x._replace(advantage=-x.advantage),
     ):
         assert not torch.allclose(act(corrector, changed), act(corrector, x))
 
@@ -105,7 +107,7 @@ def test_gate_weighs_the_plan_against_an_action_of_its_own(
     corrector, x = make(architecture), random_input()
     corrector.gate.weight.data.zero_()
     corrector.gate.bias.data.fill_(gate)
-    own = corrector.own(corrector.features(History(corrector.embed(*x[:4]), x.valid)))
+    own = corrector.own(corrector.features(History(corrector.embed(*x[:5]), x.valid)))
     expected = ((1 - weight) * x.planned[:, -1] + weight * own).clamp(-1, 1)
     torch.testing.assert_close(act(corrector, x), expected, atol=1e-4, rtol=0.0)
 
@@ -115,7 +117,7 @@ def test_masked_history_has_no_influence_and_valid_history_has() -> None:
     x.valid[:, :2] = False
     rubbish = random_input()
     rubbish = rubbish._replace(k=rubbish.k + 3, valid=x.valid)
-    for mine, other in zip(x[:3], rubbish[:3], strict=True):
+    for mine, other in zip((*x[:3], x.advantage), (*rubbish[:3], rubbish.advantage), strict=True):
         other[:, :2] = 37.0
         other[:, 2:] = mine[:, 2:]
     rubbish.k[:, 2:] = x.k[:, 2:]

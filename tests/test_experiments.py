@@ -72,7 +72,8 @@ def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
             expected = values[0] - values[1]
         else:
             planned = agent._planned_action(z, plan, k, None)
-            answer = other(other.no_history(1).then(other.embed(z, z_pred, planned, k)), planned)
+            seen = other.embed(z, z_pred, planned, k, agent._advantages(z, None))
+            answer = other(other.no_history(1).then(seen), planned)
             expected = (action - answer).norm(dim=-1)
         torch.testing.assert_close(agent.info.mismatch, expected)
         assert expected.abs() > 1e-4
@@ -84,7 +85,7 @@ def test_error_is_estimated_where_it_is() -> None:
     teacher = data.plan[:, 0].clone()
     teacher[60:120] += 1.0
     data = data._replace(teacher_action=teacher)
-    data.latent[60:120, 0] += 1.0
+    data.latent[60:120, :8] += 1.0
     corrector = build_corrector(CorrectorConfig(MODEL.config.latent_dim, 6, "two_tower", width=32)).eval()
     head = experiments.error_estimate(
         MODEL, corrector.requires_grad_(False), data, CorrectorTrainConfig(rollout_steps=4)
@@ -102,9 +103,10 @@ def test_a_corrector_that_sees_the_prior_sees_it() -> None:
     corrector = experiments.WithPrior(config, prior=MODEL.prior)
     z = MODEL.encode(OBSERVATIONS[:2, 0])
     planned, k = torch.zeros(2, 6), torch.ones(2, dtype=torch.long)
-    sees = corrector.embed(z, z, planned, k)
+    advantage = torch.zeros(2, 24)
+    sees = corrector.embed(z, z, planned, k, advantage)
     corrector.real.weight.data[..., -6:] = 0.0  # blind to the prior's action
-    assert not torch.allclose(corrector.embed(z, z, planned, k), sees)
+    assert not torch.allclose(corrector.embed(z, z, planned, k, advantage), sees)
 
 
 def recording(lengths: list[int]) -> Recording:
@@ -122,6 +124,7 @@ def recording(lengths: list[int]) -> Recording:
         last=last,
         seed=7 + first.unique(return_inverse=True)[1],
         teacher="",
+        discount=0.99,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tdmpc2.config import ComputeConfig, PlannerConfig, WorldModelConfig
 from tdmpc2.errors import ConfigError
 from tdmpc2.inference import FastModel
+from tdmpc2.lookahead import OFFSETS, advantages
 from tdmpc2.planner import NoiseSource, Plan, Planner
 from tdmpc2.world_model import WorldModel, load_world_model
 
@@ -190,3 +191,38 @@ def test_planning_follows_the_weights_of_a_model_in_training(dtype: torch.dtype)
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32"):
         Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float16"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("horizon", [0, 3])
+@torch.no_grad()
+def test_advantages_of_other_actions_by_hand(kind: str, horizon: int) -> None:
+    model, batch, actions = random_model(kind), 4, 3
+    task = torch.arange(batch) % 3 if model.config.num_tasks else None
+    z = model.encode(torch.randn(batch, 5, generator=torch.Generator().manual_seed(2)), task)
+    given = advantages(model, z, task, discount=DISCOUNT, horizon=horizon)
+    assert given.shape == (batch, len(OFFSETS) * actions)
+
+    def value(z: Tensor, action: Tensor, task: Tensor | None) -> float:
+        total, weight = 0.0, 1.0
+        for _ in range(horizon):
+            total += weight * float(model.reward(z, action, task))
+            z = model.next(z, action, task)
+            weight *= DISCOUNT
+            if model.config.episodic and float(model.termination(z, task)) > 0.5:
+                weight = 0.0
+            action = model.prior(z, task)
+        return total + weight * float(model.value(z, action, task).mean())
+
+    for row in range(batch):
+        own = None if task is None else task[row]
+        prior = model.prior(z[row], own)
+        expected = []
+        for offset in OFFSETS:
+            for entry in range(actions):
+                action = prior.clone()
+                if own is None or entry < model.config.action_dims[int(own)]:
+                    action[entry] = (action[entry] + offset).clamp(-1, 1)
+                expected.append(value(z[row], action, own) - value(z[row], prior, own))
+        torch.testing.assert_close(given[row], torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    assert given.abs().max() > 1e-2
