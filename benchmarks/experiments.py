@@ -36,6 +36,7 @@ from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER, GROWTH
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
+from tdmpc2.lookahead import advantages, alternatives
 from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
@@ -85,10 +86,22 @@ class Drawn(SpeculativeAgent):
         return plan.actions
 
 
-EXECUTED: Mapping[str, tuple[int, type[SpeculativeAgent]]] = {  # steps of each plan, without corrector
-    "the mean, 1 step": (1, Mean),
-    "the mean, 3 steps": (3, Mean),
-    "the elite drawn, 3 steps": (3, Drawn),
+class BestOfFew(SpeculativeAgent):
+    """Executes what the world model says is best of the few actions that correctors are told of."""
+
+    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
+        model, planner = self.teacher.model, self.teacher.planner
+        ahead = CorrectorConfig.lookahead
+        gain, best = advantages(model, z, task, discount=planner.discount, horizon=ahead).max(-1)
+        moved = alternatives(model.prior(z, task), model, task)
+        return moved[torch.arange(len(z)), torch.where(gain > 0, best + 1, 0)]
+
+
+EXECUTED: Mapping[str, tuple[SpeculationConfig, type[SpeculativeAgent]]] = {  # without corrector
+    "the mean, 1 step": (SpeculationConfig(1), Mean),
+    "the mean, 3 steps": (SpeculationConfig(3), Mean),
+    "the elite drawn, 3 steps": (SpeculationConfig(3), Drawn),
+    "the best of a few actions, no plan": (SpeculationConfig(1, plan_length=0), BestOfFew),
 }
 
 
@@ -207,6 +220,13 @@ class WithPrior(TwoTowerCorrector):
         self.real.register_forward_pre_hook(lambda _, args: torch.cat([args[0], prior(args[0])], -1))
 
 
+class Blind(TwoTowerCorrector):
+    """Is told nothing of other actions."""
+
+    def _scaled(self, advantage: Tensor) -> Tensor:
+        return torch.zeros_like(advantage)
+
+
 class Bench:
     """Runs modes of a teacher on the evaluation seeds, and keeps their episodes in a file.
 
@@ -284,11 +304,8 @@ def main(config: ExperimentConfig) -> None:
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
-    for variant, (k, agent_type) in EXECUTED.items():
-        bench.add(
-            "executed", variant, partial(bench.rollout, SpeculationConfig(k), None, agent_type=agent_type)
-        )
-
+    for variant, (mode, agent_type) in EXECUTED.items():
+        bench.add("executed", variant, partial(bench.rollout, mode, None, agent_type=agent_type))
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
     def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
@@ -357,6 +374,9 @@ def training(
     prior = partial(teacher.model.prior, task=data.task)
     with patch.dict(ARCHITECTURES, {"two_tower": partial(WithPrior, prior=prior)}):
         run("input", "the prior's action too", data, replace(config, architecture="two_tower"))
+    with patch.dict(ARCHITECTURES, {"two_tower": Blind}):
+        run("input", "nothing of other actions", data, replace(config, architecture="two_tower"))
+    run("input", "of other actions what the Q heads say", data, replace(config, lookahead=0))
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
     run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)

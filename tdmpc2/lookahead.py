@@ -8,6 +8,14 @@ from .world_model.model import WorldModel
 OFFSETS = (-1.0, -0.3, 0.3, 1.0)  # from the prior's action, in one entry at a time
 
 
+def alternatives(prior: Tensor, model: WorldModel, task: Tensor | None = None) -> Tensor:
+    """The prior's action `[..., A]` and those that differ from it in one entry, `[..., 1 + O A, A]`."""
+    one = torch.eye(prior.shape[-1], device=prior.device)
+    moves = torch.cat([torch.zeros_like(one[:1]), *(offset * one for offset in OFFSETS)])
+    action = (prior[..., None, :] + moves).clamp(-1, 1)
+    return action * model.action_masks[task][..., None, :] if model.config.num_tasks else action
+
+
 def advantages(
     model: WorldModel, z: Tensor, task: Tensor | None = None, *, discount: float, horizon: int
 ) -> Tensor:
@@ -23,14 +31,9 @@ def advantages(
         discount: per agent step.
         horizon: steps looked ahead; with 0 the Q heads alone are asked.
     """
-    prior = model.prior(z, task)
-    one = torch.eye(prior.shape[-1], device=z.device)
-    moves = torch.cat([torch.zeros_like(one[:1]), *(offset * one for offset in OFFSETS)])  # [1 + O A, A]
-    action = (prior[..., None, :] + moves).clamp(-1, 1)  # [..., 1 + O A, A]
+    action = alternatives(model.prior(z, task), model, task)
     z = z[..., None, :].expand(*action.shape[:-1], -1)
     tasks = None if task is None else task[..., None]
-    if model.config.num_tasks:
-        action = action * model.action_masks[tasks]
     total, weight = torch.zeros_like(z[..., 0]), torch.ones_like(z[..., 0])
     for _ in range(horizon):
         total = total + weight * model.reward(z, action, tasks)

@@ -11,6 +11,7 @@ from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConf
 from tdmpc2.corrector import BaseCorrector, build_corrector
 from tdmpc2.distillation import CorrectorTrainConfig
 from tdmpc2.distillation.dataset import Recording, episode_bounds
+from tdmpc2.lookahead import advantages, alternatives
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import load_world_model
 
@@ -52,6 +53,27 @@ def corrector_of(architecture: str) -> BaseCorrector:
     for p in corrector.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return corrector.eval().requires_grad_(False)
+
+
+def test_best_of_few_is_the_best_of_them() -> None:
+    agent = experiments.BestOfFew(TDMPC2(MODEL, BUDGET), SpeculationConfig(1, plan_length=0))
+    moved = 0
+    for obs in OBSERVATIONS:
+        z, action = MODEL.encode(obs), agent.act(obs)
+        few = alternatives(MODEL.prior(z), MODEL)[0]
+        gains = advantages(MODEL, z, discount=0.99, horizon=3)[0]
+        torch.testing.assert_close(action[0], few[torch.cat([torch.zeros(1), gains]).argmax()])
+        moved += gains.max() > 0
+    assert moved
+
+
+def test_the_blind_see_nothing_of_other_actions() -> None:
+    config = CorrectorConfig(MODEL.config.latent_dim, MODEL.config.action_dim, "two_tower", width=32)
+    z = MODEL.encode(OBSERVATIONS[:2, 0])
+    other = z, z, torch.zeros(2, 6), torch.ones(2, dtype=torch.long)
+    for corrector, blind in ((experiments.Blind(config), True), (build_corrector(config), False)):
+        told, untold = (corrector.embed(*other, torch.full((2, 24), x)) for x in (0.5, 0.0))
+        assert torch.equal(told, untold) == blind
 
 
 @pytest.mark.parametrize("rule", ["ValueGap", "Disagreement"])
