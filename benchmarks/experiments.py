@@ -36,7 +36,7 @@ from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER, GROWTH
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
-from tdmpc2.lookahead import advantages, alternatives
+from tdmpc2.lookahead import advantages, alternatives, moves_of
 from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
@@ -90,10 +90,10 @@ class BestOfFew(SpeculativeAgent):
     """Executes what the world model says is best of the few actions that correctors are told of."""
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
-        model, planner = self.teacher.model, self.teacher.planner
-        ahead = CorrectorConfig.lookahead
-        gain, best = advantages(model, z, task, discount=planner.discount, horizon=ahead).max(-1)
-        moved = alternatives(model.prior(z, task), model, task)
+        model, discount = self.teacher.model, self.teacher.planner.discount
+        moves, ahead = moves_of(model.config.action_dim).to(z.device), CorrectorConfig.lookahead
+        gain, best = advantages(model, z, moves, task, discount=discount, horizon=ahead).max(-1)
+        moved = alternatives(model.prior(z, task), moves)
         return moved[torch.arange(len(z)), torch.where(gain > 0, best + 1, 0)]
 
 

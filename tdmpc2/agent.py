@@ -372,10 +372,11 @@ class SpeculativeAgent:
         return Step(planned, action, z_pred, value, history)
 
     def _advantages(self, z: Tensor, task: Tensor | None) -> Tensor:
-        """What the corrector sees of other actions at the real latents, `[B, O A]`."""
+        """What the corrector is told of other actions at the real latents, `[B, M]`."""
         assert self.corrector is not None
         discount, horizon = self.teacher.planner.discount, self.corrector.config.lookahead
-        return advantages(self.teacher.model, z, task, discount=discount, horizon=horizon)
+        moves = self.corrector.moves
+        return advantages(self.teacher.model, z, moves, task, discount=discount, horizon=horizon)
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.

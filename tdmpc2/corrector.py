@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .config import CorrectorConfig
 from .errors import CheckpointError, ConfigError
 from .files import atomic_write, read_metadata
-from .lookahead import OFFSETS
+from .lookahead import MOVES, moves_of
 from .world_model.checkpoint import fingerprint
 from .world_model.layers import NormedLinear, mlp
 
@@ -64,11 +64,13 @@ class BaseCorrector(nn.Module):
         config: the architecture.
         window: number `W` of steps that it wants to see.
         embedding_dim: number `E` of entries that it remembers of a step.
-        scale: `[O A]`, what advantages are divided by, for training to set.
+        moves: `[M, A]`, the other actions that it is told of.
+        scale: `[M]`, what their advantages are divided by, for training to set.
     """
 
     window: int
     embedding_dim: int
+    moves: Tensor
     scale: Tensor
 
     def __init__(self, config: CorrectorConfig, hidden: int):
@@ -78,7 +80,8 @@ class BaseCorrector(nn.Module):
         self.gate = nn.Linear(hidden, config.action_dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        self.register_buffer("scale", torch.ones(len(OFFSETS) * config.action_dim))
+        self.register_buffer("moves", moves_of(config.action_dim))
+        self.register_buffer("scale", torch.ones(MOVES))
 
     def no_history(self, rows: int) -> History:
         """The history of `B` episodes that begin."""
@@ -94,7 +97,7 @@ class BaseCorrector(nn.Module):
             z_pred: `[..., L]`, predicted by the plan, driven by the actions really executed.
             planned: `[..., A]`, planned actions in [-1, 1].
             k: `[...]` long, step in plan.
-            advantage: `[..., O A]`, `lookahead.advantages` at the real latents.
+            advantage: `[..., M]`, `lookahead.advantages` at the real latents.
         """
         raise NotImplementedError
 
@@ -138,7 +141,7 @@ class TwoTowerCorrector(BaseCorrector):
         self.real = NormedLinear(c.latent_dim, width, nn.Mish())
         self.predicted = NormedLinear(c.latent_dim, width, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, width, nn.Mish())
-        self.ahead = NormedLinear(len(self.scale), width, nn.Mish())
+        self.ahead = NormedLinear(MOVES, width, nn.Mish())
         self.step = self._embedding(width // 8)
         self.embedding_dim = 4 * width + width // 8 + c.action_dim
         self.trunk = mlp(self.embedding_dim, [width], width, last=nn.Mish())
@@ -175,7 +178,7 @@ class TemporalTransformerCorrector(BaseCorrector):
         self.window, self.embedding_dim = c.window, dim
         self.latents = NormedLinear(2 * c.latent_dim + c.action_dim, dim, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, dim, nn.Mish())
-        self.ahead = NormedLinear(len(self.scale), dim, nn.Mish())
+        self.ahead = NormedLinear(MOVES, dim, nn.Mish())
         self.step = self._embedding(dim)
         self.position = nn.Parameter(torch.empty(c.window, dim))
         nn.init.trunc_normal_(self.position, std=0.02)

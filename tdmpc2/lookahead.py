@@ -5,21 +5,34 @@ from torch import Tensor
 
 from .world_model.model import WorldModel
 
-OFFSETS = (-1.0, -0.3, 0.3, 1.0)  # from the prior's action, in one entry at a time
+MOVES, SIZE = 8, 0.5  # other actions, and by how much they differ from the prior's in every entry
 
 
-def alternatives(prior: Tensor, model: WorldModel, task: Tensor | None = None) -> Tensor:
-    """The prior's action `[..., A]` and those that differ from it in one entry, `[..., 1 + O A, A]`."""
-    one = torch.eye(prior.shape[-1], device=prior.device)
-    moves = torch.cat([torch.zeros_like(one[:1]), *(offset * one for offset in OFFSETS)])
-    action = (prior[..., None, :] + moves).clamp(-1, 1)
-    return action * model.action_masks[task][..., None, :] if model.config.num_tasks else action
+def moves_of(action_dim: int) -> Tensor:
+    """Up or down in every entry `[M, A]`, by patterns that are always the same."""
+    up = torch.rand(MOVES, action_dim, generator=torch.Generator().manual_seed(0)) < 0.5
+    return SIZE * (2.0 * up - 1.0)
+
+
+def alternatives(prior: Tensor, moves: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The prior's action `[..., A]` and what moves `[M, A]` make of it, `[..., 1 + M, A]`.
+
+    `mask` `[..., A]` says which entries a task of a multi-task model has.
+    """
+    action = (prior[..., None, :] + torch.cat([torch.zeros_like(moves[:1]), moves])).clamp(-1, 1)
+    return action if mask is None else action * mask[..., None, :]
 
 
 def advantages(
-    model: WorldModel, z: Tensor, task: Tensor | None = None, *, discount: float, horizon: int
+    model: WorldModel,
+    z: Tensor,
+    moves: Tensor,
+    task: Tensor | None = None,
+    *,
+    discount: float,
+    horizon: int,
 ) -> Tensor:
-    """By how much the predicted return changes where one entry of the prior's action is moved, `[..., O A]`.
+    """By how much the predicted return changes where the prior's first action is moved, `[..., M]`.
 
     The return is the planner's (paper, eq. 6), the prior acting after the first step; the mean over all Q
     heads stands for what comes after the horizon.
@@ -27,11 +40,13 @@ def advantages(
     Args:
         model: what is looked ahead in.
         z: `[..., L]`.
+        moves: `[M, A]`, see `moves_of`.
         task: indices of tasks that broadcast to `[...]`, of a multi-task model.
         discount: per agent step.
         horizon: steps looked ahead; with 0 the Q heads alone are asked.
     """
-    action = alternatives(model.prior(z, task), model, task)
+    mask = model.action_masks[task] if model.config.num_tasks else None
+    action = alternatives(model.prior(z, task), moves, mask)
     z = z[..., None, :].expand(*action.shape[:-1], -1)
     tasks = None if task is None else task[..., None]
     total, weight = torch.zeros_like(z[..., 0]), torch.ones_like(z[..., 0])

@@ -18,6 +18,7 @@ from tdmpc2.corrector import (
     save_corrector,
 )
 from tdmpc2.errors import CheckpointError, ConfigError
+from tdmpc2.lookahead import MOVES
 
 BOTH = pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
 
@@ -40,7 +41,7 @@ class Steps(NamedTuple):
     z_pred: Tensor  # [B, W, L]
     planned: Tensor  # [B, W, A]
     k: Tensor  # [B, W]
-    advantage: Tensor  # [B, W, O A]
+    advantage: Tensor  # [B, W, M]
     valid: Tensor  # [B, W]
 
 
@@ -57,7 +58,7 @@ def random_input(batch: int = 5, window: int = 4) -> Steps:
     valid = torch.ones(batch, window, dtype=torch.bool)
     k = torch.arange(window).expand(batch, -1)
     latents, planned = uniform(2, batch, window, 16), uniform(batch, window, 3) * 2 - 1
-    return Steps(latents[0], latents[1], planned, k, uniform(batch, window, 12) - 0.5, valid)
+    return Steps(latents[0], latents[1], planned, k, uniform(batch, window, MOVES) - 0.5, valid)
 
 
 @BOTH

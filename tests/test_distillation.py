@@ -23,7 +23,7 @@ from tdmpc2.distillation.collect import BURST_EVERY, BURST_STEPS, Bursts
 from tdmpc2.distillation.dataset import Recording, episode_bounds, look_ahead, read_shard, split_starts
 from tdmpc2.distillation.losses import correction_loss, unroll
 from tdmpc2.errors import ConfigError, DataError, TDMPC2Error
-from tdmpc2.lookahead import advantages
+from tdmpc2.lookahead import advantages, moves_of
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import WorldModel, fingerprint
@@ -390,7 +390,7 @@ def test_rollout_loss_by_hand(model: WorldModel) -> None:
         z = data.latent[2 + k]
         planned = data.plan[2, k] if k < HORIZON else model.pi(z).mean
         x = [v[None] for v in (z, z_pred, z - z_pred, planned)]
-        advantage = advantages(model, x[0], discount=0.99, horizon=3)
+        advantage = advantages(model, x[0], moves_of(ACTION), discount=0.99, horizon=3)
         hidden = [corrector.real(x[0]), corrector.predicted(x[1]), corrector.difference(x[2])]  # type: ignore[operator]
         hidden.append(corrector.ahead((advantage / corrector.scale).clamp(-3, 3)))  # type: ignore[operator]
         step = corrector.step(torch.tensor([k]))  # type: ignore[operator]

@@ -10,7 +10,7 @@ from torch import Tensor
 from tdmpc2.config import ComputeConfig, PlannerConfig, WorldModelConfig
 from tdmpc2.errors import ConfigError
 from tdmpc2.inference import FastModel
-from tdmpc2.lookahead import OFFSETS, advantages
+from tdmpc2.lookahead import MOVES, advantages, moves_of
 from tdmpc2.planner import NoiseSource, Plan, Planner
 from tdmpc2.world_model import WorldModel, load_world_model
 
@@ -197,11 +197,11 @@ def test_unknown_precision_is_refused() -> None:
 @pytest.mark.parametrize("horizon", [0, 3])
 @torch.no_grad()
 def test_advantages_of_other_actions_by_hand(kind: str, horizon: int) -> None:
-    model, batch, actions = random_model(kind), 4, 3
+    model, batch, moves = random_model(kind), 4, moves_of(3)
     task = torch.arange(batch) % 3 if model.config.num_tasks else None
     z = model.encode(torch.randn(batch, 5, generator=torch.Generator().manual_seed(2)), task)
-    given = advantages(model, z, task, discount=DISCOUNT, horizon=horizon)
-    assert given.shape == (batch, len(OFFSETS) * actions)
+    given = advantages(model, z, moves, task, discount=DISCOUNT, horizon=horizon)
+    assert given.shape == (batch, MOVES) and set(moves.flatten().tolist()) == {-0.5, 0.5}
 
     def value(z: Tensor, action: Tensor, task: Tensor | None) -> float:
         total, weight = 0.0, 1.0
@@ -218,11 +218,10 @@ def test_advantages_of_other_actions_by_hand(kind: str, horizon: int) -> None:
         own = None if task is None else task[row]
         prior = model.prior(z[row], own)
         expected = []
-        for offset in OFFSETS:
-            for entry in range(actions):
-                action = prior.clone()
-                if own is None or entry < model.config.action_dims[int(own)]:
-                    action[entry] = (action[entry] + offset).clamp(-1, 1)
-                expected.append(value(z[row], action, own) - value(z[row], prior, own))
+        for move in moves:
+            action = (prior + move).clamp(-1, 1)
+            if own is not None:
+                action[model.config.action_dims[int(own)] :] = 0.0
+            expected.append(value(z[row], action, own) - value(z[row], prior, own))
         torch.testing.assert_close(given[row], torch.tensor(expected), atol=1e-4, rtol=1e-4)
     assert given.abs().max() > 1e-2

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import atomic_write
-from ..lookahead import advantages
+from ..lookahead import advantages, moves_of
 from ..world_model.model import WorldModel
 
 SCHEMA = "tdmpc2-corrector-data-2"
@@ -57,7 +57,7 @@ class Recording(NamedTuple):
     seed: Tensor  # [N] long, seed of the step's episode
     teacher: str  # fingerprint of the world model
     discount: float  # per agent step
-    advantage: Tensor | None = None  # [N, O A], what correctors see of other actions, of `look_ahead`
+    advantage: Tensor | None = None  # [N, M], what correctors are told of other actions, of `look_ahead`
     task: Tensor | None = None  # [] long, index of the task of a multi-task model
 
     def to(self, device: str | torch.device) -> "Recording":
@@ -156,9 +156,10 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
 
 def look_ahead(model: WorldModel, recording: Recording, horizon: int) -> Recording:
     """The recording with the advantages of other actions at its latents, so many steps ahead."""
+    moves = moves_of(recording.plan.shape[-1]).to(recording.plan.device)
     with torch.no_grad():
         advantage = [
-            advantages(model, z, recording.task, discount=recording.discount, horizon=horizon)
+            advantages(model, z, moves, recording.task, discount=recording.discount, horizon=horizon)
             for z in recording.latent.split(LOOKED_AT)
         ]
     return recording._replace(advantage=torch.cat(advantage))
