@@ -93,8 +93,8 @@ class BestOfFew(SpeculativeAgent):
         model, discount = self.teacher.model, self.teacher.planner.discount
         moves, ahead = moves_of(model.config.action_dim).to(z.device), CorrectorConfig.lookahead
         gain, best = advantages(model, z, moves, task, discount=discount, horizon=ahead).max(-1)
-        moved = alternatives(model.prior(z, task), moves)
-        return moved[torch.arange(len(z)), torch.where(gain > 0, best + 1, 0)]
+        few = alternatives(model, z, moves, task)
+        return few[torch.arange(len(z)), torch.where(gain > 0, best + 1, 0)]
 
 
 EXECUTED: Mapping[str, tuple[SpeculationConfig, type[SpeculativeAgent]]] = {  # without corrector

@@ -34,6 +34,7 @@ from tdmpc2.evaluation.aggregate import (
     CHOSEN,
     TaskResults,
     mean_ratio,
+    modes_of,
     paired_returns,
     speculation_table,
     stratified_interval,
@@ -180,8 +181,7 @@ def pooled_rows(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
 
 def mean_of_tasks(results: Mapping[str, TaskResults], setting: str) -> str:
     """The mean of the tasks' return ratios in a setting, with its interval."""
-    modes = {task: r.chosen if setting == CHOSEN else setting for task, r in results.items()}
-    pairs = paired_returns(results, modes)
+    pairs = paired_returns(results, modes_of(results, setting))
     mean = float(mean_ratio([pair[:, None] for pair in pairs])[0])
     return with_interval(mean, *stratified_interval(pairs, mean_ratio))
 
@@ -329,10 +329,8 @@ def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     episodes = episodes[episodes["seed"].isin(seeds)]
     if set(seeds) - set(episodes["seed"]):
         raise DataError(f"{folder}/disturbed has seeds that {folder} lacks: run it with the same eval_seed")
-    sums, returns = (
-        episodes.groupby("mode", sort=False).sum(),
-        episodes.pivot(index="seed", columns="mode", values="return"),
-    )
+    sums = episodes.groupby("mode", sort=False).sum()
+    returns = episodes.pivot(index="seed", columns="mode", values="return")
     table = sums[["planner_calls", "fallbacks"]].div(sums["length"], axis=0)
     ratios = [paired_ratio(returns[mode].to_numpy(), returns[BASELINE].to_numpy()) for mode in table.index]
     table[["return_ratio", "return_ratio_low", "return_ratio_high"]] = ratios

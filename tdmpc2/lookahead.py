@@ -14,13 +14,11 @@ def moves_of(action_dim: int) -> Tensor:
     return SIZE * (2.0 * up - 1.0)
 
 
-def alternatives(prior: Tensor, moves: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The prior's action `[..., A]` and what moves `[M, A]` make of it, `[..., 1 + M, A]`.
-
-    `mask` `[..., A]` says which entries a task of a multi-task model has.
-    """
+def alternatives(model: WorldModel, z: Tensor, moves: Tensor, task: Tensor | None = None) -> Tensor:
+    """The prior's action and what moves make of it, `[..., 1 + M, A]`; arguments as of `advantages`."""
+    prior = model.prior(z, task)
     action = (prior[..., None, :] + torch.cat([torch.zeros_like(moves[:1]), moves])).clamp(-1, 1)
-    return action if mask is None else action * mask[..., None, :]
+    return action * model.action_masks[task][..., None, :] if model.config.num_tasks else action
 
 
 def advantages(
@@ -45,8 +43,7 @@ def advantages(
         discount: per agent step.
         horizon: steps looked ahead; with 0 the Q heads alone are asked.
     """
-    mask = model.action_masks[task] if model.config.num_tasks else None
-    action = alternatives(model.prior(z, task), moves, mask)
+    action = alternatives(model, z, moves, task)
     z = z[..., None, :].expand(*action.shape[:-1], -1)
     tasks = None if task is None else task[..., None]
     total, weight = torch.zeros_like(z[..., 0]), torch.ones_like(z[..., 0])

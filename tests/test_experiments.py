@@ -60,7 +60,7 @@ def test_best_of_few_is_the_best_of_them() -> None:
     moves, moved = moves_of(6), 0
     for obs in OBSERVATIONS:
         z, action = MODEL.encode(obs), agent.act(obs)
-        few = alternatives(MODEL.prior(z), moves)[0]
+        few = alternatives(MODEL, z, moves)[0]
         gains = advantages(MODEL, z, moves, discount=0.99, horizon=3)[0]
         torch.testing.assert_close(action[0], few[torch.cat([torch.zeros(1), gains]).argmax()])
         moved += gains.max() > 0

@@ -167,8 +167,9 @@ def _train(
     torch.manual_seed(c.seed)  # of the weights
     corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)
     assert data.advantage is not None
-    corrector.scale.copy_(data.advantage.std(0).clamp(min=1e-3))
-    if initial is not None:
+    if initial is None:
+        corrector.scale.copy_(data.advantage.std(0).clamp(min=1e-3))
+    else:
         corrector.load_state_dict(initial.state_dict())
     judge = _Judge(model, data, validation, steps, corrector)
     generator = torch.Generator().manual_seed(c.seed)

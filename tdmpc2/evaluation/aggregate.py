@@ -37,9 +37,14 @@ def speculation_table(tasks: Mapping[str, TaskResults]) -> pd.DataFrame:
     first = next(iter(tasks.values())).summary["mode"]
     shared = [mode for mode in first if all(mode in set(r.summary["mode"]) for r in tasks.values())]
     for setting in [*shared, CHOSEN]:
-        modes = {task: r.chosen if setting == CHOSEN else setting for task, r in tasks.items()}
+        modes = modes_of(tasks, setting)
         rows.append({"task": ALL, "setting": setting, "chosen": setting == CHOSEN, **pooled(tasks, modes)})
     return pd.DataFrame(rows)[COLUMNS]
+
+
+def modes_of(tasks: Mapping[str, TaskResults], setting: str) -> dict[str, str]:
+    """The mode of each task that a setting stands for."""
+    return {task: r.chosen if setting == CHOSEN else setting for task, r in tasks.items()}
 
 
 def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[str, float]:
