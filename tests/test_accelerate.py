@@ -418,7 +418,7 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         disturbed.evaluate_disturbed(replace(config, eval_episodes=2, num_envs=2), Console())
 
 
-def test_mistakes_of_the_disturbed(finished: Path, workdir: Path) -> None:
+def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_line(script("eval_disturbed", workdir, "agent=done", "compile=false"), "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())
@@ -426,6 +426,7 @@ def test_mistakes_of_the_disturbed(finished: Path, workdir: Path) -> None:
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())
     with pytest.raises(ConfigError, match="num_envs=0"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), Console())
+    monkeypatch.syspath_prepend(workdir)  # where its task is
     calibrated = disturbed.DisturbedConfig(agent=str(finished), eval_seed=10_001, calibration_seed=50_000)
     with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
         disturbed.evaluate_disturbed(calibrated, Console())
