@@ -37,7 +37,7 @@ from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER, GROWTH
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
 from tdmpc2.lookahead import advantages, alternatives, moves_of
-from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
+from tdmpc2.mismatch import calibrate_td_error, calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
@@ -353,8 +353,9 @@ def main(config: ExperimentConfig) -> None:
                 for growth in GROWTHS:
                     words = f"{rule}, growth {growth or 'without limit'}, quantile {quantile}"
                     accepting(words, replace(mode, growth=growth), agent_type)
-                floor = -calibrate_threshold(-seen["value"].to_numpy(), config.value_quantile)
-                accepting(f"{rule} or value, quantile {quantile}", replace(mode, min_value=floor), agent_type)
+                limit, usual = calibrate_td_error(seen, config.td_quantile)
+                watching = replace(mode, min_td_error=limit, usual_td_error=usual)
+                accepting(f"{rule} or TD errors, quantile {quantile}", watching, agent_type)
     running_about.rename(about)
     running.rename(path)
 

@@ -38,7 +38,7 @@ from .corrector import BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import AheadOfTime, Compiled
 from .lookahead import advantages
-from .mismatch import mismatch
+from .mismatch import TD_STEPS, mismatch
 from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
 from .world_model.checkpoint import fingerprint, load_world_model, saved_config
 from .world_model.model import WorldModel
@@ -53,7 +53,7 @@ class Kind(IntEnum):
     PLANNED = 0  # a replan was due; its first action
     CORRECTED = 1  # a later action of the plan, corrected
     OPEN_LOOP = 2  # a later action of the plan, as it was planned
-    FALLBACK = 3  # the mismatch was too large or the value too low: replanned, the new plan's first action
+    FALLBACK = 3  # the mismatch or the TD errors were out of bounds: replanned, the new plan's first action
     PRIOR = 4  # no plan was made: the policy prior's action, or a corrector's in its place
 
 
@@ -63,7 +63,7 @@ class StepInfo(NamedTuple):
     kind: Tensor  # [B] long, values of Kind
     k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
-    value: Tensor  # [B], what the Q heads think the state is worth; NaN where no corrector watches plans
+    td_error: Tensor  # [B], of the step before; NaN in an episode's first, and where no corrector is watched
     correction: Tensor  # [B], norm of what the corrector added to the planned action
 
 
@@ -73,7 +73,8 @@ class Step(NamedTuple):
     planned: Tensor  # [B, A]
     action: Tensor  # [B, A], corrected
     z_pred: Tensor  # [B, L], predicted for the next step
-    value: Tensor  # [B], of the real latent
+    td_error: Tensor  # [B], of the step before
+    promised: Tensor  # [B], by this step, of the discounted value of the next
     history: History | None  # this step included
 
 
@@ -182,10 +183,11 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
-    Two things end a plan early: a mismatch above the threshold, and a state that is worth less than
-    `min_value`. A robot that has fallen lies as still as the model predicts: no mismatch tells that it is
-    lost. With `growth` a plan lasts at most so many times as long as the one before: what ended that one may
-    well end the next.
+    Two things end a plan early: a mismatch above the threshold, and a running mean of TD errors below
+    `min_td_error`: for some time, states have turned out to be worth less than the ones before promised. In a
+    world that is a little other than modelled no single mismatch tells that the agent is losing, and a robot
+    that has fallen lies as still as the model predicts. With `growth` a plan lasts at most so many times as
+    long as the one before: what ended that one may well end the next.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
@@ -214,20 +216,21 @@ class SpeculativeAgent:
             planner.config = replace(planner.config, iterations=config.iterations)
             check_budget(planner.config)
         self.teacher, self.config, self.corrector = teacher, config, corrector
-        self._min_value = -math.inf if config.min_value is None else config.min_value
+        self._min_td_error = -math.inf if config.min_td_error is None else config.min_td_error
         n, model = teacher.num_envs, teacher.model
         self._thresholds = torch.tensor(config.threshold or (math.inf,), device=teacher.device)
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
         self._actions = torch.zeros(n, horizon, action, device=device)
         self._z_pred = torch.zeros(n, latent, device=device)
-        self._value = torch.full((n,), torch.nan, device=device)
+        self._promised = torch.full((n,), torch.nan, device=device)
+        self._td_error = torch.full((n,), config.usual_td_error, device=device)  # running mean
         self._k = torch.full((n,), config.execution_horizon, device=device)
         self._reach = self._k.clone()  # the step at which a replan is due
         self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1
-        self._values = corrector is not None and self.plan_length > 0
+        self._watches = corrector is not None and self.plan_length > 0
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
@@ -235,12 +238,12 @@ class SpeculativeAgent:
             if device.type == "cpu":
                 self._step = AheadOfTime(
                     self._eager_step,
-                    lambda x: Step(x[0], x[1], x[2], x[3], History(x[4], x[5])),
+                    lambda x: Step(x[0], x[1], x[2], x[3], x[4], History(x[5], x[6])),
                     what=what,
                     modules=(model, corrector),
                     depends_on=(
                         (model.config, corrector.config),
-                        (self.plan_length, self._predicts, self._values, teacher.planner.discount),
+                        (self.plan_length, self._predicts, self._watches, teacher.planner.discount),
                     ),
                 )
             else:
@@ -256,6 +259,8 @@ class SpeculativeAgent:
         index: slice | Tensor = slice(None) if mask is None else mask
         self.teacher.reset(mask)
         self._k[index] = self.config.execution_horizon  # a replan is due
+        self._promised[index] = torch.nan
+        self._td_error[index] = self.config.usual_td_error
         if self._history is not None:
             self._history.valid[index] = False
 
@@ -276,14 +281,17 @@ class SpeculativeAgent:
         z = self.teacher.encode(obs)
         due = k >= self._reach
         drift = self._drift(z)
-        # A mismatch that is no number is too large. The value is that of the state before: one network less
-        # stands between an observation and its action.
-        replan = due | ~(drift <= self._threshold()) | (self._value < self._min_value)
+        # A mismatch that is no number is too large. The TD errors are those up to the state before: one
+        # network less stands between an observation and its action.
+        replan = due | ~(drift <= self._threshold()) | (self._td_error < self._min_td_error)
         if replan.any():
             self._replan(z, replan, plan)
 
-        step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history, self.teacher.task)
-        self._z_pred, self._value, self._history = step.z_pred, step.value, step.history
+        step = self._step(
+            z, self._z_pred, self._actions, self._k, replan, self._promised, self._history, self.teacher.task
+        )
+        self._z_pred, self._promised, self._history = step.z_pred, step.promised, step.history
+        self._td_error += (step.td_error - self._td_error).nan_to_num() / TD_STEPS
         self._k = self._k + 1
         self._last = (due, replan, k, drift, step)
         return like(step.action, obs, self.teacher.model)
@@ -300,7 +308,7 @@ class SpeculativeAgent:
             kind=torch.where(due, first, torch.where(replan, Kind.FALLBACK, later)),
             k=torch.where(due, 0, k),
             mismatch=drift.masked_fill(due, torch.nan),
-            value=step.value,
+            td_error=step.td_error,
             correction=(step.action - step.planned).norm(dim=-1),
         )
 
@@ -343,6 +351,7 @@ class SpeculativeAgent:
         plan: Tensor,
         k: Tensor,
         replan: Tensor,
+        promised: Tensor,
         history: History | None,
         task: Tensor | None,
     ) -> Step:
@@ -354,14 +363,12 @@ class SpeculativeAgent:
             plan: planned actions.
             k: step in plan.
             replan: `[B]`, where plans were made now.
+            promised: `[B]`, by the step before; NaN where there was none.
             history: of earlier steps, where there is a corrector.
             task: `[B]`, indices of tasks, of a multi-task model.
         """
         model = self.teacher.model
-        planned, value = self._planned_action(z, plan, k, task), z.new_full(z.shape[:1], torch.nan)
-        action = planned
-        if self._values:
-            value = model.value(z, model.prior(z, task), task).mean(0)
+        action = planned = self._planned_action(z, plan, k, task)
         if self.corrector is not None and history is not None:
             history = history.then(self.corrector.embed(z, z_pred, planned, k, self._advantages(z, task)))
             action = self.corrector(history, planned)
@@ -369,7 +376,13 @@ class SpeculativeAgent:
                 action = torch.where(replan[:, None], planned, action)
         if self._predicts:
             z_pred = model.next(z_pred, action, task)
-        return Step(planned, action, z_pred, value, history)
+        if self._watches:
+            value = model.value(z, model.prior(z, task), task).mean(0)
+            td_error = self.teacher.planner.discount * value - promised
+            promised = value - model.reward(z, action, task)
+        else:
+            td_error = promised = torch.full_like(promised, torch.nan)
+        return Step(planned, action, z_pred, td_error, promised, history)
 
     def _advantages(self, z: Tensor, task: Tensor | None) -> Tensor:
         """What the corrector is told of other actions at the real latents, `[B, M]`."""

@@ -126,7 +126,9 @@ class SpeculationConfig:
     growth: int | None = None  # a plan lasts at most so many times as long as the last one; None: no limit
     # Mismatch above which the agent replans at step 1, 2, ... of a plan; the last holds for all later steps.
     threshold: tuple[float, ...] | None = None  # None: never
-    min_value: float | None = None  # value of a state below which the agent replans after it; None: never
+    # Running mean of TD errors below which the agent replans, see `mismatch.TD_STEPS`; None: never.
+    min_td_error: float | None = None
+    usual_td_error: float = 0.0  # where that mean begins in an episode
     corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's

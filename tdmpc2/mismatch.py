@@ -1,10 +1,17 @@
-"""How far reality has drifted from the plan, and how far it may before the plan is thrown away."""
+"""How far reality has drifted from the plan, and how far it may before the plan is thrown away.
+
+What a mismatch does not show, TD errors may: `r(z, a) + gamma V(z') - V(z)`, what a step really led to beside
+what was promised before it, all by the world model. A single one is mostly noise, but where the agent is
+losing, be it that the world is not as modelled, their mean falls.
+"""
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from .errors import DataError
+
+TD_STEPS = 50  # the last TD errors that their running mean is of, more or less: its time constant
 
 
 def mismatch(z: Tensor, z_pred: Tensor) -> Tensor:
@@ -46,3 +53,21 @@ def calibrate_thresholds(steps: pd.DataFrame, quantile: float) -> tuple[float, .
     last = max(int(steps["k"].max()), 1)
     at = [steps.loc[steps["k"] == k, "mismatch"].to_numpy() for k in range(1, last + 1)]
     return tuple(calibrate_threshold(mismatches, quantile) for mismatches in at)
+
+
+def calibrate_td_error(steps: pd.DataFrame, quantile: float) -> tuple[float, float]:
+    """The limit that the running mean of TD errors keeps above in a share `quantile` of steps, and its start.
+
+    Args:
+        steps: columns `seed, td_error`, of plans that were executed without fallback.
+        quantile: in (0, 1].
+
+    Raises:
+        DataError: there is no finite TD error to calibrate on.
+    """
+    usual = float(steps["td_error"].mean())
+    if not np.isfinite(usual):
+        raise DataError("no TD error to calibrate on: no calibration episode holds two steps")
+    less = (usual - steps["td_error"]).fillna(0.0)  # none in an episode's first step, where the mean begins
+    running = less.groupby(steps["seed"]).transform(lambda x: x.ewm(alpha=1 / TD_STEPS, adjust=False).mean())
+    return usual - calibrate_threshold(running.to_numpy(), quantile), usual

@@ -19,7 +19,7 @@ from tdmpc2.config import (
 )
 from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError, DataError, ObservationError
-from tdmpc2.mismatch import calibrate_threshold, calibrate_thresholds
+from tdmpc2.mismatch import TD_STEPS, calibrate_td_error, calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.world_model import load_world_model
 
@@ -212,22 +212,39 @@ def test_a_batch_acts_as_its_rows_alone(model, architecture) -> None:
         torch.testing.assert_close(run([row])[:, 0], together[:, row], atol=1e-4, rtol=1e-4)
 
 
-def test_a_state_worth_too_little_is_replanned_in_the_step_after_it(model) -> None:
+def test_it_replans_a_step_after_the_running_mean_of_td_errors_fell_too_low(model) -> None:
     corrector = noisy_corrector(model)
     obs = observations(12, 1)
-    z = model.encode(obs.flatten(0, 1))
-    value = model.value(z, model.prior(z)).mean(0)
-    floor = float(value.sort().values[3:5].mean())  # above four of the states
-    agent = agent_of(model, corrector, execution_horizon=100, corrector="two_tower", min_value=floor)
-    agent.reset()
-    seen, kind = [], []
-    for o in obs:
-        agent.act(o)
-        seen.append(agent.info.value)
-        kind.append(Kind(int(agent.info.kind)))
-    torch.testing.assert_close(torch.cat(seen), value)
-    expected = [Kind.FALLBACK if poor else Kind.CORRECTED for poor in value[:-1] < floor]
-    assert kind == [Kind.PLANNED, *expected] and kind.count(Kind.FALLBACK) >= 3
+
+    def run(**limits: float) -> tuple[pd.DataFrame, list[Kind]]:
+        agent = agent_of(model, corrector, execution_horizon=100, corrector="two_tower", **limits)
+        rows, kinds = [], []
+        for seed in (0, 1):  # the second episode begins anew
+            agent.reset()
+            for o in obs:
+                z = model.encode(o)
+                value, reward = model.value(z, model.prior(z)).mean(0), model.reward(z, agent.act(o))
+                rows.append((seed, value.item(), reward.item(), agent.info.td_error.item()))
+                kinds.append(Kind(int(agent.info.kind)))
+        return pd.DataFrame(rows, columns=["seed", "value", "reward", "td_error"]), kinds
+
+    free, kinds = run()
+    assert kinds.count(Kind.FALLBACK) == 0
+    limit, usual = calibrate_td_error(free, 0.7)
+    assert usual == pytest.approx(free["td_error"].mean())
+    steps, kinds = run(min_td_error=limit, usual_td_error=usual)
+    assert 3 <= kinds.count(Kind.FALLBACK) <= 12
+    discount = TDMPC2(model, BUDGET).planner.discount
+    rows = list(steps.itertuples())
+    for before, row, kind in zip([None, *rows], rows, kinds, strict=False):
+        if row.Index % 12 == 0:  # an episode begins
+            assert kind == Kind.PLANNED and np.isnan(row.td_error)
+            mean = usual
+        else:
+            assert kind == (Kind.FALLBACK if mean < limit else Kind.CORRECTED)
+            td_error = before.reward + discount * row.value - before.value
+            assert row.td_error == pytest.approx(td_error, abs=1e-4)
+            mean += (td_error - mean) / TD_STEPS
 
 
 def test_prior_alone_never_plans(model, monkeypatch) -> None:

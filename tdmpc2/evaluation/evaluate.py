@@ -27,7 +27,7 @@ from ..config import SpeculationConfig, at_least
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, read_json, write_json
-from ..mismatch import calibrate_threshold, calibrate_thresholds
+from ..mismatch import calibrate_td_error, calibrate_thresholds
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import holds_up, summarise
@@ -47,7 +47,7 @@ class EvaluationConfig:
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
     quantile: float = 0.97  # share of calibration steps within the mismatch's limit, at every step in plan
-    value_quantile: float = 0.99  # share of them within that of the value
+    td_quantile: float = 0.99  # share of them within that of the TD errors
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
     num_envs: int = 10  # episodes run as one batch
@@ -68,7 +68,7 @@ def check_evaluation(config: EvaluationConfig) -> None:
     c = config
     at_least(1, c, "calibration_episodes", "eval_episodes", "latency_steps", "num_envs")
     at_least(0, c, "calibration_seed", "eval_seed")
-    for name in ("quantile", "value_quantile", "min_return", "min_return_pushed"):
+    for name in ("quantile", "td_quantile", "min_return", "min_return_pushed"):
         if not 0 < getattr(c, name) <= 1:
             raise ConfigError(f"{name}={getattr(c, name)}: must be above 0 and at most 1")
     if not 0 <= c.label_episodes <= min(c.num_envs, c.eval_episodes):
@@ -144,12 +144,10 @@ def calibrate(
             free = SpeculationConfig(execution_horizon=longest, corrector=corrector)
             run = _run_mode(subject, corrector or PLAN, free, config, seeds, out / "free", progress)
             steps = run.steps
-            min_value = None
-            if corrector:  # most values lie above the limit
-                min_value = -calibrate_threshold(-steps["value"].to_numpy(), config.value_quantile)
+            td_errors = calibrate_td_error(steps, config.td_quantile) if corrector else ()
             thresholds = calibrate_thresholds(steps, config.quantile)
             for name, horizon in modes.items():
-                limits[name] = Limits(thresholds[: horizon - 1], min_value)
+                limits[name] = Limits(thresholds[: horizon - 1], *td_errors)
     return standard_modes(list(subject.correctors), limits, subject.teacher.planner.iterations)
 
 

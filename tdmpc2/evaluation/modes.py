@@ -21,7 +21,8 @@ class Limits(NamedTuple):
     """Where a mode gives its plan up."""
 
     threshold: tuple[float, ...]  # of the mismatch, for steps 1, 2, ... of a plan
-    min_value: float | None  # of the state; without a corrector nothing watches it
+    min_td_error: float | None = None  # without a corrector nothing watches TD errors
+    usual_td_error: float = 0.0
 
 
 def watched(corrector: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ class Rollout(NamedTuple):
     """Raw results of one mode; the columns are those of `episodes.csv` and `steps.csv`."""
 
     episodes: pd.DataFrame  # seed, return, length, terminated, planner_calls, fallbacks
-    steps: pd.DataFrame  # seed, t, kind, k, mismatch, value, delta_a, reward, teacher_distance
+    steps: pd.DataFrame  # seed, t, kind, k, mismatch, td_error, delta_a, reward, teacher_distance
 
 
 def rollout(
@@ -73,14 +73,14 @@ def rollout(
             if phase or not clock:  # without a warm start it is the teacher's only where an episode begins
                 distance[:labelled] = np.linalg.norm(action[:labelled] - label, axis=-1)
         clock += 1
-        kind, k, drift, value, delta = (x.tolist() for x in info)
+        kind, k, drift, td_error, delta = (x.tolist() for x in info)
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
             name = Kind(kind[i]).name.lower()
             if not in_first[i]:
                 distance[i] = np.nan
-            happened = (name, k[i], drift[i], value[i], delta[i], float(reward), distance[i])
+            happened = (name, k[i], drift[i], td_error[i], delta[i], float(reward), distance[i])
             steps.append((row_seed[i], t[i], *happened))
             t[i] += 1
             if terminated:
@@ -100,7 +100,7 @@ def rollout(
         on_step(len(seeds) - len(waiting) - int(running.sum()))
     for env in envs:
         env.close()
-    columns = ["seed", "t", "kind", "k", "mismatch", "value", "delta_a", "reward", "teacher_distance"]
+    columns = ["seed", "t", "kind", "k", "mismatch", "td_error", "delta_a", "reward", "teacher_distance"]
     table = pd.DataFrame(steps, columns=columns)
     order = {seed: i for i, seed in enumerate(seeds)}
     table = table.sort_values(by=["seed", "t"], key=lambda c: c.map(order) if c.name == "seed" else c)

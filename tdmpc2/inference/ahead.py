@@ -122,7 +122,10 @@ class AheadOfTime:
         if graph.constants:
             raise _Baked(f"{self._what} reads tensors that are neither arguments nor of its modules")
         options = {**OPTIONS, "aot_inductor.precompile_headers": False}
-        with warnings.catch_warnings():
+        from torch._inductor.utils import fresh_cache  # takes seconds to import
+
+        # Others may be compiling the same: in a common cache one reads what another has written half.
+        with fresh_cache(dir=str(path.parent)), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own code brings them on
             torch._inductor.aoti_compile_and_package(graph, package_path=str(path), inductor_configs=options)
 
