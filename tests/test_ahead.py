@@ -83,6 +83,17 @@ def test_a_damaged_library_is_made_anew_and_an_unused_one_goes(libraries: Path) 
     assert library.stat().st_size > len(whole) // 2
 
 
+def test_others_that_compile_at_the_same_time_see_nothing_of_it(
+    libraries: Path, monkeypatch, tmp_path: Path
+) -> None:
+    common = tmp_path / "common"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(common))
+    with torch.no_grad():
+        ahead_of(nn.Linear(3, 2), 2.0)(torch.zeros(1, 3))
+    assert not [path for path in common.rglob("*") if path.is_file()]
+    assert [path.suffix for path in libraries.iterdir()] == [".pt2"]
+
+
 def test_without_a_compiler_it_works_all_the_same_and_says_so(capsys) -> None:
     compiled = AheadOfTime(lambda x: x.cos() + 41.375, lambda y: y[0], what="the planner", depends_on="")
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
