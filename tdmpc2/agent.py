@@ -207,6 +207,8 @@ class SpeculativeAgent:
             raise ConfigError(
                 f"growth={config.growth}: must be at least 2, or plans would stay short for good"
             )
+        if config.min_td_error is not None and (corrector is None or config.plan_length == 0):
+            raise ConfigError("min_td_error: only corrected plans are watched by their TD errors")
         horizon = teacher.planner.config.horizon
         self.plan_length = horizon if config.plan_length is None else config.plan_length
         if not 0 <= self.plan_length <= horizon:

@@ -310,6 +310,10 @@ def load_corrector(
         corrector = build_corrector(CorrectorConfig(**header["config"]))
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not torch.equal(state["moves"], corrector.moves):
+            raise CheckpointError(
+                f"{path} was told of other actions than this version tells of: train it again"
+            )
         corrector.load_state_dict(state)
         whole = fingerprint(corrector) == header["weights"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as e:

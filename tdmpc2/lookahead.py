@@ -5,13 +5,24 @@ from torch import Tensor
 
 from .world_model.model import WorldModel
 
-MOVES, SIZE = 8, 0.5  # other actions, and by how much they differ from the prior's in every entry
+MOVES = 8  # other actions
+SIZES = (0.5, 1.0, 0.25, 0.75)  # by how much they differ from the prior's in every entry
+COLUMNS = (1, 2, 4, 7, 3, 5, 6)  # of the Hadamard matrix of order 8, which says where up and where down
 
 
 def moves_of(action_dim: int) -> Tensor:
-    """Up or down in every entry `[M, A]`, by patterns that are always the same."""
-    up = torch.rand(MOVES, action_dim, generator=torch.Generator().manual_seed(0)) < 0.5
-    return SIZE * (2.0 * up - 1.0)
+    """Up or down in every entry `[M, A]`: all moves differ, and each entry goes up as often as down.
+
+    Up to seven entries go up and down independently of one another. With one or two there are not enough
+    combinations for all moves, so the others are of other sizes.
+    """
+
+    def entry(move: int, j: int) -> float:
+        up = (move & COLUMNS[j % len(COLUMNS)]).bit_count() % 2 == 0
+        size = SIZES[move >> action_dim]
+        return size if up else -size
+
+    return torch.tensor([[entry(move, j) for j in range(action_dim)] for move in range(MOVES)])
 
 
 def alternatives(model: WorldModel, z: Tensor, moves: Tensor, task: Tensor | None = None) -> Tensor:

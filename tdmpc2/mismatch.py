@@ -56,7 +56,9 @@ def calibrate_thresholds(steps: pd.DataFrame, quantile: float) -> tuple[float, .
 
 
 def calibrate_td_error(steps: pd.DataFrame, quantile: float) -> tuple[float, float]:
-    """The limit that the running mean of TD errors keeps above in a share `quantile` of steps, and its start.
+    """The limit that the mean of TD errors keeps above in a share `quantile` of episodes, and its start.
+
+    Not of steps: a single episode that is lost would have enough of them to set the limit.
 
     Args:
         steps: columns `seed, td_error`, of plans that were executed without fallback.
@@ -65,9 +67,10 @@ def calibrate_td_error(steps: pd.DataFrame, quantile: float) -> tuple[float, flo
     Raises:
         DataError: there is no finite TD error to calibrate on.
     """
-    usual = float(steps["td_error"].mean())
+    usual = float(steps.groupby("seed")["td_error"].mean().median())
     if not np.isfinite(usual):
         raise DataError("no TD error to calibrate on: no calibration episode holds two steps")
     less = (usual - steps["td_error"]).fillna(0.0)  # none in an episode's first step, where the mean begins
     running = less.groupby(steps["seed"]).transform(lambda x: x.ewm(alpha=1 / TD_STEPS, adjust=False).mean())
-    return usual - calibrate_threshold(running.to_numpy(), quantile), usual
+    worst = running.groupby(steps["seed"]).max().to_numpy()
+    return usual - calibrate_threshold(worst, quantile), usual

@@ -47,7 +47,7 @@ class EvaluationConfig:
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
     quantile: float = 0.97  # share of calibration steps within the mismatch's limit, at every step in plan
-    td_quantile: float = 0.99  # share of them within that of the TD errors
+    td_quantile: float = 0.9  # share of calibration episodes within that of TD errors, at every step
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
     num_envs: int = 10  # episodes run as one batch
@@ -132,7 +132,7 @@ def calibrate(
     """The standard modes, their limits set from episodes without fallback on the calibration seeds.
 
     One run a corrector, of the longest execution horizon, has the mismatches of the shorter ones in it: those
-    at their steps in plan.
+    at their steps in plan. Its TD errors stand for those of the shorter ones too.
     """
     seeds, limits = config.calibration_seeds, {}
     with _progress(console) as progress:
@@ -196,10 +196,10 @@ def choose(
 
     Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
     pushes too. Planner calls count in whole percents of the steps, for less says nothing: of modes with as
-    many, the one whose interval begins highest. Modes are tried from the longest execution horizon to the
-    shortest, for a long one is cheap to try as well, until none that is left can call the planner less
-    often; the baseline always holds up. What is simpler never plans, or executes plans unwatched; the
-    report names what of it would have done.
+    many, the longest, and of those as long the one whose interval begins highest. Modes are tried from the
+    longest execution horizon to the shortest, for a long one is cheap to try as well, until none that is left
+    can call the planner less often; the baseline always holds up. What is simpler never plans, or executes
+    plans unwatched; the report names what of it would have done.
     """
     pushed: Subject | None = None
     try:
