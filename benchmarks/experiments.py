@@ -29,14 +29,13 @@ from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import TEACHER, BudgetOverride, CorrectorConfig, SpeculationConfig
 from tdmpc2.corrector import ARCHITECTURES, BaseCorrector, History, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
-from tdmpc2.distillation.dataset import Recording, look_ahead, split_starts
+from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import action_error, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER, GROWTH
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
-from tdmpc2.lookahead import advantages, alternatives, moves_of
 from tdmpc2.mismatch import calibrate_td_error, calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher, open_teacher
@@ -86,22 +85,10 @@ class Drawn(SpeculativeAgent):
         return plan.actions
 
 
-class BestOfFew(SpeculativeAgent):
-    """Executes what the world model says is best of the few actions that correctors are told of."""
-
-    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
-        model, discount = self.teacher.model, self.teacher.planner.discount
-        moves, ahead = moves_of(model.config.action_dim).to(z.device), CorrectorConfig.lookahead
-        gain, best = advantages(model, z, moves, task, discount=discount, horizon=ahead).max(-1)
-        few = alternatives(model, z, moves, task)
-        return few[torch.arange(len(z)), torch.where(gain > 0, best + 1, 0)]
-
-
-EXECUTED: Mapping[str, tuple[SpeculationConfig, type[SpeculativeAgent]]] = {  # without corrector
-    "the mean, 1 step": (SpeculationConfig(1), Mean),
-    "the mean, 3 steps": (SpeculationConfig(3), Mean),
-    "the elite drawn, 3 steps": (SpeculationConfig(3), Drawn),
-    "the best of a few actions, no plan": (SpeculationConfig(1, plan_length=0), BestOfFew),
+EXECUTED: Mapping[str, tuple[int, type[SpeculativeAgent]]] = {  # steps of each plan, without corrector
+    "the mean, 1 step": (1, Mean),
+    "the mean, 3 steps": (3, Mean),
+    "the elite drawn, 3 steps": (3, Drawn),
 }
 
 
@@ -149,14 +136,14 @@ class Judged(SpeculativeAgent):
 
 
 class Disagreement(Judged):
-    """How far the corrector's action is from that of `judge`, a corrector which sees one step."""
+    """How far the action that would be executed is from that of `judge`, a corrector which sees one step."""
 
     def _drift(self, z: Tensor) -> Tensor:
-        assert self.corrector is not None and isinstance(self.judge, BaseCorrector)
-        history, planned = would_see(self, z)
-        seen = self.judge.embed(z, self._z_pred, planned, self._k, self._advantages(z, self.teacher.task))
+        assert isinstance(self.judge, BaseCorrector)
+        planned = would_see(self, z)[1]
+        seen = self.judge.embed(z, self._z_pred, planned, self._k)
         answer = self.judge(self.judge.no_history(self.num_envs).then(seen), planned)
-        return (self.corrector(history, planned) - answer).norm(dim=-1)
+        return (would_execute(self, z) - answer).norm(dim=-1)
 
 
 class OwnError(Judged):
@@ -172,15 +159,15 @@ def would_see(agent: SpeculativeAgent, z: Tensor) -> tuple[History, Tensor]:
     """A corrector's history and planned action `[B, A]` at the real latents `[B, L]`, without a replan."""
     assert agent.corrector is not None and agent._history is not None
     planned = agent._planned_action(z, agent._actions, agent._k, agent.teacher.task)
-    advantage = agent._advantages(z, agent.teacher.task)
-    seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k, advantage)
+    seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k)
     return agent._history.then(seen), planned
 
 
 def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
     """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
     assert agent.corrector is not None
-    return agent.corrector(*would_see(agent, z))
+    history, planned = would_see(agent, z)
+    return agent._refined(z, agent.corrector(history, planned), planned, agent.teacher.task)
 
 
 def error_estimate(
@@ -194,7 +181,6 @@ def error_estimate(
     width, steps = corrector.own.in_features, config.rollout_steps
     head = mlp(width, [width], 1).to(data.latent.device)
     starts = split_starts(data, config.held_out_every).train
-    data = look_ahead(model, data, corrector.config.lookahead)
     optimizer = torch.optim.Adam(head.parameters(), config.lr)
     features: list[Tensor] = []
     hook = corrector.own.register_forward_pre_hook(lambda _, args: features.append(args[0]))
@@ -218,13 +204,6 @@ class WithPrior(TwoTowerCorrector):
         super().__init__(config)
         self.real = NormedLinear(config.latent_dim + config.action_dim, config.width, nn.Mish())
         self.real.register_forward_pre_hook(lambda _, args: torch.cat([args[0], prior(args[0])], -1))
-
-
-class Blind(TwoTowerCorrector):
-    """Is told nothing of other actions."""
-
-    def _scaled(self, advantage: Tensor) -> Tensor:
-        return torch.zeros_like(advantage)
 
 
 class Bench:
@@ -304,8 +283,11 @@ def main(config: ExperimentConfig) -> None:
     bench = Bench(teacher, config, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
-    for variant, (mode, agent_type) in EXECUTED.items():
-        bench.add("executed", variant, partial(bench.rollout, mode, None, agent_type=agent_type))
+    for variant, (k, agent_type) in EXECUTED.items():
+        bench.add(
+            "executed", variant, partial(bench.rollout, SpeculationConfig(k), None, agent_type=agent_type)
+        )
+
     free = SpeculationConfig(LONG, corrector=config.architecture)
 
     def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
@@ -375,9 +357,6 @@ def training(
     prior = partial(teacher.model.prior, task=data.task)
     with patch.dict(ARCHITECTURES, {"two_tower": partial(WithPrior, prior=prior)}):
         run("input", "the prior's action too", data, replace(config, architecture="two_tower"))
-    with patch.dict(ARCHITECTURES, {"two_tower": Blind}):
-        run("input", "nothing of other actions", data, replace(config, architecture="two_tower"))
-    run("input", "of other actions what the Q heads say", data, replace(config, lookahead=0))
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
     run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)

@@ -37,9 +37,9 @@ from .config import (
 from .corrector import BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import AheadOfTime, Compiled
-from .lookahead import advantages
 from .mismatch import TD_STEPS, mismatch
 from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
+from .refine import refine
 from .world_model.checkpoint import fingerprint, load_world_model, saved_config
 from .world_model.model import WorldModel
 
@@ -372,8 +372,8 @@ class SpeculativeAgent:
         model = self.teacher.model
         action = planned = self._planned_action(z, plan, k, task)
         if self.corrector is not None and history is not None:
-            history = history.then(self.corrector.embed(z, z_pred, planned, k, self._advantages(z, task)))
-            action = self.corrector(history, planned)
+            history = history.then(self.corrector.embed(z, z_pred, planned, k))
+            action = self._refined(z, self.corrector(history, planned), planned, task)
             if self._predicts:
                 action = torch.where(replan[:, None], planned, action)
         if self._predicts:
@@ -386,12 +386,11 @@ class SpeculativeAgent:
             td_error = promised = torch.full_like(promised, torch.nan)
         return Step(planned, action, z_pred, td_error, promised, history)
 
-    def _advantages(self, z: Tensor, task: Tensor | None) -> Tensor:
-        """What the corrector is told of other actions at the real latents, `[B, M]`."""
+    def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
+        """What is executed of corrected actions `[B, A]`."""
         assert self.corrector is not None
-        discount, horizon = self.teacher.planner.discount, self.corrector.config.lookahead
-        moves = self.corrector.moves
-        return advantages(self.teacher.model, z, moves, task, discount=discount, horizon=horizon)
+        model, discount = self.teacher.model, self.teacher.planner.discount
+        return refine(model, z, action, planned, self.corrector.around, task, discount=discount)
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.

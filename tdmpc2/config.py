@@ -153,7 +153,6 @@ class CorrectorConfig:
     num_layers: int = 2  # of the temporal corrector
     num_heads: int = 4
     max_k: int = 64  # steps in plan with an embedding of their own
-    lookahead: int = 3  # steps that the world model is asked ahead, of a few other actions
 
 
 def published_budget(action_dim: int) -> PlannerConfig:

@@ -1,9 +1,7 @@
 """Correctors: small networks that turn a planned action into the one the planner would choose now.
 
 A corrector sees, for each of the last `window` steps of an episode, the real latent, the latent
-that the plan predicted, the planned action, the step in plan, and what the world model says of a few other
-actions (`lookahead.advantages`): what the planner would choose hangs on returns, which a network of the
-latent alone would have to learn from far more data. It has an action of its own, and a
+that the plan predicted, the planned action and the step in plan. It has an action of its own, and a
 gate in (-1, 1) for each action dimension that weighs the newest planned action against it:
 
     planned + gate * (own - planned)
@@ -31,12 +29,12 @@ from torch import Tensor, nn
 from .config import CorrectorConfig
 from .errors import CheckpointError, ConfigError
 from .files import atomic_write, read_metadata
-from .lookahead import MOVES, moves_of
+from .refine import offsets
 from .world_model.checkpoint import fingerprint
 from .world_model.layers import NormedLinear, mlp
 
 FILE = "corrector.safetensors"
-FORMAT = "tdmpc2-corrector-2"
+FORMAT = "tdmpc2-corrector-1"
 
 
 class History(NamedTuple):
@@ -64,14 +62,12 @@ class BaseCorrector(nn.Module):
         config: the architecture.
         window: number `W` of steps that it wants to see.
         embedding_dim: number `E` of entries that it remembers of a step.
-        moves: `[M, A]`, the other actions that it is told of.
-        scale: `[M]`, what their advantages are divided by, for training to set.
+        around: `[N, A]`, where the samples lie that its answers are refined with, see `refine`.
     """
 
     window: int
     embedding_dim: int
-    moves: Tensor
-    scale: Tensor
+    around: Tensor
 
     def __init__(self, config: CorrectorConfig, hidden: int):
         super().__init__()
@@ -80,8 +76,7 @@ class BaseCorrector(nn.Module):
         self.gate = nn.Linear(hidden, config.action_dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        self.register_buffer("moves", moves_of(config.action_dim))
-        self.register_buffer("scale", torch.ones(MOVES))
+        self.register_buffer("around", offsets(config.action_dim), persistent=False)
 
     def no_history(self, rows: int) -> History:
         """The history of `B` episodes that begin."""
@@ -89,7 +84,7 @@ class BaseCorrector(nn.Module):
         steps = weight.new_zeros(rows, self.window, self.embedding_dim)
         return History(steps, torch.zeros(steps.shape[:2], dtype=torch.bool, device=weight.device))
 
-    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor, advantage: Tensor) -> Tensor:
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
         """What is remembered of steps, `[..., E]`.
 
         Args:
@@ -97,7 +92,6 @@ class BaseCorrector(nn.Module):
             z_pred: `[..., L]`, predicted by the plan, driven by the actions really executed.
             planned: `[..., A]`, planned actions in [-1, 1].
             k: `[...]` long, step in plan.
-            advantage: `[..., M]`, `lookahead.advantages` at the real latents.
         """
         raise NotImplementedError
 
@@ -122,9 +116,6 @@ class BaseCorrector(nn.Module):
         nn.init.trunc_normal_(embedding.weight, std=0.02)
         return embedding
 
-    def _scaled(self, advantage: Tensor) -> Tensor:
-        return (advantage / self.scale).clamp(-3, 3)
-
     def _known(self, k: Tensor) -> Tensor:
         """Steps in plan beyond the last one with an embedding take that one's."""
         return k.clamp(max=self.config.max_k - 1)
@@ -141,14 +132,12 @@ class TwoTowerCorrector(BaseCorrector):
         self.real = NormedLinear(c.latent_dim, width, nn.Mish())
         self.predicted = NormedLinear(c.latent_dim, width, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, width, nn.Mish())
-        self.ahead = NormedLinear(MOVES, width, nn.Mish())
         self.step = self._embedding(width // 8)
-        self.embedding_dim = 4 * width + width // 8 + c.action_dim
+        self.embedding_dim = 3 * width + width // 8 + c.action_dim
         self.trunk = mlp(self.embedding_dim, [width], width, last=nn.Mish())
 
-    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor, advantage: Tensor) -> Tensor:
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
         towers = [self.real(z), self.predicted(z_pred), self.difference(z - z_pred)]
-        towers.append(self.ahead(self._scaled(advantage)))
         return torch.cat([*towers, self.step(self._known(k)), planned], -1)
 
     def features(self, history: History) -> Tensor:
@@ -158,8 +147,8 @@ class TwoTowerCorrector(BaseCorrector):
 class DistilledPolicy(TwoTowerCorrector):
     """The same network without a plan, for comparison: its action depends on the real latent alone."""
 
-    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor, advantage: Tensor) -> Tensor:
-        return super().embed(z, z, torch.zeros_like(planned), torch.zeros_like(k), advantage)
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
+        return super().embed(z, z, torch.zeros_like(planned), torch.zeros_like(k))
 
     def forward(self, history: History, planned: Tensor) -> Tensor:
         return super().forward(history, torch.zeros_like(planned))
@@ -178,15 +167,14 @@ class TemporalTransformerCorrector(BaseCorrector):
         self.window, self.embedding_dim = c.window, dim
         self.latents = NormedLinear(2 * c.latent_dim + c.action_dim, dim, nn.Mish())
         self.difference = NormedLinear(c.latent_dim, dim, nn.Mish())
-        self.ahead = NormedLinear(MOVES, dim, nn.Mish())
         self.step = self._embedding(dim)
         self.position = nn.Parameter(torch.empty(c.window, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, c.width, c.num_heads) for _ in range(c.num_layers))
         self.norm = nn.LayerNorm(dim)
 
-    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor, advantage: Tensor) -> Tensor:
-        tokens = self.latents(torch.cat([z, z_pred, planned], -1)) + self.ahead(self._scaled(advantage))
+    def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
+        tokens = self.latents(torch.cat([z, z_pred, planned], -1))
         return tokens + self.difference(z - z_pred) + self.step(self._known(k))
 
     def features(self, history: History) -> Tensor:
@@ -310,10 +298,6 @@ def load_corrector(
         corrector = build_corrector(CorrectorConfig(**header["config"]))
         with safe_open(path, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if not torch.equal(state["moves"], corrector.moves):
-            raise CheckpointError(
-                f"{path} was told of other actions than this version tells of: train it again"
-            )
         corrector.load_state_dict(state)
         whole = fingerprint(corrector) == header["weights"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as e:

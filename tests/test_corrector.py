@@ -18,7 +18,6 @@ from tdmpc2.corrector import (
     save_corrector,
 )
 from tdmpc2.errors import CheckpointError, ConfigError
-from tdmpc2.lookahead import MOVES
 
 BOTH = pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
 
@@ -41,12 +40,11 @@ class Steps(NamedTuple):
     z_pred: Tensor  # [B, W, L]
     planned: Tensor  # [B, W, A]
     k: Tensor  # [B, W]
-    advantage: Tensor  # [B, W, M]
     valid: Tensor  # [B, W]
 
 
 def act(corrector: BaseCorrector, x: Steps) -> Tensor:
-    return corrector(History(corrector.embed(*x[:5]), x.valid), x.planned[:, -1])
+    return corrector(History(corrector.embed(*x[:4]), x.valid), x.planned[:, -1])
 
 
 def random_input(batch: int = 5, window: int = 4) -> Steps:
@@ -57,8 +55,8 @@ def random_input(batch: int = 5, window: int = 4) -> Steps:
 
     valid = torch.ones(batch, window, dtype=torch.bool)
     k = torch.arange(window).expand(batch, -1)
-    latents, planned = uniform(2, batch, window, 16), uniform(batch, window, 3) * 2 - 1
-    return Steps(latents[0], latents[1], planned, k, uniform(batch, window, MOVES) - 0.5, valid)
+    latents = uniform(2, batch, window, 16)
+    return Steps(latents[0], latents[1], uniform(batch, window, 3) * 2 - 1, k, valid)
 
 
 @BOTH
@@ -79,7 +77,6 @@ def test_action_stays_in_the_box_and_every_input_counts(architecture: str) -> No
         x._replace(z_pred=x.z_pred * 0.5),
         x._replace(planned=x.planned * 0.9),
         x._replace(k=x.k + 1),
-        x._replace(advantage=-x.advantage),
     ):
         assert not torch.allclose(act(corrector, changed), act(corrector, x))
 
@@ -108,7 +105,7 @@ def test_gate_weighs_the_plan_against_an_action_of_its_own(
     corrector, x = make(architecture), random_input()
     corrector.gate.weight.data.zero_()
     corrector.gate.bias.data.fill_(gate)
-    own = corrector.own(corrector.features(History(corrector.embed(*x[:5]), x.valid)))
+    own = corrector.own(corrector.features(History(corrector.embed(*x[:4]), x.valid)))
     expected = ((1 - weight) * x.planned[:, -1] + weight * own).clamp(-1, 1)
     torch.testing.assert_close(act(corrector, x), expected, atol=1e-4, rtol=0.0)
 
@@ -118,7 +115,7 @@ def test_masked_history_has_no_influence_and_valid_history_has() -> None:
     x.valid[:, :2] = False
     rubbish = random_input()
     rubbish = rubbish._replace(k=rubbish.k + 3, valid=x.valid)
-    for mine, other in zip((*x[:3], x.advantage), (*rubbish[:3], rubbish.advantage), strict=True):
+    for mine, other in zip(x[:3], rubbish[:3], strict=True):
         other[:, :2] = 37.0
         other[:, 2:] = mine[:, 2:]
     rubbish.k[:, 2:] = x.k[:, 2:]

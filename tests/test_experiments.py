@@ -11,7 +11,6 @@ from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConf
 from tdmpc2.corrector import BaseCorrector, build_corrector
 from tdmpc2.distillation import CorrectorTrainConfig
 from tdmpc2.distillation.dataset import Recording, episode_bounds
-from tdmpc2.lookahead import MOVES, advantages, alternatives, moves_of
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import load_world_model
 
@@ -55,27 +54,6 @@ def corrector_of(architecture: str) -> BaseCorrector:
     return corrector.eval().requires_grad_(False)
 
 
-def test_best_of_few_is_the_best_of_them() -> None:
-    agent = experiments.BestOfFew(TDMPC2(MODEL, BUDGET), SpeculationConfig(1, plan_length=0))
-    moves, moved = moves_of(6), 0
-    for obs in OBSERVATIONS:
-        z, action = MODEL.encode(obs), agent.act(obs)
-        few = alternatives(MODEL, z, moves)[0]
-        gains = advantages(MODEL, z, moves, discount=0.99, horizon=3)[0]
-        torch.testing.assert_close(action[0], few[torch.cat([torch.zeros(1), gains]).argmax()])
-        moved += gains.max() > 0
-    assert moved
-
-
-def test_the_blind_see_nothing_of_other_actions() -> None:
-    config = CorrectorConfig(MODEL.config.latent_dim, MODEL.config.action_dim, "two_tower", width=32)
-    z = MODEL.encode(OBSERVATIONS[:2, 0])
-    other = z, z, torch.zeros(2, 6), torch.ones(2, dtype=torch.long)
-    for corrector, blind in ((experiments.Blind(config), True), (build_corrector(config), False)):
-        told, untold = (corrector.embed(*other, torch.full((2, MOVES), x)) for x in (0.5, 0.0))
-        assert torch.equal(told, untold) == blind
-
-
 @pytest.mark.parametrize("rule", ["ValueGap", "Disagreement"])
 def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
     own, other = corrector_of("temporal"), corrector_of("two_tower")
@@ -94,8 +72,7 @@ def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
             expected = values[0] - values[1]
         else:
             planned = agent._planned_action(z, plan, k, None)
-            seen = other.embed(z, z_pred, planned, k, agent._advantages(z, None))
-            answer = other(other.no_history(1).then(seen), planned)
+            answer = other(other.no_history(1).then(other.embed(z, z_pred, planned, k)), planned)
             expected = (action - answer).norm(dim=-1)
         torch.testing.assert_close(agent.info.mismatch, expected)
         assert expected.abs() > 1e-4
@@ -115,8 +92,7 @@ def test_error_is_estimated_where_it_is() -> None:
     agent = experiments.OwnError(
         TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, judge=head
     )
-    agent._z_pred = MODEL.next(data.latent.roll(1, 0), torch.zeros(240, 6))
-    agent._k = torch.ones(240, dtype=torch.long)
+    agent._z_pred, agent._k = data.latent, torch.ones(240, dtype=torch.long)
     estimate = agent._drift(data.latent)
     assert estimate[60:120].mean() > 4 and estimate[120:180].mean() < 2, "six actions are off by one"
 
@@ -126,10 +102,9 @@ def test_a_corrector_that_sees_the_prior_sees_it() -> None:
     corrector = experiments.WithPrior(config, prior=MODEL.prior)
     z = MODEL.encode(OBSERVATIONS[:2, 0])
     planned, k = torch.zeros(2, 6), torch.ones(2, dtype=torch.long)
-    advantage = torch.zeros(2, MOVES)
-    sees = corrector.embed(z, z, planned, k, advantage)
+    sees = corrector.embed(z, z, planned, k)
     corrector.real.weight.data[..., -6:] = 0.0  # blind to the prior's action
-    assert not torch.allclose(corrector.embed(z, z, planned, k, advantage), sees)
+    assert not torch.allclose(corrector.embed(z, z, planned, k), sees)
 
 
 def recording(lengths: list[int]) -> Recording:
@@ -147,7 +122,6 @@ def recording(lengths: list[int]) -> Recording:
         last=last,
         seed=7 + first.unique(return_inverse=True)[1],
         teacher="",
-        discount=0.99,
     )
 
 

@@ -1,5 +1,6 @@
 """The planner against the plain reference planner, with the same noise; compiled and bfloat16 against it."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from torch import Tensor
 from tdmpc2.config import ComputeConfig, PlannerConfig, WorldModelConfig
 from tdmpc2.errors import ConfigError
 from tdmpc2.inference import FastModel
-from tdmpc2.lookahead import MOVES, advantages, moves_of
 from tdmpc2.planner import NoiseSource, Plan, Planner
+from tdmpc2.refine import ELITES, SAMPLES, TEMPERATURE, offsets, refine
 from tdmpc2.world_model import WorldModel, load_world_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -193,45 +194,31 @@ def test_unknown_precision_is_refused() -> None:
         Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float16"))
 
 
-@pytest.mark.parametrize("action_dim", [1, 2, 3, 6, 7, 21])
-def test_moves_differ_and_go_up_as_often_as_down(action_dim: int) -> None:
-    moves = moves_of(action_dim)
-    assert moves.shape == (MOVES, action_dim) and len(moves.unique(dim=0)) == MOVES
-    assert torch.equal(moves.sum(0), torch.zeros(action_dim))
-    independent = min(action_dim, 7)
-    products = moves[:, :independent].T @ moves[:, :independent]
-    assert torch.equal(products, products.diagonal().diag()), "no entry tells of another"
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("horizon", [0, 3])
 @torch.no_grad()
-def test_advantages_of_other_actions_by_hand(kind: str, horizon: int) -> None:
-    model, batch, moves = random_model(kind), 4, moves_of(3)
+def test_refined_action_is_the_mean_of_elites_by_hand(kind: str) -> None:
+    model, batch, around = random_model(kind), 4, offsets(3)
+    assert around.shape == (SAMPLES, 3) and around.sum(0).abs().max() < 1e-6, "each with its opposite"
     task = torch.arange(batch) % 3 if model.config.num_tasks else None
-    z = model.encode(torch.randn(batch, 5, generator=torch.Generator().manual_seed(2)), task)
-    given = advantages(model, z, moves, task, discount=DISCOUNT, horizon=horizon)
-    assert given.shape == (batch, MOVES)
-
-    def value(z: Tensor, action: Tensor, task: Tensor | None) -> float:
-        total, weight = 0.0, 1.0
-        for _ in range(horizon):
-            total += weight * float(model.reward(z, action, task))
-            z = model.next(z, action, task)
-            weight *= DISCOUNT
-            if model.config.episodic and float(model.termination(z, task)) > 0.5:
-                weight = 0.0
-            action = model.prior(z, task)
-        return total + weight * float(model.value(z, action, task).mean())
-
+    generator = torch.Generator().manual_seed(2)
+    z = model.encode(torch.randn(batch, 5, generator=generator), task)
+    action, planned = 2 * torch.rand(2, batch, 3, generator=generator) - 1
+    refined = refine(model, z, action, planned, around, task, discount=DISCOUNT)
+    used = torch.zeros(3)  # how often the action, the planned one and the prior's are among the elites
     for row in range(batch):
         own = None if task is None else task[row]
-        prior = model.prior(z[row], own)
-        expected = []
-        for move in moves:
-            action = (prior + move).clamp(-1, 1)
-            if own is not None:
-                action[model.config.action_dims[int(own)] :] = 0.0
-            expected.append(value(z[row], action, own) - value(z[row], prior, own))
-        torch.testing.assert_close(given[row], torch.tensor(expected), atol=1e-4, rtol=1e-4)
-    assert given.abs().max() > 1e-2
+        mask = torch.ones(3) if own is None else model.action_masks[own]
+        samples = [action[row], planned[row], model.prior(z[row], own)]
+        samples = [mask * x for x in [*samples, *(action[row] + around).clamp(-1, 1)]]
+        values = []
+        for x in samples:
+            after = model.next(z[row], x, own)
+            goes_on = not (model.config.episodic and float(model.termination(after, own)) > 0.5)
+            later = float(model.value(after, model.prior(after, own), own).mean())
+            values.append(float(model.reward(z[row], x, own)) + goes_on * DISCOUNT * later)
+        elites = sorted(range(len(samples)), key=lambda i: -values[i])[:ELITES]
+        weights = [math.exp(TEMPERATURE * (values[i] - values[elites[0]])) for i in elites]
+        expected = sum(w * samples[i] for w, i in zip(weights, elites, strict=True)) / sum(weights)
+        torch.testing.assert_close(refined[row], expected, atol=1e-4, rtol=1e-4)
+        used[[i for i in elites if i < 3]] += 1
+    assert used.sum() > 0

@@ -27,8 +27,6 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import atomic_write
-from ..lookahead import advantages, moves_of
-from ..world_model.model import WorldModel
 
 SCHEMA = "tdmpc2-corrector-data-2"
 TENSORS = {
@@ -40,7 +38,6 @@ TENSORS = {
     "reward": "[T]",
     "episode_end": "[T] uint8",
 }
-LOOKED_AT = 512  # steps looked ahead from at once
 # Entries in which shards may differ and still be read together.
 VARYING = ("seeds", "behaviours", "bursts", "checksum")
 
@@ -56,8 +53,6 @@ class Recording(NamedTuple):
     last: Tensor  # [N] long, index of its last step
     seed: Tensor  # [N] long, seed of the step's episode
     teacher: str  # fingerprint of the world model
-    discount: float  # per agent step
-    advantage: Tensor | None = None  # [N, M], what correctors are told of other actions, of `look_ahead`
     task: Tensor | None = None  # [] long, index of the task of a multi-task model
 
     def to(self, device: str | torch.device) -> "Recording":
@@ -149,20 +144,8 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
         last=last,
         seed=seeds[first.unique(return_inverse=True)[1]],
         teacher=teacher,
-        discount=common["discount"],
         task=None if task is None else torch.tensor(task),
     )
-
-
-def look_ahead(model: WorldModel, recording: Recording, horizon: int) -> Recording:
-    """The recording with the advantages of other actions at its latents, so many steps ahead."""
-    moves = moves_of(recording.plan.shape[-1]).to(recording.plan.device)
-    with torch.no_grad():
-        advantage = [
-            advantages(model, z, moves, recording.task, discount=recording.discount, horizon=horizon)
-            for z in recording.latent.split(LOOKED_AT)
-        ]
-    return recording._replace(advantage=torch.cat(advantage))
 
 
 def episode_bounds(episode_end: Tensor) -> tuple[Tensor, Tensor]:

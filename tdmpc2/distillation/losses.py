@@ -12,6 +12,7 @@ How long the earlier plans lasted is drawn anew for every stretch, for execution
 fallbacks make it anything; their corrections are taken to be the teacher's. Real latents are the
 recorded ones, predicted latents follow what is executed. Gradients reach the corrector through its
 answers alone: recorded latents do not answer to other actions, so neither may predicted ones.
+The answers are not refined as the agent's are: the corrector is to find what the planner would choose.
 """
 
 from typing import NamedTuple
@@ -48,20 +49,19 @@ def unroll(
     Args:
         model: the teacher's world model.
         corrector: in training mode where gradients are wanted.
-        data: the recorded steps, looked ahead from.
+        data: the recorded steps.
         start: `[B]` steps that the stretches start at.
         earlier: `[B]` how many steps of each plan before `start` were executed, at least 1.
         steps: number `S` of steps after the first; past the planning horizon the prior plans them.
         own_actions: predicted latents follow the corrector's actions; False: the plan's.
     """
     horizon, task, window = data.plan.shape[1], data.task, corrector.window
-    assert data.advantage is not None
     first, last = data.first[start], data.last[start]
     # The oldest step in the window may be the last one of a plan: start where that plan starts.
     before = 0 if window == 1 else window - 1 + int(earlier.max()) - 1
     at = start + torch.arange(-before, steps + 1, device=start.device)[:, None]
     inside, at = (at >= first) & (at <= last), at.clamp(min=0, max=len(data.latent) - 1)
-    z, teacher, advantage = data.latent[at], data.teacher_action[at], data.advantage[at]
+    z, teacher = data.latent[at], data.teacher_action[at]
     z_pred, plan_at = z[before], start
     replayed = []
     with torch.no_grad():  # from step to step no gradient runs
@@ -79,7 +79,7 @@ def unroll(
             if i == steps:
                 break
             if own_actions and i > -window:
-                history = history.then(corrector.embed(z[t], z_pred, planned, k, advantage[t]))
+                history = history.then(corrector.embed(z[t], z_pred, planned, k))
                 history.valid[:, -1] = inside[t]
             if i <= 0:
                 executed = torch.where((k == 0)[:, None], planned, teacher[t])
@@ -89,7 +89,7 @@ def unroll(
     # What the windows of the answers hold, once; then one call of the corrector serves all answers.
     held, answers = slice(-(window + steps), None), slice(-steps, None)
     z_preds, planneds, ks = (torch.stack(x) for x in zip(*replayed, strict=True))
-    embedded = corrector.embed(z[held], z_preds[held], planneds[held], ks[held], advantage[held])
+    embedded = corrector.embed(z[held], z_preds[held], planneds[held], ks[held])
     seen = embedded.unfold(0, window, 1)[answers].flatten(0, 1).mT  # [S B, W, E]
     valid = inside.unfold(0, window, 1)[answers].flatten(0, 1)
     planneds, teacher, inside = planneds[answers], teacher[answers], inside[answers]

@@ -25,7 +25,7 @@ from ..config import CorrectorConfig, at_least
 from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corrector, save_corrector
 from ..errors import ConfigError, TDMPC2Error
 from ..world_model.model import WorldModel
-from .dataset import Recording, look_ahead, split_starts
+from .dataset import Recording, split_starts
 from .losses import Unrolled, correction_loss, distance, unroll
 
 VALIDATION_STARTS = 256  # stretches that a validation looks at
@@ -51,7 +51,6 @@ class CorrectorTrainConfig:
     window: int = 8  # steps, of the temporal corrector
     num_layers: int = 2
     num_heads: int = 4
-    lookahead: int = 3  # steps
 
 
 class Errors(NamedTuple):
@@ -75,7 +74,7 @@ def check(config: CorrectorTrainConfig) -> None:
     c = config
     at_least(1, c, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
     at_least(3, c, "held_out_every")
-    at_least(0, c, "rollout_coef", "residual_coef", "weight_decay", "lookahead")
+    at_least(0, c, "rollout_coef", "residual_coef", "weight_decay")
     if not 0 < c.lr < math.inf:
         raise ConfigError(f"lr={c.lr}: must be positive and finite")
     for name in _names(c):
@@ -97,7 +96,6 @@ def _architecture(
         window=config.window,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
-        lookahead=config.lookahead,
         max_k=config.rollout_steps + 1,  # beyond the steps trained on, k takes the last one's embedding
     )
 
@@ -126,7 +124,6 @@ def train_corrector(
         TDMPC2Error: training diverged.
     """
     check(config)
-    data = look_ahead(model, data, config.lookahead)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
         trained = {
@@ -166,10 +163,7 @@ def _train(
     starts, validation, test = split_starts(data, c.held_out_every)
     torch.manual_seed(c.seed)  # of the weights
     corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)
-    assert data.advantage is not None
-    if initial is None:
-        corrector.scale.copy_(data.advantage.std(0).clamp(min=1e-3))
-    else:
+    if initial is not None:
         corrector.load_state_dict(initial.state_dict())
     judge = _Judge(model, data, validation, steps, corrector)
     generator = torch.Generator().manual_seed(c.seed)

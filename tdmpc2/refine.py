@@ -1,0 +1,62 @@
+"""Refining an action by a search that is far smaller than a plan.
+
+A plan is an iterated search over hundreds of sequences of actions. Where a good action is known already, one
+iteration over a few actions around it, judged a single step ahead, does much of the same.
+"""
+
+import torch
+from torch import Tensor
+
+from .world_model.model import WorldModel
+
+SAMPLES, ELITES = 32, 8
+STD = 0.15  # of an entry of the samples
+TEMPERATURE = 0.5  # as the planner's
+
+
+def offsets(action_dim: int) -> Tensor:
+    """What is added to an action to get samples `[N, A]`: always the same, each with its opposite."""
+    half = torch.randn(SAMPLES // 2, action_dim, generator=torch.Generator().manual_seed(0))
+    return STD * torch.cat([half, -half])
+
+
+def refine(
+    model: WorldModel,
+    z: Tensor,
+    action: Tensor,
+    planned: Tensor,
+    around: Tensor,
+    task: Tensor | None = None,
+    *,
+    discount: float,
+) -> Tensor:
+    """One iteration of MPPI (paper, eq. 5) on the action of one step, `[B, A]`.
+
+    Samples lie around `action`; itself, the planned action and the policy prior's are samples too. They are
+    valued a step ahead, `r(z, a) + gamma Q(z', p(z'))`, by the mean of all Q heads. The answer is the mean of
+    the elites, weighted by value.
+
+    Args:
+        model: judges.
+        z: `[B, L]`, latents.
+        action: `[B, A]`, to be refined.
+        planned: `[B, A]`.
+        around: `[N, A]`, from `offsets`.
+        task: `[B]`, indices of tasks, of a multi-task model.
+        discount: per agent step.
+    """
+    samples = torch.stack([action, planned, model.prior(z, task)], 1)
+    samples = torch.cat([samples, (action[:, None] + around).clamp(-1, 1)], 1)  # [B, 3 + N, A]
+    if task is not None:
+        samples = samples * model.action_masks[task][:, None]
+        task = task[:, None]
+    z = z[:, None].expand(-1, samples.shape[1], -1)
+    value = model.reward(z, samples, task)
+    z = model.next(z, samples, task)
+    later = model.value(z, model.prior(z, task), task).mean(0)
+    if model.config.episodic:
+        later = later * (model.termination(z, task) <= 0.5)
+    best = (value + discount * later).topk(ELITES, 1)
+    weight = (TEMPERATURE * (best.values - best.values[:, :1])).softmax(1)
+    elites = samples.gather(1, best.indices[..., None].expand(-1, -1, samples.shape[2]))
+    return (weight[..., None] * elites).sum(1)
