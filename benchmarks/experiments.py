@@ -33,11 +33,12 @@ from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import action_error, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
-from tdmpc2.evaluation.modes import BASELINE, DISTILLED, FOREVER, GROWTH
+from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, FOREVER, GROWTH, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
 from tdmpc2.mismatch import calibrate_td_error, calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
+from tdmpc2.refine import offsets, refine
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
 from tdmpc2.world_model.layers import NormedLinear, mlp
@@ -90,6 +91,22 @@ EXECUTED: Mapping[str, tuple[int, type[SpeculativeAgent]]] = {  # steps of each 
     "the mean, 3 steps": (3, Mean),
     "the elite drawn, 3 steps": (3, Drawn),
 }
+
+
+class Unrefined(SpeculativeAgent):
+    """Executes what the corrector says."""
+
+    def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
+        return action
+
+
+class RefinedPrior(SpeculativeAgent):
+    """Refines the policy prior's action instead of a corrected one."""
+
+    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
+        model, discount = self.teacher.model, self.teacher.planner.discount
+        prior, around = model.prior(z, task), offsets(model.config.action_dim).to(z.device)
+        return refine(model, z, prior, prior, around, task, discount=discount)
 
 
 class RelativeDrift(SpeculativeAgent):
@@ -289,6 +306,14 @@ def main(config: ExperimentConfig) -> None:
         )
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
+    refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector | None, type[SpeculativeAgent]]] = {
+        "none": (free, corrector, Unrefined),
+        "none, of the distilled policy alone": (ALONE, distilled, Unrefined),
+        "of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
+        "of the prior alone": (PRIOR, None, RefinedPrior),
+    }
+    for variant, (mode, network, kind) in refinements.items():
+        bench.add("refinement", variant, partial(bench.rollout, mode, network, agent_type=kind))
 
     def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
         @cache

@@ -11,6 +11,8 @@ from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConf
 from tdmpc2.corrector import BaseCorrector, build_corrector
 from tdmpc2.distillation import CorrectorTrainConfig
 from tdmpc2.distillation.dataset import Recording, episode_bounds
+from tdmpc2.evaluation.modes import PRIOR
+from tdmpc2.refine import offsets, refine
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import load_world_model
 
@@ -43,6 +45,19 @@ def test_action_gap_is_that_of_the_prior() -> None:
     expected = (MODEL.prior(z) - MODEL.prior(agent._z_pred)).norm(dim=-1)
     torch.testing.assert_close(agent._drift(z), expected)
     assert agent._drift(agent._z_pred) == 0
+
+
+def test_refined_prior_is_the_prior_refined() -> None:
+    agent = experiments.RefinedPrior(TDMPC2(MODEL, BUDGET), PRIOR)
+    discount = agent.teacher.planner.discount
+    moved = 0.0
+    for obs in OBSERVATIONS[:4]:
+        z = MODEL.encode(obs)
+        prior = MODEL.prior(z)
+        expected = refine(MODEL, z, prior, prior, offsets(6), discount=discount)
+        torch.testing.assert_close(agent.act(obs), expected)
+        moved += float((expected - prior).norm())
+    assert moved > 0.01
 
 
 def corrector_of(architecture: str) -> BaseCorrector:

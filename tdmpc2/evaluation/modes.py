@@ -13,6 +13,7 @@ PLAN = "plan"  # what modes without a corrector are named by
 OPEN_LOOP_HORIZONS = (3, 6)
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
+PRIOR = SpeculationConfig(execution_horizon=1, plan_length=0)
 FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
 GROWTH = 2  # of plans that have no other limit
 
@@ -63,5 +64,5 @@ def standard_modes(
             )
     if DISTILLED in correctors:
         modes[DISTILLED] = ALONE
-    modes["prior"] = SpeculationConfig(execution_horizon=1, plan_length=0)
+    modes["prior"] = PRIOR
     return modes
