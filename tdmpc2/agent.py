@@ -183,6 +183,8 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
+    What the corrector answers is refined (`refine`) before it is executed.
+
     Two things end a plan early: a mismatch above the threshold, and a running mean of TD errors below
     `min_td_error`: for some time, states have turned out to be worth less than the ones before promised. In a
     world that is a little other than modelled no single mismatch tells that the agent is losing, and a robot
