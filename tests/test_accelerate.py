@@ -382,12 +382,14 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = tmp_path / "out/walker-walk.csv"
     table = pd.read_csv(done, keep_default_na=False)
     names = {"baseline", "executed", "as it is", "loss", "input", "unrolled steps", "label", "data", "bursts"}
-    assert set(table["experiment"]) == names | {"plan", "acceptance"}
+    assert set(table["experiment"]) == names | {"refinement", "plan", "acceptance"}
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
     undisturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)
     assert undisturbed["the mean, 1 step"] != undisturbed["baseline"]
     assert undisturbed["the mean, 3 steps"] != undisturbed["the elite drawn, 3 steps"]
+    refined = table[(table["experiment"] == "refinement") & (table["disturbance"] == "")]
+    assert refined.groupby("variant")["return"].apply(tuple).nunique() == 4
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
     about = done.with_suffix(".json")
