@@ -63,15 +63,15 @@ class StepInfo(NamedTuple):
     kind: Tensor  # [B] long, values of Kind
     k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
-    td_error: Tensor  # [B], of the step before; NaN in an episode's first, and where no corrector is watched
-    correction: Tensor  # [B], norm of what the corrector added to the planned action
+    td_error: Tensor  # [B], of the step before; NaN in an episode's first, and where none is watched
+    correction: Tensor  # [B], norm of what correcting and refining added to the planned action
 
 
 class Step(NamedTuple):
     """What is executed in one step of a plan, and remembered for the next."""
 
     planned: Tensor  # [B, A]
-    action: Tensor  # [B, A], corrected
+    action: Tensor  # [B, A], corrected and refined
     z_pred: Tensor  # [B, L], predicted for the next step
     td_error: Tensor  # [B], of the step before
     promised: Tensor  # [B], by this step, of the discounted value of the next
@@ -209,8 +209,6 @@ class SpeculativeAgent:
             raise ConfigError(
                 f"growth={config.growth}: must be at least 2, or plans would stay short for good"
             )
-        if config.min_td_error is not None and (corrector is None or config.plan_length == 0):
-            raise ConfigError("min_td_error: only corrected plans are watched by their TD errors")
         horizon = teacher.planner.config.horizon
         self.plan_length = horizon if config.plan_length is None else config.plan_length
         if not 0 <= self.plan_length <= horizon:
@@ -235,6 +233,8 @@ class SpeculativeAgent:
         # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1
         self._watches = corrector is not None and self.plan_length > 0
+        if config.min_td_error is not None and not self._watches:
+            raise ConfigError("min_td_error: only corrected plans are watched by their TD errors")
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.

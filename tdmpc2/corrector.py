@@ -76,6 +76,7 @@ class BaseCorrector(nn.Module):
         self.gate = nn.Linear(hidden, config.action_dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
+        # A buffer, for the compiled step reads no other tensors.
         self.register_buffer("around", offsets(config.action_dim), persistent=False)
 
     def no_history(self, rows: int) -> History:

@@ -7,11 +7,11 @@ iteration over a few actions around it, judged a single step ahead, does much of
 import torch
 from torch import Tensor
 
+from .config import PlannerConfig
 from .world_model.model import WorldModel
 
 SAMPLES, ELITES = 14, 4  # with the two others these are 16 rows of a matrix product, which suits CPUs
 STD = 0.15  # of an entry of the samples
-TEMPERATURE = 0.5  # as the planner's
 
 
 def offsets(action_dim: int) -> Tensor:
@@ -57,6 +57,6 @@ def refine(
     if model.config.episodic:
         later = later * (model.termination(z, task) <= 0.5)
     best = (value + discount * later).topk(ELITES, 1)
-    weight = (TEMPERATURE * (best.values - best.values[:, :1])).softmax(1)
+    weight = (PlannerConfig.temperature * best.values).softmax(1)
     elites = samples.gather(1, best.indices[..., None].expand(-1, -1, samples.shape[2]))
     return (weight[..., None] * elites).sum(1)

@@ -250,10 +250,7 @@ def test_it_replans_a_step_after_the_running_mean_of_td_errors_fell_too_low(mode
 
 
 def test_td_errors_of_a_row_end_with_its_episode(model) -> None:
-    limits = {
-        "usual_td_error": 50.0,
-        "min_td_error": 49.9,
-    }  # far above all there are: two of them are too low
+    limits = {"usual_td_error": 50.0, "min_td_error": 49.9}  # far above all errors: two of them are enough
     corrector = noisy_corrector(model)
     agent = agent_of(model, corrector, 2, execution_horizon=100, corrector="two_tower", **limits)
     agent.reset()
@@ -296,8 +293,8 @@ def test_past_the_horizon_the_prior_plans_and_prediction_follows_what_is_execute
 
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
-def test_untrained_corrector_executes_the_plan(model, architecture, monkeypatch) -> None:
-    monkeypatch.setattr(SpeculativeAgent, "_refined", lambda self, z, action, planned, task: action)
+@pytest.mark.usefixtures("unrefined")
+def test_untrained_corrector_executes_the_plan(model, architecture) -> None:
     fresh = build_corrector(
         CorrectorConfig(model.config.latent_dim, model.config.action_dim, architecture)
     ).eval()

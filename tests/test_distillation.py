@@ -322,11 +322,9 @@ def shares_by_seed(folder: Path, teacher: Drifting) -> list[Tensor]:
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
 @pytest.mark.parametrize("earlier", [2, 4])
-def test_replayed_stretch_is_what_the_agent_does(
-    model: WorldModel, architecture: str, earlier: int, monkeypatch
-) -> None:
+@pytest.mark.usefixtures("unrefined")
+def test_replayed_stretch_is_what_the_agent_does(model: WorldModel, architecture: str, earlier: int) -> None:
     """The agent executes plans of `earlier` steps, then one of 6: the stretch feeds the same, unrefined."""
-    monkeypatch.setattr(SpeculativeAgent, "_refined", lambda self, z, action, planned, task: action)
     corrector = make_corrector(model, architecture)
     lengths = [3, 16]
     data, obs = make_recording(model, lengths)
