@@ -3,7 +3,7 @@
     OUT/settings.json       what was asked for; a run goes on only with the same, or with more rounds
     OUT/data/               shards: the teacher's own episodes, then those of each round
     OUT/rounds/N/           correctors trained on what there was before round N
-    OUT/correctors/         the final ones
+    OUT/correctors/         the final ones; provenance.json says where they were trained
     OUT/evaluation/         raw results, summary and report
     OUT/config.json, model.safetensors     the agent that `tdmpc2.load_agent(OUT)` opens
 
@@ -12,8 +12,9 @@ current correctors, every state labelled by the teacher, added to what there is 
 and training goes on from the correctors that there are: a little before each round, for much more data is to
 come, and to the end after the last one.
 Some of their actions are replaced by random ones, so that correctors learn to recover.
-A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice. So does
-one that is asked for more rounds: what were its final correctors are those before the next round, and keep
+A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice, if need
+be on another device: collect and train on a GPU, and measure where the agent will act. So does one that is
+asked for more rounds: what were its final correctors are those before the next round, and keep
 their evaluation beside them.
 """
 
@@ -73,10 +74,12 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
     settings = {**asdict(c), "teacher": teacher.fingerprint}
-    if (out / "settings.json").exists() and (earlier := read_json(out / "settings.json")) != settings:
+    if (out / "settings.json").exists():
+        earlier = {**read_json(out / "settings.json"), "device": c.device, "compile": c.compile}
         if earlier != {**settings, "rounds": earlier["rounds"]} or earlier["rounds"] > c.rounds:
             raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")
-        _make_room(out, earlier["rounds"])
+        if earlier["rounds"] < c.rounds:
+            _make_room(out, earlier["rounds"])
     write_json(out / "settings.json", settings)
 
     def gather(
@@ -101,6 +104,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
             trained = train_corrector(teacher.model, data, replace(c, updates=updates), folder, initial)
+            write_json(folder / "provenance.json", provenance())
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
@@ -184,4 +188,6 @@ def evaluate_correctors(
             }
         )
     meta = {**provenance(), "validation": validation}
+    if (folder / "provenance.json").exists():
+        meta["trained"] = read_json(folder / "provenance.json")
     return evaluate(Subject(teacher, networks), config, out, meta, console)
