@@ -462,8 +462,10 @@ def section(folder: Path, results: TaskResults) -> str:
         cells = [name, f"{row.return_mean:.1f}", interval(row), f"{100 * row.planner_calls:.1f} %"]
         cells += [f"{row.act_ms_median:.2f} ms", f"{row.act_ms_mean:.2f} ms"]
         lines.append(line(cells))
-    lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}.", "", ""]
-    return "\n".join(lines)
+    lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}."]
+    if "trained" in about:
+        lines.append(f"Data and correctors: {about['trained']}.")
+    return "\n".join([*lines, "", ""])
 
 
 def experiments(path: Path) -> str:

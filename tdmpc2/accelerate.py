@@ -2,8 +2,8 @@
 
     OUT/settings.json       what was asked for; a run goes on only with the same, or with more rounds
     OUT/data/               shards: the teacher's own episodes, then those of each round
-    OUT/rounds/N/           correctors trained on what there was before round N
-    OUT/correctors/         the final ones; provenance.json says where they were trained
+    OUT/rounds/N/           correctors trained on what there was before round N, and where they were trained
+    OUT/correctors/         the final ones, likewise
     OUT/evaluation/         raw results, summary and report
     OUT/config.json, model.safetensors     the agent that `tdmpc2.load_agent(OUT)` opens
 
@@ -188,6 +188,9 @@ def evaluate_correctors(
             }
         )
     meta = {**provenance(), "validation": validation}
-    if (folder / "provenance.json").exists():
-        meta["trained"] = read_json(folder / "provenance.json")
+    stages = [*sorted(folder.parent.glob("rounds/*/provenance.json")), folder / "provenance.json"]
+    trained = [read_json(stage) for stage in stages if stage.exists()]
+    if trained:  # distinct places only
+        places = dict.fromkeys(f"commit {t['commit']}, {t['machine']}" for t in trained)
+        meta["trained"] = "; ".join(places)
     return evaluate(Subject(teacher, networks), config, out, meta, console)

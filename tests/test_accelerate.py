@@ -27,6 +27,7 @@ from tdmpc2.distillation.dataset import read_shard, write_shard
 from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed, evaluate
+from tdmpc2.files import read_json, write_json
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
 
@@ -195,7 +196,10 @@ def test_kill_9_and_go_on(finished: Path, workdir: Path, seen: str) -> None:
 
 
 def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is asked for more rounds ends like one that was asked for all of them at once."""
+    """A run that is asked for more rounds ends like one that was asked for all of them at once.
+
+    What it computed on before does not matter.
+    """
     monkeypatch.syspath_prepend(workdir)
     less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 1, "latency_steps": 4}
     settings = {**OmegaConf.from_dotlist(SMALL), **less}
@@ -204,12 +208,16 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     run_job(grown, Console())
     corrector = "two_tower/corrector.safetensors"
     first = (workdir / "grown/correctors" / corrector).read_bytes()
+    begun = workdir / "grown/settings.json"
+    write_json(begun, {**read_json(begun), "device": "cuda", "compile": True})
     for config in (grown, at_once):
         run_job(replace(config, rounds=2), Console())
     for name in (f"correctors/{corrector}", "evaluation/episodes.csv", "evaluation/chosen.json"):
         assert (workdir / "grown" / name).read_bytes() == (workdir / "at-once" / name).read_bytes()
     assert (workdir / "grown/rounds/2" / corrector).read_bytes() == first
     assert (workdir / "grown/rounds/2/evaluation/report.html").exists()
+    assert read_json(begun)["device"] == "cpu"
+    assert "commit " in read_json(workdir / "grown/evaluation/provenance.json")["trained"]
     with pytest.raises(ConfigError, match="other settings"):
         run_job(grown, Console())
 
