@@ -2,11 +2,11 @@
 
     python benchmarks/experiments.py agent=accelerated/walker-walk
 
-Every experiment changes one thing. Where that is a matter of training or of plans, a corrector executes 24
-steps a plan without fallback, trained anew from the agent's data or, for plans, the agent's own; where it is
-a matter of accepting, the agent's own executes plans until it is told to stop, or one has lasted twice as
-long as the one before. In the world as it is, under pushes, and accepting also where everything is much
-heavier. The seeds are neither those of calibration nor those of the results. Writes
+Every experiment changes one thing. Where that is a matter of training, refining or plans, a corrector
+executes 24 steps a plan without fallback, trained anew from the agent's data or, for refining and plans, the
+agent's own; where it is a matter of accepting, the agent's own executes plans until it is told to stop, or
+one has lasted twice as long as the one before. In the world as it is, under pushes, and accepting also where
+everything is much heavier. The seeds are neither those of calibration nor those of the results. Writes
 `results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the numbers come from. A run that is
 killed goes on with the variants that are missing.
 """
@@ -68,7 +68,6 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     eval_seed: int = 40_000
     round_episodes: int = 8  # collected for the experiment on bursts
     round_seed: int = 30_000
-    device: str = "cpu"
     out: str = "results/experiments"
 
 
@@ -104,9 +103,18 @@ class RefinedPrior(SpeculativeAgent):
     """Refines the policy prior's action instead of a corrected one."""
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
-        model, discount = self.teacher.model, self.teacher.planner.discount
-        prior, around = model.prior(z, task), offsets(model.config.action_dim).to(z.device)
-        return refine(model, z, prior, prior, around, task, discount=discount)
+        model, planner = self.teacher.model, self.teacher.planner
+        prior, around = model.prior(z, task), offsets(model.config.action_dim)
+        return refine(
+            model,
+            z,
+            prior,
+            prior,
+            around,
+            task,
+            discount=planner.discount,
+            temperature=planner.config.temperature,
+        )
 
 
 class RelativeDrift(SpeculativeAgent):
@@ -277,13 +285,13 @@ def main(config: ExperimentConfig) -> None:
     folder = Path(config.agent)
     check_evaluation(config)
     saved = read_config(folder)
-    teacher = open_teacher(saved["task"], str(folder), config, config.device)
+    teacher = open_teacher(saved["task"], str(folder), config)
     data = load_shards(folder / "data", teacher.fingerprint)
     used = {*data.seed.tolist(), *range(config.round_seed, config.round_seed + config.round_episodes)}
     if used & {*config.eval_seeds, *config.calibration_seeds}:
         raise ConfigError("evaluation or calibration seeds overlap those of the agent's data: change them")
     corrector, distilled = (
-        load_corrector(folder / "correctors" / name, teacher.fingerprint, config.device)
+        load_corrector(folder / "correctors" / name, teacher.fingerprint)
         for name in (config.architecture, DISTILLED)
     )
     out = Path(config.out)
@@ -308,6 +316,7 @@ def main(config: ExperimentConfig) -> None:
     free = SpeculationConfig(LONG, corrector=config.architecture)
     refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector | None, type[SpeculativeAgent]]] = {
         "none": (free, corrector, Unrefined),
+        "of the corrected action": (free, corrector, SpeculativeAgent),
         "none, of the distilled policy alone": (ALONE, distilled, Unrefined),
         "of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
         "of the prior alone": (PRIOR, None, RefinedPrior),
@@ -323,7 +332,7 @@ def main(config: ExperimentConfig) -> None:
 
         bench.add(experiment, variant, lambda d: bench.rollout(free, new(), d))
 
-    training(data.to(config.device), folder, teacher, config, trained)
+    training(data, folder, teacher, config, trained)
     for name, bursts in {"none": False, "of random actions": True}.items():
         trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
     for variant, (length, horizon) in EXTENSIONS.items():

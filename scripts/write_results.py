@@ -56,15 +56,17 @@ EXPERIMENTS = """# What each ingredient is worth
 
 Every row changes one thing and is compared with replanning at every step on the same episodes, in the world
 as it is, under pushes, and with everything much heavier than the model knows it. Their seeds are neither
-those of calibration nor those of the results. Correctors trained anew, and those whose plans are extended
-otherwise, execute 24 steps of each plan without fallback; acceptance rules execute plans until they end them,
-or until one has lasted twice as long as the one before. The last column compares with what the package does,
-the row that has no entry there: where its interval holds 1, so few episodes cannot tell the two apart.
+those of calibration nor those of the results. Correctors trained anew, and the agent's own where refining or
+plans are otherwise, execute 24 steps of each plan without fallback; acceptance rules execute plans until they
+end them, or until one has lasted twice as long as the one before. The last column compares with what the
+package does, the row that has no entry there: where its interval holds 1, so few episodes cannot tell the two
+apart.
 
 """
 AS_IT_IS = {  # of each experiment the variant that the package has; of the others that of `as it is`
     "executed": "the mean, 3 steps",
     "bursts": "of random actions",
+    "refinement": "of the corrected action",
     "plan": "3 planned steps, then the prior",
     "acceptance": f"mismatch or value, quantile {EvaluationConfig.quantile}",
 }

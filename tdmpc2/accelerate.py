@@ -2,8 +2,8 @@
 
     OUT/settings.json       what was asked for; a run goes on only with the same, or with more rounds
     OUT/data/               shards: the teacher's own episodes, then those of each round
-    OUT/rounds/N/           correctors trained on what there was before round N, and where they were trained
-    OUT/correctors/         the final ones, likewise
+    OUT/rounds/N/           correctors trained on what there was before round N
+    OUT/correctors/         the final ones; in each of these folders provenance.json says where it was made
     OUT/evaluation/         raw results, summary and report
     OUT/config.json, model.safetensors     the agent that `tdmpc2.load_agent(OUT)` opens
 
@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .cli import provenance
-from .config import TEACHER, BudgetOverride, SpeculationConfig, at_least
+from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig, at_least
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
 from .distillation import CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
@@ -75,12 +75,14 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     teacher.agent()  # refuses a planning budget or precision that cannot be
     settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists():
-        earlier = {**read_json(out / "settings.json"), "device": c.device, "compile": c.compile}
-        if earlier != {**settings, "rounds": earlier["rounds"]} or earlier["rounds"] > c.rounds:
+        earlier = {**read_json(out / "settings.json"), **{name: settings[name] for name in ELSEWHERE}}
+        rounds = earlier.get("rounds", 0)
+        if earlier != {**settings, "rounds": rounds} or rounds > c.rounds:
             raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")
-        if earlier["rounds"] < c.rounds:
-            _make_room(out, earlier["rounds"])
+        if rounds < c.rounds:
+            _make_room(out, rounds)
     write_json(out / "settings.json", settings)
+    made_by = {**provenance(), "device": c.device}
 
     def gather(
         folder: str,
@@ -89,6 +91,8 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         behaviours: Sequence[SpeculationConfig] = (TEACHER,),
         correctors: Mapping[str, BaseCorrector] | None = None,
     ) -> None:
+        if not (out / "data" / folder / "provenance.json").exists():
+            write_json(out / "data" / folder / "provenance.json", made_by)
         collect(
             teacher,
             out / "data" / folder,
@@ -104,7 +108,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
             trained = train_corrector(teacher.model, data, replace(c, updates=updates), folder, initial)
-            write_json(folder / "provenance.json", provenance())
+            write_json(folder / "provenance.json", made_by)
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
@@ -127,7 +131,9 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
     console.print("the final correctors")
     train(out / "correctors", correctors, c.updates)
-    chosen = evaluate_correctors(teacher, out / "correctors", out / "evaluation", c, console)
+    chosen = evaluate_correctors(
+        teacher, out / "correctors", out / "evaluation", c, console, trained=_where_made(out)
+    )
     if chosen == BASELINE:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         console.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
@@ -158,10 +164,28 @@ def _make_room(out: Path, rounds: int) -> None:
             (out / name).rename(before / name)
 
 
+def _where_made(out: Path) -> str:
+    """The commits, machines and devices that data and correctors were made by."""
+    paths = [
+        path for part in ("data/*", "rounds/*", "correctors") for path in out.glob(f"{part}/provenance.json")
+    ]
+    stages = map(read_json, sorted(paths))
+    return "; ".join(
+        dict.fromkeys(f"commit {s['commit']}, {s['machine']}, device={s['device']}" for s in stages)
+    )
+
+
 def evaluate_correctors(
-    teacher: Teacher, folder: Path, out: Path, config: EvaluationConfig, console: Console
+    teacher: Teacher,
+    folder: Path,
+    out: Path,
+    config: EvaluationConfig,
+    console: Console,
+    trained: str = "",
 ) -> str:
     """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode's name.
+
+    `trained` says where data and correctors were made, for the report.
 
     Raises:
         CheckpointError: there is no corrector, or one is of another teacher.
@@ -188,9 +212,6 @@ def evaluate_correctors(
             }
         )
     meta = {**provenance(), "validation": validation}
-    stages = [*sorted(folder.parent.glob("rounds/*/provenance.json")), folder / "provenance.json"]
-    trained = [read_json(stage) for stage in stages if stage.exists()]
-    if trained:  # distinct places only
-        places = dict.fromkeys(f"commit {t['commit']}, {t['machine']}" for t in trained)
-        meta["trained"] = "; ".join(places)
+    if trained:
+        meta["trained"] = trained
     return evaluate(Subject(teacher, networks), config, out, meta, console)

@@ -4,7 +4,7 @@ Both act for a batch of environments at once, each row with an episode of its ow
 of an episode begins with `reset(mask)`. One robot is a batch of one, and may leave the batch axis out.
 
 What the speculative agent keeps for each row, in an example with execution horizon 4, planning horizon 3
-and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's mean:
+and a corrector; `d` is the latent dynamics, `c` the corrector, refined, `pi` the prior's mean:
 
     step in plan k   planned action   predicted latent     executed
     0                a0               z_0, the real one    a0, drawn where the step before was planned too
@@ -247,7 +247,8 @@ class SpeculativeAgent:
                     modules=(model, corrector),
                     depends_on=(
                         (model.config, corrector.config),
-                        (self.plan_length, self._predicts, self._watches, teacher.planner.discount),
+                        (self.plan_length, self._predicts, self._watches),
+                        (teacher.planner.discount, teacher.planner.config.temperature),
                     ),
                 )
             else:
@@ -391,8 +392,17 @@ class SpeculativeAgent:
     def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
         """What is executed of corrected actions `[B, A]`."""
         assert self.corrector is not None
-        model, discount = self.teacher.model, self.teacher.planner.discount
-        return refine(model, z, action, planned, self.corrector.around, task, discount=discount)
+        planner = self.teacher.planner
+        return refine(
+            self.teacher.model,
+            z,
+            action,
+            planned,
+            self.corrector.around,
+            task,
+            discount=planner.discount,
+            temperature=planner.config.temperature,
+        )
 
     def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
         """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
@@ -456,7 +466,7 @@ def read_teacher(
     saved = saved_config(path)
     planner = published_budget(model.config.action_dim)
     if "planner" in saved:
-        planner = _saved(PlannerConfig, saved["planner"], path)
+        planner = saved_as(PlannerConfig, saved["planner"], path)
     return model, planner, saved.get("discount", discount_of(500))
 
 
@@ -466,12 +476,12 @@ def saved_compute(path: str | Path) -> ComputeConfig:
     return replace(COMPILED, precision=saved.get("precision", COMPILED.precision))
 
 
-def _saved(cls: type[Config], settings: Any, path: str | Path) -> Config:
+def saved_as(cls: type[Config], settings: Any, path: str | Path) -> Config:
     """A config as a folder has it; CheckpointError where it has settings that there are not."""
     try:
         return cls(**settings)
     except TypeError as e:
-        raise CheckpointError(f"{path}: its config.json does not fit this version: {e}") from e
+        raise CheckpointError(f"{path}: its settings do not fit this version: {e}") from e
 
 
 def load_agent(
@@ -492,7 +502,7 @@ def load_agent(
     teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     if "speculation" not in saved:
         return teacher
-    config = _saved(SpeculationConfig, saved["speculation"], path)
+    config = saved_as(SpeculationConfig, saved["speculation"], path)
     corrector = None
     if config.corrector:
         folder = Path(path) / "correctors" / config.corrector

@@ -7,7 +7,6 @@ iteration over a few actions around it, judged a single step ahead, does much of
 import torch
 from torch import Tensor
 
-from .config import PlannerConfig
 from .world_model.model import WorldModel
 
 SAMPLES, ELITES = 14, 4  # with the two others these are 16 rows of a matrix product, which suits CPUs
@@ -29,6 +28,7 @@ def refine(
     task: Tensor | None = None,
     *,
     discount: float,
+    temperature: float,
 ) -> Tensor:
     """One iteration of MPPI (paper, eq. 5) on the action of one step, `[B, A]`.
 
@@ -44,6 +44,7 @@ def refine(
         around: `[N, A]`, from `offsets`.
         task: `[B]`, indices of tasks, of a multi-task model.
         discount: per agent step.
+        temperature: of the weights, MPPI's.
     """
     given = torch.stack([action, planned], 1)
     samples = torch.cat([given, (action[:, None] + around).clamp(-1, 1)], 1)  # [B, 2 + N, A]
@@ -56,7 +57,7 @@ def refine(
     later = model.value(z, model.prior(z, task), task).mean(0)
     if model.config.episodic:
         later = later * (model.termination(z, task) <= 0.5)
-    best = (value + discount * later).topk(ELITES, 1)
-    weight = (PlannerConfig.temperature * best.values).softmax(1)
+    best = (value + discount * later).nan_to_num(0.0).topk(ELITES, 1)
+    weight = (temperature * best.values).softmax(1)
     elites = samples.gather(1, best.indices[..., None].expand(-1, -1, samples.shape[2]))
     return (weight[..., None] * elites).sum(1)

@@ -21,7 +21,7 @@ from benchmarks import experiments
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
-from tdmpc2.config import EAGER, BudgetOverride, SpeculationConfig
+from tdmpc2.config import EAGER, ELSEWHERE, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard, write_shard
 from tdmpc2.envs import dmc
@@ -217,6 +217,9 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     assert (workdir / "grown/rounds/2" / corrector).read_bytes() == first
     assert (workdir / "grown/rounds/2/evaluation/report.html").exists()
     assert read_json(begun)["device"] == "cpu"
+    write_json(begun, {**read_json(begun), "device": "cuda"})
+    run_job(replace(grown, rounds=2), Console())
+    assert not set(ELSEWHERE) & set(read_json(workdir / "grown/evaluation/settings.json")["config"])
     assert "commit " in read_json(workdir / "grown/evaluation/provenance.json")["trained"]
     with pytest.raises(ConfigError, match="other settings"):
         run_job(grown, Console())
@@ -397,7 +400,7 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert undisturbed["the mean, 1 step"] != undisturbed["baseline"]
     assert undisturbed["the mean, 3 steps"] != undisturbed["the elite drawn, 3 steps"]
     refined = table[(table["experiment"] == "refinement") & (table["disturbance"] == "")]
-    assert refined.groupby("variant")["return"].apply(tuple).nunique() == 4
+    assert refined.groupby("variant")["return"].apply(tuple).nunique() == 5
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
     about = done.with_suffix(".json")

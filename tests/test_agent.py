@@ -22,6 +22,7 @@ from tdmpc2.errors import ConfigError, DataError, ObservationError
 from tdmpc2.evaluation.modes import ALONE, DISTILLED
 from tdmpc2.mismatch import TD_STEPS, calibrate_td_error, calibrate_threshold, calibrate_thresholds
 from tdmpc2.planner import Plan
+from tdmpc2.refine import offsets, refine
 from tdmpc2.world_model import load_world_model
 
 BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
@@ -250,7 +251,7 @@ def test_it_replans_a_step_after_the_running_mean_of_td_errors_fell_too_low(mode
 
 
 def test_td_errors_of_a_row_end_with_its_episode(model) -> None:
-    limits = {"usual_td_error": 50.0, "min_td_error": 49.9}  # far above all errors: two of them are enough
+    limits = {"usual_td_error": 50.0, "min_td_error": 49.9}  # far above all errors: one is enough
     corrector = noisy_corrector(model)
     agent = agent_of(model, corrector, 2, execution_horizon=100, corrector="two_tower", **limits)
     agent.reset()
@@ -262,6 +263,28 @@ def test_td_errors_of_a_row_end_with_its_episode(model) -> None:
         if t == 4:
             assert agent.info.kind.tolist() == [Kind.FALLBACK, Kind.CORRECTED]
     assert agent.info.kind.tolist() == [Kind.FALLBACK, Kind.FALLBACK]
+
+
+def test_what_the_corrector_answers_is_refined(model) -> None:
+    corrector = noisy_corrector(model)
+    agent = agent_of(model, corrector, 2, execution_horizon=3, corrector="two_tower")
+    agent.reset()
+    first, second = observations(2, 2)
+    z_pred = model.next(model.encode(first), agent.act(first))
+    z, planned, k = model.encode(second), agent._actions[:, 1].clone(), torch.ones(2, dtype=torch.long)
+    answer = corrector(corrector.no_history(2).then(corrector.embed(z, z_pred, planned, k)), planned)
+    planner = agent.teacher.planner
+    expected = refine(
+        model,
+        z,
+        answer,
+        planned,
+        offsets(planned.shape[1]),
+        discount=planner.discount,
+        temperature=planner.config.temperature,
+    )
+    assert (expected - answer).norm() > 0.01 and (answer - planned).norm() > 0.01
+    torch.testing.assert_close(agent.act(second), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_prior_alone_never_plans(model, monkeypatch) -> None:

@@ -49,12 +49,12 @@ def test_action_gap_is_that_of_the_prior() -> None:
 
 def test_refined_prior_is_the_prior_refined() -> None:
     agent = experiments.RefinedPrior(TDMPC2(MODEL, BUDGET), PRIOR)
-    discount = agent.teacher.planner.discount
+    discount, temperature = agent.teacher.planner.discount, agent.teacher.planner.config.temperature
     moved = 0.0
     for obs in OBSERVATIONS[:4]:
         z = MODEL.encode(obs)
         prior = MODEL.prior(z)
-        expected = refine(MODEL, z, prior, prior, offsets(6), discount=discount)
+        expected = refine(MODEL, z, prior, prior, offsets(6), discount=discount, temperature=temperature)
         torch.testing.assert_close(agent.act(obs), expected)
         moved += float((expected - prior).norm())
     assert moved > 0.01

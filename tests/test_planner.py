@@ -203,7 +203,7 @@ def test_refined_action_is_the_mean_of_elites_by_hand(kind: str) -> None:
     generator = torch.Generator().manual_seed(2)
     z = model.encode(torch.randn(batch, 5, generator=generator), task)
     action, planned = 2 * torch.rand(2, batch, 3, generator=generator) - 1
-    refined = refine(model, z, action, planned, around, task, discount=DISCOUNT)
+    refined = refine(model, z, action, planned, around, task, discount=DISCOUNT, temperature=0.7)
     used = torch.zeros(2)  # how often the action and the planned one are among the elites
     for row in range(batch):
         own = None if task is None else task[row]
@@ -217,7 +217,7 @@ def test_refined_action_is_the_mean_of_elites_by_hand(kind: str) -> None:
             later = float(model.value(after, model.prior(after, own), own).mean())
             values.append(float(model.reward(z[row], x, own)) + goes_on * DISCOUNT * later)
         elites = sorted(range(len(samples)), key=lambda i: -values[i])[:ELITES]
-        weights = [math.exp(0.5 * (values[i] - values[elites[0]])) for i in elites]
+        weights = [math.exp(0.7 * (values[i] - values[elites[0]])) for i in elites]
         expected = sum(w * samples[i] for w, i in zip(weights, elites, strict=True)) / sum(weights)
         torch.testing.assert_close(refined[row], expected, atol=1e-4, rtol=1e-4)
         used[[i for i in elites if i < 2]] += 1

@@ -1,7 +1,7 @@
 """What a corrector is trained on: stretches of recorded episodes, replayed as the agent would.
 
-`unroll` is `SpeculativeAgent` over recorded states. A stretch starts at a step `t0` with its plan;
-the corrector answers at `t0 + 1 ... t0 + S`, its history reaches back into earlier plans:
+`unroll` is `SpeculativeAgent` over recorded states, without refining. A stretch starts at a step `t0` with
+its plan; the corrector answers at `t0 + 1 ... t0 + S`, its history reaches back into earlier plans:
 
     step              t0-4  t0-3  t0-2  t0-1    t0   t0+1  t0+2  t0+3        with plans of
     made at           t0-6  t0-3  t0-3  t0-3    t0    t0    t0    t0         3 steps before t0
@@ -10,9 +10,10 @@ the corrector answers at `t0 + 1 ... t0 + S`, its history reaches back into earl
 
 How long the earlier plans lasted is drawn anew for every stretch, for execution horizons and
 fallbacks make it anything; their corrections are taken to be the teacher's. Real latents are the
-recorded ones, predicted latents follow what is executed. Gradients reach the corrector through its
+recorded ones, predicted latents follow the answers. Gradients reach the corrector through its
 answers alone: recorded latents do not answer to other actions, so neither may predicted ones.
-The answers are not refined as the agent's are: the corrector is to find what the planner would choose.
+The agent refines them, and its predicted latents follow that; here the corrector is to find by itself what
+the planner would choose.
 """
 
 from typing import NamedTuple

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from ..agent import saved_as
 from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import load_corrector
@@ -75,7 +76,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         raise ConfigError(f"{folder} was calibrated on episodes with these seeds: change eval_seed")
     correctors = {n: load_corrector(path, teacher.fingerprint, config.device) for n, path in paths.items()}
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
-    modes = {n: SpeculationConfig(**about["modes"][n]) for n in wanted if n in about["modes"]}
+    given = {n: about["modes"][n] for n in wanted if n in about["modes"]}
+    modes = {n: saved_as(SpeculationConfig, mode, folder) for n, mode in given.items()}
     worlds: dict[tuple[str, float], Teacher] = {}
     reasons = []
     for kind in config.kinds:

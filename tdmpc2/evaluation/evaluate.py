@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..agent import SpeculativeAgent
-from ..config import SpeculationConfig, at_least
+from ..config import ELSEWHERE, SpeculationConfig, at_least
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, read_json, write_json
@@ -287,7 +287,7 @@ def evaluate(
         "teacher": subject.teacher.fingerprint,
         "correctors": {name: fingerprint(c) for name, c in subject.correctors.items()},
         "planner": asdict(subject.teacher.planner),
-        "config": asdict(config),
+        "config": {name: value for name, value in asdict(config).items() if name not in ELSEWHERE},
     }
     claim(out, settings)
     written_by = out / "commits.json"
@@ -308,6 +308,7 @@ def evaluate(
     provided = {
         **meta,
         **settings,
+        "config": asdict(config),
         "commit": ", ".join(commits),
         "chosen": chosen,
         "why": why,

@@ -67,6 +67,7 @@ PROVENANCE = {  # what leads, and its name in the report; the rest of `meta` fol
     "planner": "planning budget",
     "machine": "machine",
     "versions": "versions",
+    "trained": "data and correctors",
 }
 FEW = 10  # episodes, below which the intervals are said to be too narrow
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that paper swallows.
