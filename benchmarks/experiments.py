@@ -112,6 +112,7 @@ class RefinedPrior(SpeculativeAgent):
             prior,
             around,
             task,
+            steps=self.config.refine_steps,
             discount=planner.discount,
             temperature=planner.config.temperature,
         )
@@ -314,9 +315,11 @@ def main(config: ExperimentConfig) -> None:
         )
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
+    far = replace(free, refine_steps=teacher.planner.horizon)
     refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector | None, type[SpeculativeAgent]]] = {
         "none": (free, corrector, Unrefined),
         "of the corrected action": (free, corrector, SpeculativeAgent),
+        "of the corrected action, as many steps ahead as plans have": (far, corrector, SpeculativeAgent),
         "none, of the distilled policy alone": (ALONE, distilled, Unrefined),
         "of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
         "of the prior alone": (PRIOR, None, RefinedPrior),

@@ -205,6 +205,8 @@ class SpeculativeAgent:
     ):
         if config.execution_horizon < 1:
             raise ConfigError(f"execution_horizon={config.execution_horizon}: must be at least 1")
+        if config.refine_steps < 1:
+            raise ConfigError(f"refine_steps={config.refine_steps}: must be at least 1")
         if config.growth is not None and config.growth < 2:
             raise ConfigError(
                 f"growth={config.growth}: must be at least 2, or plans would stay short for good"
@@ -247,7 +249,7 @@ class SpeculativeAgent:
                     modules=(model, corrector),
                     depends_on=(
                         (model.config, corrector.config),
-                        (self.plan_length, self._predicts, self._watches),
+                        (self.plan_length, self._predicts, self._watches, config.refine_steps),
                         (teacher.planner.discount, teacher.planner.config.temperature),
                     ),
                 )
@@ -400,6 +402,7 @@ class SpeculativeAgent:
             planned,
             self.corrector.around,
             task,
+            steps=self.config.refine_steps,
             discount=planner.discount,
             temperature=planner.config.temperature,
         )

@@ -131,6 +131,7 @@ class SpeculationConfig:
     min_td_error: float | None = None
     usual_td_error: float = 0.0  # where that mean begins in an episode
     corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
+    refine_steps: int = 1  # steps ahead that refining what it answers judges by
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's
 

@@ -1,7 +1,8 @@
 """Refining an action by a search that is far smaller than a plan.
 
 A plan is an iterated search over hundreds of sequences of actions. Where a good action is known already, one
-iteration over a few actions around it, judged a single step ahead, does much of the same.
+iteration over a few actions around it does much of the same. Judged a single step ahead it is cheapest; where
+the Q heads alone are a poor judge, as far as a plan looks is better.
 """
 
 import torch
@@ -27,14 +28,15 @@ def refine(
     around: Tensor,
     task: Tensor | None = None,
     *,
+    steps: int,
     discount: float,
     temperature: float,
 ) -> Tensor:
     """One iteration of MPPI (paper, eq. 5) on the action of one step, `[B, A]`.
 
-    Samples lie around `action`; itself and the planned action are samples too. They are valued a step ahead,
-    `r(z, a) + gamma Q(z', p(z'))`, by the mean of all Q heads. The answer is the mean of the elites, weighted
-    by value.
+    Samples lie around `action`; itself and the planned action are samples too. Each is followed by the policy
+    prior and valued `steps` ahead, with one `r(z, a) + gamma Q(z', p(z'))`, by the mean of all Q heads. The
+    answer is the mean of the elites, weighted by value.
 
     Args:
         model: judges.
@@ -43,6 +45,7 @@ def refine(
         planned: `[B, A]`.
         around: `[N, A]`, from `offsets`.
         task: `[B]`, indices of tasks, of a multi-task model.
+        steps: at least 1.
         discount: per agent step.
         temperature: of the weights, MPPI's.
     """
@@ -52,12 +55,17 @@ def refine(
         samples = samples * model.action_masks[task][:, None]
         task = task[:, None]
     z = z[:, None].expand(-1, samples.shape[1], -1)
-    value = model.reward(z, samples, task)
-    z = model.next(z, samples, task)
-    later = model.value(z, model.prior(z, task), task).mean(0)
-    if model.config.episodic:
-        later = later * (model.termination(z, task) <= 0.5)
-    best = (value + discount * later).nan_to_num(0.0).topk(ELITES, 1)
+    next_action, value = samples, torch.zeros_like(samples[..., 0])
+    later: float | Tensor = 1.0
+    for _ in range(steps):
+        value = value + later * model.reward(z, next_action, task)
+        z = model.next(z, next_action, task)
+        next_action = model.prior(z, task)
+        later = later * discount
+        if model.config.episodic:  # nothing counts after the first latent predicted to be terminal
+            later = later * (model.termination(z, task) <= 0.5)
+    value = value + later * model.value(z, next_action, task).mean(0)
+    best = value.nan_to_num(0.0).topk(ELITES, 1)
     weight = (temperature * best.values).softmax(1)
     elites = samples.gather(1, best.indices[..., None].expand(-1, -1, samples.shape[2]))
     return (weight[..., None] * elites).sum(1)

@@ -400,7 +400,7 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert undisturbed["the mean, 1 step"] != undisturbed["baseline"]
     assert undisturbed["the mean, 3 steps"] != undisturbed["the elite drawn, 3 steps"]
     refined = table[(table["experiment"] == "refinement") & (table["disturbance"] == "")]
-    assert refined.groupby("variant")["return"].apply(tuple).nunique() == 5
+    assert refined.groupby("variant")["return"].apply(tuple).nunique() == 6
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
     about = done.with_suffix(".json")

@@ -265,9 +265,10 @@ def test_td_errors_of_a_row_end_with_its_episode(model) -> None:
     assert agent.info.kind.tolist() == [Kind.FALLBACK, Kind.FALLBACK]
 
 
-def test_what_the_corrector_answers_is_refined(model) -> None:
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_the_corrector_answers_is_refined(model, steps: int) -> None:
     corrector = noisy_corrector(model)
-    agent = agent_of(model, corrector, 2, execution_horizon=3, corrector="two_tower")
+    agent = agent_of(model, corrector, 2, execution_horizon=3, corrector="two_tower", refine_steps=steps)
     agent.reset()
     first, second = observations(2, 2)
     z_pred = model.next(model.encode(first), agent.act(first))
@@ -280,6 +281,7 @@ def test_what_the_corrector_answers_is_refined(model) -> None:
         answer,
         planned,
         offsets(planned.shape[1]),
+        steps=steps,
         discount=planner.discount,
         temperature=planner.config.temperature,
     )

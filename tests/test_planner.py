@@ -194,16 +194,17 @@ def test_unknown_precision_is_refused() -> None:
         Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float16"))
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_refined_action_is_the_mean_of_elites_by_hand(kind: str) -> None:
+def test_refined_action_is_the_mean_of_elites_by_hand(kind: str, steps: int) -> None:
     model, batch, around = random_model(kind), 4, offsets(3)
     assert around.shape == (SAMPLES, 3) and around.sum(0).abs().max() < 1e-6, "each with its opposite"
     task = torch.arange(batch) % 3 if model.config.num_tasks else None
     generator = torch.Generator().manual_seed(2)
     z = model.encode(torch.randn(batch, 5, generator=generator), task)
     action, planned = 2 * torch.rand(2, batch, 3, generator=generator) - 1
-    refined = refine(model, z, action, planned, around, task, discount=DISCOUNT, temperature=0.7)
+    refined = refine(model, z, action, planned, around, task, steps=steps, discount=DISCOUNT, temperature=0.7)
     used = torch.zeros(2)  # how often the action and the planned one are among the elites
     for row in range(batch):
         own = None if task is None else task[row]
@@ -212,10 +213,13 @@ def test_refined_action_is_the_mean_of_elites_by_hand(kind: str) -> None:
         samples = [mask * x for x in [*samples, *(action[row] + around).clamp(-1, 1)]]
         values = []
         for x in samples:
-            after = model.next(z[row], x, own)
-            goes_on = not (model.config.episodic and float(model.termination(after, own)) > 0.5)
-            later = float(model.value(after, model.prior(after, own), own).mean())
-            values.append(float(model.reward(z[row], x, own)) + goes_on * DISCOUNT * later)
+            at, total, later = z[row], 0.0, 1.0
+            for _ in range(steps):
+                total += later * float(model.reward(at, x, own))
+                at = model.next(at, x, own)
+                later *= DISCOUNT * (not (model.config.episodic and float(model.termination(at, own)) > 0.5))
+                x = model.prior(at, own)
+            values.append(total + later * float(model.value(at, x, own).mean()))
         elites = sorted(range(len(samples)), key=lambda i: -values[i])[:ELITES]
         weights = [math.exp(0.7 * (values[i] - values[elites[0]])) for i in elites]
         expected = sum(w * samples[i] for w, i in zip(weights, elites, strict=True)) / sum(weights)

@@ -13,7 +13,7 @@ A run that is killed goes on with the modes that are missing.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -31,10 +31,11 @@ from ..mismatch import calibrate_td_error, calibrate_thresholds
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import holds_up, summarise
-from .modes import BASELINE, HORIZONS, PLAN, SIMPLER, Limits, standard_modes, watched
+from .modes import ALONE, BASELINE, HORIZONS, PLAN, SIMPLER, Limits, standard_modes, watched
 from .report import print_table, write_report
 from .rollout import Rollout, measure_latency, rollout
 
+REFINING_LOSS = 0.01  # of the return, that refining by a single step may cost
 PUSH = ("push", 0.3)  # the disturbance that a chosen mode must withstand
 
 
@@ -129,26 +130,39 @@ class Subject:
 def calibrate(
     subject: Subject, config: EvaluationConfig, out: Path, console: Console
 ) -> dict[str, SpeculationConfig]:
-    """The standard modes, their limits set from episodes without fallback on the calibration seeds.
+    """The standard modes, set from episodes without fallback on the calibration seeds.
+
+    How far ahead refining judges: a single step, unless a corrector's mean return then falls short of what it
+    is with as many steps as plans have, by more than `REFINING_LOSS`.
 
     One run a corrector, of the longest execution horizon, has the mismatches of the shorter ones in it: those
     at their steps in plan. Its TD errors stand for those of the shorter ones too.
     """
     seeds, limits = config.calibration_seeds, {}
+    refine_steps: dict[str, int] = {}
     with _progress(console) as progress:
         for corrector in ["", *subject.correctors]:
-            modes = watched(corrector)
+            modes, free = watched(corrector), ALONE
+            if modes:
+                longest = min(max(modes.values()), max(HORIZONS))
+                free = SpeculationConfig(execution_horizon=longest, corrector=corrector)
+            choices = dict.fromkeys([1, subject.teacher.planner.horizon]) if corrector else [1]
+            runs = {}
+            for n in choices:
+                name, mode = f"{corrector or PLAN}{f'-{n}' if n > 1 else ''}", replace(free, refine_steps=n)
+                runs[n] = _run_mode(subject, name, mode, config, seeds, out / "free", progress)
+            returns = {n: run.episodes["return"].mean() for n, run in runs.items()}
+            most = max(returns.values())
+            chosen = min(n for n in returns if returns[n] >= most - REFINING_LOSS * abs(most))
+            refine_steps[corrector], steps = chosen, runs[chosen].steps
             if not modes:
                 continue
-            longest = min(max(modes.values()), max(HORIZONS))
-            free = SpeculationConfig(execution_horizon=longest, corrector=corrector)
-            run = _run_mode(subject, corrector or PLAN, free, config, seeds, out / "free", progress)
-            steps = run.steps
             td_errors = calibrate_td_error(steps, config.td_quantile) if corrector else ()
             thresholds = calibrate_thresholds(steps, config.quantile)
             for name, horizon in modes.items():
                 limits[name] = Limits(thresholds[: horizon - 1], *td_errors)
-    return standard_modes(list(subject.correctors), limits, subject.teacher.planner.iterations)
+    iterations = subject.teacher.planner.iterations
+    return standard_modes(list(subject.correctors), limits, refine_steps, iterations)
 
 
 def run_modes(

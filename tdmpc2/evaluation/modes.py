@@ -39,13 +39,17 @@ def watched(corrector: str) -> dict[str, int]:
 
 
 def standard_modes(
-    correctors: Sequence[str], limits: Mapping[str, Limits], iterations: int
+    correctors: Sequence[str],
+    limits: Mapping[str, Limits],
+    refine_steps: Mapping[str, int],
+    iterations: int,
 ) -> dict[str, SpeculationConfig]:
     """Every mode: the baseline first, then what is simpler than speculation, then speculation.
 
     Args:
         correctors: names of the correctors.
         limits: of every mode with fallback.
+        refine_steps: of every corrector.
         iterations: of the teacher's planner.
     """
     modes = {
@@ -60,9 +64,10 @@ def standard_modes(
                 execution_horizon=horizon,
                 growth=GROWTH if horizon == FOREVER else None,
                 corrector=corrector,
+                refine_steps=refine_steps.get(corrector, 1),
                 **limits[name]._asdict(),
             )
     if DISTILLED in correctors:
-        modes[DISTILLED] = ALONE
+        modes[DISTILLED] = replace(ALONE, refine_steps=refine_steps[DISTILLED])
     modes["prior"] = PRIOR
     return modes
