@@ -49,7 +49,7 @@ def standard_modes(
     Args:
         correctors: names of the correctors.
         limits: of every mode with fallback.
-        refine_steps: of every corrector.
+        refine_steps: of every corrector, and of none ("").
         iterations: of the teacher's planner.
     """
     modes = {
@@ -64,7 +64,7 @@ def standard_modes(
                 execution_horizon=horizon,
                 growth=GROWTH if horizon == FOREVER else None,
                 corrector=corrector,
-                refine_steps=refine_steps.get(corrector, 1),
+                refine_steps=refine_steps[corrector],
                 **limits[name]._asdict(),
             )
     if DISTILLED in correctors:
