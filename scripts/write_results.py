@@ -54,13 +54,13 @@ COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act
 
 EXPERIMENTS = """# What each ingredient is worth
 
-Every row changes one thing and is compared with replanning at every step on the same episodes, in the world
-as it is, under pushes, and with everything much heavier than the model knows it. Their seeds are neither
-those of calibration nor those of the results. Correctors trained anew, and the agent's own where refining or
-plans are otherwise, execute 24 steps of each plan without fallback; acceptance rules execute plans until they
-end them, or until one has lasted twice as long as the one before. The last column compares with what the
-package does, the row that has no entry there: where its interval holds 1, so few episodes cannot tell the two
-apart.
+Every row changes one thing, in the world as it is, under pushes, and with everything much heavier than the
+model knows it. The first table compares it with what the package does, all tasks together, the others also
+with replanning at every step, task by task, on the same episodes. Their seeds are neither those of
+calibration nor those of the results. Correctors trained anew, and the agent's own where refining or plans are
+otherwise, execute 24 steps of each plan without fallback; acceptance rules execute plans until they end them,
+or until one has lasted twice as long as the one before. What the package does is the row that has no entry in
+the comparison with it: where an interval there holds 1, so few episodes cannot tell the two apart.
 
 """
 AS_IT_IS = {  # of each experiment the variant that the package has; of the others that of `as it is`
@@ -97,8 +97,8 @@ def main(settings: Settings) -> None:
         "results": "# Results, task by task\n\n"
         + "".join(section(folder, found[folder.name]) for folder in tasks)
     }
-    if measured := sorted((results / "experiments").glob("*.csv")):
-        pages["experiments"] = EXPERIMENTS + "".join(experiments(path) for path in measured)
+    if measured := [Experiments(path) for path in sorted((results / "experiments").glob("*.csv"))]:
+        pages["experiments"] = EXPERIMENTS + all_experiments(measured) + "".join(map(experiments, measured))
     for name, text in pages.items():
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
@@ -470,27 +470,74 @@ def section(folder: Path, results: TaskResults) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def experiments(path: Path) -> str:
+class Experiments:
+    """The experiments on one task.
+
+    Args:
+        path: the episodes, beside them where they come from.
+    """
+
+    def __init__(self, path: Path):
+        self.task, self.about = path.stem, read_json(path.with_suffix(".json"))
+        episodes = pd.read_csv(path, keep_default_na=False)
+        self.seeds = episodes["seed"].nunique()
+        keys = ["experiment", "variant", "disturbance"]
+        self.variants = {key: rows.set_index("seed") for key, rows in episodes.groupby(keys, sort=False)}
+        trained = episodes.loc[episodes["experiment"] == "as it is", "variant"].iloc[0]
+        self._trained = ("as it is", trained)
+
+    def as_it_is(self, experiment: str) -> tuple[str, str]:
+        """What a variant is compared with: experiment and variant that stand for the package."""
+        return (experiment, AS_IT_IS[experiment]) if experiment in AS_IT_IS else self._trained
+
+    def returns(self, key: tuple[str, str, str], other: tuple[str, str]) -> np.ndarray:
+        """`[2, n]`, the returns of a variant and of another one on the same seeds in the same world."""
+        own = self.variants[key]["return"]
+        return np.stack([own, self.variants[(*other, key[2])]["return"].loc[own.index]])
+
+    def planner_calls(self, key: tuple[str, str, str]) -> float:
+        own = self.variants[key]
+        return float(own["planner_calls"].sum() / own["length"].sum())
+
+
+def experiments(own: Experiments) -> str:
     """The experiments on one task in Markdown, with where their numbers come from."""
-    episodes, about = pd.read_csv(path, keep_default_na=False), read_json(path.with_suffix(".json"))
     columns = ["experiment", "variant", "disturbance", "return, ratio [95 %]", "planner calls"]
-    lines = [f"## {path.stem}", "", *header([*columns, "against as it is [95 %]"], words=3)]
-    keys = ["experiment", "variant", "disturbance"]
-    variants = {key: rows.set_index("seed") for key, rows in episodes.groupby(keys, sort=False)}
-    trained = episodes.loc[episodes["experiment"] == "as it is", "variant"].iloc[0]
-    for (experiment, variant, disturbance), own in variants.items():
-        as_it_is = (experiment, AS_IT_IS[experiment]) if experiment in AS_IT_IS else ("as it is", trained)
+    lines = [f"## {own.task}", "", *header([*columns, "against as it is [95 %]"], words=3)]
+    for key in own.variants:
         ratios = []
-        for other in ((BASELINE, BASELINE), as_it_is):
-            if other == (experiment, variant) or experiment == BASELINE:
-                ratios.append("")
-            else:
-                base = variants[(*other, disturbance)]["return"].loc[own.index]
-                ratios.append(with_interval(*paired_ratio(own["return"].to_numpy(), base.to_numpy())))
-        calls = f"{100 * own['planner_calls'].sum() / own['length'].sum():.1f} %"
-        lines.append(line([experiment, variant, disturbance, ratios[0], calls, ratios[1]]))
-    lines += ["", f"{episodes['seed'].nunique()} episodes a row. `{about['command']}` at commit"]
+        for other in ((BASELINE, BASELINE), own.as_it_is(key[0])):
+            same = other == key[:2] or key[0] == BASELINE
+            ratios.append("" if same else with_interval(*paired_ratio(*own.returns(key, other))))
+        lines.append(line([*key, ratios[0], f"{100 * own.planner_calls(key):.1f} %", ratios[1]]))
+    about = own.about
+    lines += ["", f"{own.seeds} episodes a row. `{about['command']}` at commit"]
     return "\n".join([*lines, f"{about['commit']}, {about['machine']}.", "", ""])
+
+
+def all_experiments(measured: list[Experiments]) -> str:
+    """Every variant of every experiment beside what the package does, all tasks together, in Markdown."""
+    shared = [key for key in measured[0].variants if all(key in own.variants for own in measured)]
+    worlds = list(dict.fromkeys(world for _, _, world in shared))
+    columns = ["experiment", "variant", *(f"{world or 'as modelled'} [95 %]" for world in worlds)]
+    names = " and ".join(own.task for own in measured)
+    lines = [f"## {names} together", "", *header([*columns, "planner calls"], words=2)]
+    for experiment, variant in dict.fromkeys(key[:2] for key in shared):
+        if experiment == BASELINE:
+            continue
+        cells = [experiment, variant]
+        for world in worlds:
+            key = (experiment, variant, world)
+            pairs = [own.returns(key, own.as_it_is(experiment)) for own in measured if key in own.variants]
+            if key not in shared or measured[0].as_it_is(experiment) == key[:2]:
+                cells.append("")
+                continue
+            mean = float(mean_ratio([pair[:, None] for pair in pairs])[0])
+            cells.append(with_interval(mean, *stratified_interval(pairs, mean_ratio)))
+        calls = np.mean([own.planner_calls((experiment, variant, "")) for own in measured])
+        lines.append(line([*cells, f"{100 * calls:.1f} %"]))
+    words = "Means over the tasks of the return ratios to what the package does, which has no entry."
+    return "\n".join([*lines, "", words, "", ""])
 
 
 def draw(tasks: Mapping[str, TaskResults], path: Path) -> None:
