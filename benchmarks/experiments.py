@@ -51,11 +51,20 @@ GROWTHS = (4, None)  # beside GROWTH
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
-STANDARD = "mismatch"  # with a threshold for every step in plan
+STANDARD = "mismatch"  # as every rule but the next one with a threshold for every step in plan
+ONE_FOR_ALL = "mismatch, one threshold for all steps"
+BUDGETS = (1, 2)  # iterations of MPPI, where the baseline's plans are made cheaper instead of fewer
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
     "1 planned step, then the prior": (1, None),
     "3 planned steps, then the prior": (3, None),
     "6 planned steps, then the prior": (6, 6),
+}
+AS_IT_IS = {  # of each experiment the variant that the package has; of the others that of `as it is`
+    "executed": "the mean, 3 steps",
+    "refinement": "of the corrected action",
+    "bursts": "of random actions",
+    "plan": "3 planned steps, then the prior",
+    "acceptance": f"{STANDARD} or TD errors, quantile {EvaluationConfig.quantile}",
 }
 
 
@@ -300,7 +309,12 @@ def main(config: ExperimentConfig) -> None:
     path, about = (out / f"{teacher.task}.{end}" for end in ("csv", "json"))
     running, running_about = (p.with_name(f"{p.name}.running") for p in (path, about))
     made_by = cli.provenance()
-    claim = {"agent": saved["provenance"], "settings": asdict(config), "commit": made_by["commit"]}
+    claim = {
+        "agent": saved["provenance"],
+        "settings": asdict(config),
+        "commit": made_by["commit"],
+        "as_it_is": AS_IT_IS,
+    }
     if running_about.exists() and {**read_json(running_about), **claim} != read_json(running_about):
         raise ConfigError(
             f"{running} was begun with another agent, other settings or other code: delete both files"
@@ -313,6 +327,10 @@ def main(config: ExperimentConfig) -> None:
         bench.add(
             "executed", variant, partial(bench.rollout, SpeculationConfig(k), None, agent_type=agent_type)
         )
+
+    for iterations in BUDGETS:
+        cheaper = partial(bench.rollout, replace(TEACHER, iterations=iterations), None, agent_type=Mean)
+        bench.add("budget", f"the mean of a new plan at every step, iterations: {iterations}", cheaper)
 
     free = SpeculationConfig(LONG, corrector=config.architecture)
     far = replace(free, refine_steps=teacher.planner.horizon)
@@ -344,7 +362,7 @@ def main(config: ExperimentConfig) -> None:
     head = error_estimate(teacher.model, corrector, data, config)
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         STANDARD: SpeculativeAgent,
-        "mismatch, one threshold for all steps": SpeculativeAgent,
+        ONE_FOR_ALL: SpeculativeAgent,
         "mismatch over last step": RelativeDrift,
         "action gap": ActionGap,
         "value gap": ValueGap,
@@ -360,9 +378,8 @@ def main(config: ExperimentConfig) -> None:
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
         later = seen.loc[seen["k"] > 0, "mismatch"].to_numpy()
         for quantile in QUANTILES:
-            if rule == STANDARD:
-                threshold = calibrate_thresholds(seen, quantile)
-            else:
+            threshold = calibrate_thresholds(seen, quantile)
+            if rule == ONE_FOR_ALL:
                 threshold = (calibrate_threshold(later, quantile),)
             mode = SpeculationConfig(
                 FOREVER, growth=GROWTH, threshold=threshold, corrector=config.architecture

@@ -63,13 +63,6 @@ or until one has lasted twice as long as the one before. What the package does i
 the comparison with it: where an interval there holds 1, so few episodes cannot tell the two apart.
 
 """
-AS_IT_IS = {  # of each experiment the variant that the package has; of the others that of `as it is`
-    "executed": "the mean, 3 steps",
-    "bursts": "of random actions",
-    "refinement": "of the corrected action",
-    "plan": "3 planned steps, then the prior",
-    "acceptance": f"mismatch or value, quantile {EvaluationConfig.quantile}",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +91,8 @@ def main(settings: Settings) -> None:
         + "".join(section(folder, found[folder.name]) for folder in tasks)
     }
     if measured := [Experiments(path) for path in sorted((results / "experiments").glob("*.csv"))]:
-        pages["experiments"] = EXPERIMENTS + all_experiments(measured) + "".join(map(experiments, measured))
+        together = all_experiments(measured) if len(measured) > 1 else ""
+        pages["experiments"] = EXPERIMENTS + together + "".join(map(experiments, measured))
     for name, text in pages.items():
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
@@ -474,7 +468,7 @@ class Experiments:
     """The experiments on one task.
 
     Args:
-        path: the episodes, beside them where they come from.
+        path: the episodes; where they come from is beside them.
     """
 
     def __init__(self, path: Path):
@@ -487,11 +481,17 @@ class Experiments:
         self._trained = ("as it is", trained)
 
     def as_it_is(self, experiment: str) -> tuple[str, str]:
-        """What a variant is compared with: experiment and variant that stand for the package."""
-        return (experiment, AS_IT_IS[experiment]) if experiment in AS_IT_IS else self._trained
+        """What the variants of an experiment are compared with: what stands for the package."""
+        own = self.about["as_it_is"]
+        return (experiment, own[experiment]) if experiment in own else self._trained
 
-    def returns(self, key: tuple[str, str, str], other: tuple[str, str]) -> np.ndarray:
-        """`[2, n]`, the returns of a variant and of another one on the same seeds in the same world."""
+    def returns(self, key: tuple[str, str, str], other: tuple[str, str]) -> np.ndarray | None:
+        """`[2, n]`, the returns of a variant and of another one on the same seeds in the same world.
+
+        None where that would compare the baseline, or a variant with itself.
+        """
+        if key[0] == BASELINE or other == key[:2]:
+            return None
         own = self.variants[key]["return"]
         return np.stack([own, self.variants[(*other, key[2])]["return"].loc[own.index]])
 
@@ -505,10 +505,8 @@ def experiments(own: Experiments) -> str:
     columns = ["experiment", "variant", "disturbance", "return, ratio [95 %]", "planner calls"]
     lines = [f"## {own.task}", "", *header([*columns, "against as it is [95 %]"], words=3)]
     for key in own.variants:
-        ratios = []
-        for other in ((BASELINE, BASELINE), own.as_it_is(key[0])):
-            same = other == key[:2] or key[0] == BASELINE
-            ratios.append("" if same else with_interval(*paired_ratio(*own.returns(key, other))))
+        pairs = [own.returns(key, other) for other in ((BASELINE, BASELINE), own.as_it_is(key[0]))]
+        ratios = ["" if pair is None else with_interval(*paired_ratio(*pair)) for pair in pairs]
         lines.append(line([*key, ratios[0], f"{100 * own.planner_calls(key):.1f} %", ratios[1]]))
     about = own.about
     lines += ["", f"{own.seeds} episodes a row. `{about['command']}` at commit"]
@@ -516,26 +514,30 @@ def experiments(own: Experiments) -> str:
 
 
 def all_experiments(measured: list[Experiments]) -> str:
-    """Every variant of every experiment beside what the package does, all tasks together, in Markdown."""
+    """Every variant that all tasks have beside what the package does, the tasks together, in Markdown."""
     shared = [key for key in measured[0].variants if all(key in own.variants for own in measured)]
     worlds = list(dict.fromkeys(world for _, _, world in shared))
-    columns = ["experiment", "variant", *(f"{world or 'as modelled'} [95 %]" for world in worlds)]
+    columns = ["experiment", "variant"]
+    for world in worlds:
+        columns += [f"{world or 'as modelled'}, ratio [95 %]", "planner calls"]
     names = " and ".join(own.task for own in measured)
-    lines = [f"## {names} together", "", *header([*columns, "planner calls"], words=2)]
+    lines = [f"## {names} together", "", *header(columns, words=2)]
     for experiment, variant in dict.fromkeys(key[:2] for key in shared):
-        if experiment == BASELINE:
-            continue
         cells = [experiment, variant]
         for world in worlds:
             key = (experiment, variant, world)
-            pairs = [own.returns(key, own.as_it_is(experiment)) for own in measured if key in own.variants]
-            if key not in shared or measured[0].as_it_is(experiment) == key[:2]:
-                cells.append("")
+            if key not in shared:
+                cells += ["", ""]
                 continue
-            mean = float(mean_ratio([pair[:, None] for pair in pairs])[0])
-            cells.append(with_interval(mean, *stratified_interval(pairs, mean_ratio)))
-        calls = np.mean([own.planner_calls((experiment, variant, "")) for own in measured])
-        lines.append(line([*cells, f"{100 * calls:.1f} %"]))
+            pairs = [own.returns(key, own.as_it_is(experiment)) for own in measured]
+            both = [pair for pair in pairs if pair is not None]
+            ratio = ""
+            if both:
+                mean = float(mean_ratio([pair[:, None] for pair in both])[0])
+                ratio = with_interval(mean, *stratified_interval(both, mean_ratio))
+            calls = np.mean([own.planner_calls(key) for own in measured])
+            cells += [ratio, f"{100 * calls:.1f} %"]
+        lines.append(line(cells))
     words = "Means over the tasks of the return ratios to what the package does, which has no entry."
     return "\n".join([*lines, "", words, "", ""])
 

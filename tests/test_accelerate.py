@@ -18,6 +18,7 @@ from rich.console import Console
 
 import tdmpc2
 from benchmarks import experiments
+from scripts import write_results
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
@@ -381,7 +382,7 @@ def as_walker(finished: Path, folder: Path) -> Path:
 def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them on episodes of 20 steps; and again where the last ones are missing."""
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
-    for name, few in {"QUANTILES": (0.9,), "UNROLLED": (2,), "HEAD_UPDATES": 2, "LONG": 5}.items():
+    for name, few in {"QUANTILES": (0.97,), "UNROLLED": (2,), "HEAD_UPDATES": 2, "LONG": 5}.items():
         monkeypatch.setattr(experiments, name, few)
     folder = as_walker(finished, tmp_path / "agent")
     config = experiments.ExperimentConfig(
@@ -393,7 +394,7 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = tmp_path / "out/walker-walk.csv"
     table = pd.read_csv(done, keep_default_na=False)
     names = {"baseline", "executed", "as it is", "loss", "input", "unrolled steps", "label", "data", "bursts"}
-    assert set(table["experiment"]) == names | {"refinement", "plan", "acceptance"}
+    assert set(table["experiment"]) == names | {"budget", "refinement", "plan", "acceptance"}
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
     undisturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)
@@ -401,6 +402,10 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert undisturbed["the mean, 3 steps"] != undisturbed["the elite drawn, 3 steps"]
     refined = table[(table["experiment"] == "refinement") & (table["disturbance"] == "")]
     assert refined.groupby("variant")["return"].apply(tuple).nunique() == 6
+    page = write_results.all_experiments(2 * [write_results.Experiments(done)])
+    written = {tuple(cell.strip() for cell in row.split("|")[1:3]) for row in page.splitlines() if "|" in row}
+    variants = table.loc[table["experiment"] != "baseline", ["experiment", "variant"]]
+    assert set(variants.itertuples(index=False, name=None)) <= written
     table[:-4].to_csv(done.with_suffix(".csv.running"), index=False)
     done.unlink()
     about = done.with_suffix(".json")

@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from ..errors import DataError
-from .metrics import CONFIDENCE, RESAMPLES, act_columns, act_times
+from .metrics import RESAMPLES, act_columns, act_times, percentile_level
 
 ALL = "all"  # the task under which what holds for all tasks stands
 CHOSEN = "chosen"  # the setting that stands for each task's chosen mode
@@ -121,12 +121,18 @@ def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
 def stratified_interval(
     returns: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray], rng_seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % bootstrap interval of one of the two ratios above; each task's `[2, n]`, resampled apart."""
+    """The 95 % bootstrap interval of one of the two ratios above; each task's `[2, n]`, resampled apart.
+
+    NaN where a task has one episode only.
+    """
+    fewest = min(pair.shape[1] for pair in returns)
+    if fewest < 2:
+        return np.nan, np.nan
     rng = np.random.default_rng(rng_seed)
     resampled = []
     for pair in returns:
         n = pair.shape[1]
         resampled.append(pair[:, rng.integers(n, size=(RESAMPLES, n))])  # [2, RESAMPLES, n]
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - percentile_level(fewest, sum(pair.shape[1] - 1 for pair in returns))) / 2
     low, high = np.quantile(statistic(resampled), [tail, 1 - tail])
     return float(low), float(high)
