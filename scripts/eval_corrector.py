@@ -24,7 +24,7 @@ class EvalCorrectorConfig(BudgetOverride, EvaluationConfig):
 
     task: str
     checkpoint: str  # an original .pt file or a folder of ours
-    correctors: str  # folder of two_tower/, temporal/ or both
+    correctors: str  # folder of two_tower/, temporal/, distilled/, or some of them
     out: str  # folder for the results
     device: str = "cpu"
 

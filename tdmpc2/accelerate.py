@@ -91,7 +91,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         behaviours: Sequence[SpeculationConfig] = (TEACHER,),
         correctors: Mapping[str, BaseCorrector] | None = None,
     ) -> None:
-        if not (out / "data" / folder / "provenance.json").exists():
+        if not (out / "data" / folder).exists():
             write_json(out / "data" / folder / "provenance.json", made_by)
         collect(
             teacher,
@@ -194,7 +194,8 @@ def evaluate_correctors(
     found = [name for name in ARCHITECTURES if (folder / name).is_dir()]
     if not found:
         raise CheckpointError(f"no corrector in {folder}: train one with scripts/train_corrector.py")
-    check_unseen(config, [folder / name for name in found])
+    seeds = [*config.eval_seeds, *config.calibration_seeds]
+    check_unseen(seeds, [folder / name for name in found])
     device = next(teacher.model.parameters()).device
     networks = {n: load_corrector(folder / n, teacher.fingerprint, device) for n in found}
     validation = []

@@ -57,7 +57,7 @@ def test_report_is_complete_and_on_its_own(tmp_path: Path) -> None:
     html = report(tmp_path, results(modes), chosen="naive_3")
     for mode in modes:
         assert f"<td>{mode}</td>" in html
-    assert html.count("<svg") == html.count("<figcaption>") == 7
+    assert html.count("<svg") == html.count("<figcaption>") == 8
     assert "not measured" not in html
     assert html.count('class="chosen"><td>naive_3</td>') == 1
     for shown in ("0123abcd", "7 to 10", "num_samples = 512, iterations = 6", "0.0125", "0.75"):

@@ -187,19 +187,11 @@ def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrect
 def _check(path: Path, expected: Mapping[str, Any]) -> None:
     _, header = read_shard(path)
     for name, value in expected.items():
-        if _used(name, header.get(name)) != _used(name, value):
+        if header.get(name) != value:
             raise DataError(
                 f"{path} was collected with {name} {header.get(name)}, now it is {value}: "
                 "choose another folder or delete it"
             )
-
-
-def _used(name: str, value: Any) -> Any:
-    """What can be compared across versions: settings of behaviours come and go, what is None is not used."""
-    if name != "behaviours":
-        return value
-    defaults = asdict(SpeculationConfig())
-    return [{k: v for k, v in {**defaults, **b}.items() if v is not None} for b in value]
 
 
 def _ticker(progress: Progress, bar: Any, rows: int) -> Callable[[], None]:

@@ -22,7 +22,16 @@ from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
 from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import read_config
-from .evaluate import EvaluationConfig, Subject, check_evaluation, check_unseen, claim, run_modes, write_csv
+from .evaluate import (
+    EpisodesConfig,
+    EvaluationConfig,
+    Subject,
+    check_episodes,
+    check_unseen,
+    claim,
+    run_modes,
+    write_csv,
+)
 from .metrics import summarise
 from .modes import BASELINE, DISTILLED
 from .rollout import Rollout
@@ -36,7 +45,7 @@ STRENGTHS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DisturbedConfig(BudgetOverride, EvaluationConfig):
+class DisturbedConfig(BudgetOverride, EpisodesConfig):
     """What is evaluated under disturbance."""
 
     agent: str  # a folder that scripts/accelerate.py made
@@ -58,7 +67,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
             seeds, or the folder for the results has other settings.
         TaskError: the task cannot be disturbed.
     """
-    check_evaluation(config)
+    check_episodes(config)
     if not config.kinds or set(config.kinds) - set(STRENGTHS):
         raise ConfigError(f"kinds={list(config.kinds)}: choose of {', '.join(STRENGTHS)}")
     folder = Path(config.agent)
@@ -67,7 +76,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     teacher = open_teacher(read_config(folder)["task"], str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
-    check_unseen(config, paths.values())
+    check_unseen(config.eval_seeds, paths.values())
     calibrated = EvaluationConfig(
         calibration_seed=about["config"]["calibration_seed"],
         calibration_episodes=about["config"]["calibration_episodes"],

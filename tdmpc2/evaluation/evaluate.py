@@ -3,6 +3,7 @@
     OUT/calibration/free/NAME/           execution without fallback, for the limits
     OUT/calibration/modes/NAME/          the modes to choose from, on the calibration seeds
     OUT/calibration/pushed/NAME/         those that were tried under pushes, on the same seeds
+    OUT/calibration/*/episodes.csv       all of these together, and for the last two summary.csv
     OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
     OUT/episodes.csv, steps.csv, latency.csv, summary.csv, report.html       all of these together
     OUT/chosen.json                      the mode that was chosen
@@ -15,7 +16,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -40,35 +40,48 @@ PUSH = ("push", 0.3)  # the disturbance that a chosen mode must withstand
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """How much is evaluated, and on which seeds."""
+class EpisodesConfig:
+    """Which episodes are evaluated."""
 
     eval_episodes: int = 20  # per mode
     eval_seed: int = 20_000  # the first of them; the others follow
+    num_envs: int = 10  # episodes run as one batch
+
+    @property
+    def eval_seeds(self) -> range:
+        return range(self.eval_seed, self.eval_seed + self.eval_episodes)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(EpisodesConfig):
+    """How much is evaluated, on which seeds, and what a mode must hold to be chosen."""
+
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
     quantile: float = 0.97  # share of calibration steps within the mismatch's limit, at every step in plan
     td_quantile: float = 0.9  # share of calibration episodes within that of TD errors, at every step
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
-    num_envs: int = 10  # episodes run as one batch
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
     min_return_pushed: float = 0.95  # the same where both are pushed, on average
-
-    @property
-    def eval_seeds(self) -> range:
-        return range(self.eval_seed, self.eval_seed + self.eval_episodes)
 
     @property
     def calibration_seeds(self) -> range:
         return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
 
 
+def check_episodes(config: EpisodesConfig) -> None:
+    """Raise ConfigError for settings that cannot be."""
+    at_least(1, config, "eval_episodes", "num_envs")
+    at_least(0, config, "eval_seed")
+
+
 def check_evaluation(config: EvaluationConfig) -> None:
     """Raise ConfigError for settings that cannot be."""
     c = config
-    at_least(1, c, "calibration_episodes", "eval_episodes", "latency_steps", "num_envs")
-    at_least(0, c, "calibration_seed", "eval_seed")
+    check_episodes(c)
+    at_least(1, c, "calibration_episodes", "latency_steps")
+    at_least(0, c, "calibration_seed")
     for name in ("quantile", "td_quantile", "min_return", "min_return_pushed"):
         if not 0 < getattr(c, name) <= 1:
             raise ConfigError(f"{name}={getattr(c, name)}: must be above 0 and at most 1")
@@ -81,11 +94,11 @@ def check_evaluation(config: EvaluationConfig) -> None:
         raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
 
 
-def check_unseen(config: EvaluationConfig, correctors: Iterable[Path]) -> None:
+def check_unseen(seeds: Iterable[int], correctors: Iterable[Path]) -> None:
     """Raise ConfigError where a corrector in one of these folders was trained on episodes of these seeds."""
     for folder in correctors:
         seen = set(read_header(folder).get("seeds", ()))  # correctors of earlier versions do not tell
-        if seen & {*config.eval_seeds, *config.calibration_seeds}:
+        if seen.intersection(seeds):
             raise ConfigError(
                 f"{folder} was trained on episodes with seeds of this evaluation: change eval_seed or "
                 "calibration_seed"
@@ -140,6 +153,7 @@ def calibrate(
     """
     seeds, limits = config.calibration_seeds, {}
     refine_steps: dict[str, int] = {}
+    episodes: dict[str, pd.DataFrame] = {}
     with _progress(console) as progress:
         for corrector in ["", *subject.correctors]:
             modes, free = watched(corrector), ALONE
@@ -151,6 +165,7 @@ def calibrate(
             for n in choices:
                 name, mode = f"{corrector or PLAN}{f'-{n}' if n > 1 else ''}", replace(free, refine_steps=n)
                 runs[n] = _run_mode(subject, name, mode, config, seeds, out / "free", progress)
+                episodes[name] = runs[n].episodes
             returns = {n: run.episodes["return"].mean() for n, run in runs.items()}
             most = max(returns.values())
             chosen = min(n for n in returns if returns[n] >= most - REFINING_LOSS * abs(most))
@@ -161,6 +176,7 @@ def calibrate(
             thresholds = calibrate_thresholds(steps, config.quantile)
             for name, horizon in modes.items():
                 limits[name] = Limits(thresholds[: horizon - 1], *td_errors)
+    write_csv(out / "free" / "episodes.csv", _join(episodes))
     iterations = subject.teacher.planner.iterations
     return standard_modes(list(subject.correctors), limits, refine_steps, iterations)
 
@@ -168,7 +184,7 @@ def calibrate(
 def run_modes(
     subject: Subject,
     modes: Mapping[str, SpeculationConfig],
-    config: EvaluationConfig,
+    config: EpisodesConfig,
     seeds: Sequence[int],
     out: Path,
     console: Console,
@@ -265,8 +281,9 @@ def _calibration_summary(
     out: Path,
     console: Console,
 ) -> pd.DataFrame:
-    """Modes on the calibration seeds, summed up in `out/summary.csv`."""
+    """Modes on the calibration seeds, together in `out/episodes.csv`, summed up in `out/summary.csv`."""
     result = run_modes(subject, modes, config, config.calibration_seeds, out, console)
+    write_csv(out / "episodes.csv", result.episodes)
     summary = summarise(result.episodes, result.steps, None)
     write_csv(out / "summary.csv", summary)
     return summary
@@ -342,7 +359,7 @@ def _run_mode(
     subject: Subject,
     name: str,
     mode: SpeculationConfig,
-    config: EvaluationConfig,
+    config: EpisodesConfig,
     seeds: Sequence[int],
     out: Path,
     progress: Progress,
@@ -351,7 +368,7 @@ def _run_mode(
     """Episodes of one mode, read back where an earlier run left them."""
     folder = out / name
     bar = progress.add_task(name, total=len(seeds))
-    if _same_settings(folder / "settings.json", asdict(mode), asdict(SpeculationConfig())):
+    if _same_settings(folder / "settings.json", asdict(mode)):
         progress.update(bar, completed=len(seeds))
         return Rollout(*(pd.read_csv(folder / f"{name}.csv") for name in Rollout._fields))
     result = subject.rollout(
@@ -374,16 +391,11 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         write_json(out / "settings.json", settings)
 
 
-def _same_settings(
-    path: Path, settings: dict[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
-) -> bool:
-    """Whether `path` holds these settings; False where there is no such file.
-
-    What it lacks of `defaults` there was not when it was written.
-    """
+def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
+    """Whether `path` holds these settings; False where there is no such file."""
     if not path.exists():
         return False
-    if {**defaults, **read_json(path)} != json.loads(json.dumps(settings)):  # which makes lists of tuples
+    if read_json(path) != json.loads(json.dumps(settings)):  # which makes lists of tuples
         raise ConfigError(f"{path} was written with other settings: choose another out=, or delete it")
     return True
 

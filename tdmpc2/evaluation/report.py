@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..corrector import ARCHITECTURES
 from ..files import atomic_write
 from .metrics import by_step_in_plan, holds_up, with_interval
-from .modes import DISTILLED, HORIZONS, SIMPLER
+from .modes import DISTILLED, HORIZONS, SIMPLER, watched
 
 COLUMNS = {
     "mode": "mode",
@@ -111,14 +112,20 @@ def write_report(
     style = styles(list(summary["mode"]))
     # Without a limit, `until` and `distilled` reach the end of the episode, and squeeze all others together.
     by_k = by_step_in_plan(steps[(steps["k"] <= max(HORIZONS)) & (steps["mode"] != DISTILLED)])
+    front = (
+        "Bars are 95 % paired bootstrap intervals, lines join the execution horizons of one corrector. "
+        "Modes that are nearly at one place stand side by side."
+    )
     bars = f"Lines join means, bars span the quartiles; up to step {max(HORIZONS)}."
     with plt.rc_context({"svg.hashsalt": "report", "font.size": 10}):
         figures = {
             "Return by mode: every episode (dots), their mean and its 95 % bootstrap interval (diamond "
             "and bar).": _returns(episodes, summary, style),
-            "What speculation saves and what it costs: up and to the left is better. Bars are 95 % paired "
-            "bootstrap intervals. Modes with nearly equal planner calls stand side by side.": _front(
-                summary, style, meta.get("min_return")
+            f"What speculation saves and what it costs: up and to the left is better. {front}": (
+                _front(summary, style, meta.get("min_return"), "planner_calls", "planner calls (% of steps)")
+            ),
+            f"The same against the mean time of an action. {front}": (
+                _front(summary, style, meta.get("min_return"), "act_ms_mean", "mean time of an action (ms)")
             ),
             f"Mismatch by step in plan. {bars} A mismatch that led to a fallback counts where it was seen.": (
                 _by_k(by_k, "mismatch", "mismatch (distance of latents)", style)
@@ -394,17 +401,26 @@ def _returns(episodes: pd.DataFrame, summary: pd.DataFrame, style: Mapping[str, 
     return _svg(draw, "return by mode", 1.2 + 0.4 * len(summary))
 
 
-def _front(summary: pd.DataFrame, style: Mapping[str, Style], required: float | None) -> str:
+def _front(
+    summary: pd.DataFrame, style: Mapping[str, Style], required: float | None, column: str, label: str
+) -> str:
+    scale = 100 if column == "planner_calls" else 1
+    at = (scale * summary.set_index("mode")[column]).to_dict()
+    widest = max(at.values())
+
     def draw(axes: Axes) -> None:
         known = summary[np.isfinite(summary["return_ratio"])]
         if known.empty:
             _empty(axes, "no ratio: the baseline's mean return is not positive")
+        for family in ARCHITECTURES:
+            own = known[known["mode"].isin(watched(family))]
+            axes.plot([at[mode] for mode in own["mode"]], own["return_ratio"], color="0.75", lw=1, zorder=0)
         placed: list[float] = []
         for row in known.itertuples():
-            x, y, s = 100 * row.planner_calls, row.return_ratio, style[str(row.mode)]
+            x, y, s = at[str(row.mode)], row.return_ratio, style[str(row.mode)]
             # The low and high end may be NaN, and the mean outside of them by rounding.
             below, above = np.fmax(y - row.return_ratio_low, 0), np.fmax(row.return_ratio_high - y, 0)
-            near = sum(abs(x - other) < 1.5 for other in placed)
+            near = sum(abs(x - other) < 0.015 * widest for other in placed)
             placed.append(x)
             # 0, 1, -1, 2, -2, ... times nine points of the page to the right
             shift = (near + 1) // 2 * (9 if near % 2 else -9) / 72
@@ -426,12 +442,12 @@ def _front(summary: pd.DataFrame, style: Mapping[str, Style], required: float | 
                 va="top",
                 fontsize=8,
             )
-        axes.set_xlim(-4, 104)
-        axes.set_xlabel("planner calls (% of steps)")
+        axes.set_xlim(-0.04 * widest, 1.04 * widest)
+        axes.set_xlabel(label)
         axes.set_ylabel("mean return\n(ratio to the baseline's)")
         _legend(axes, style, list(known["mode"]))
 
-    return _svg(draw, "return ratio against planner calls", max(4.2, 0.8 + 0.25 * len(summary)))
+    return _svg(draw, f"return ratio against {label}", max(4.2, 0.8 + 0.25 * len(summary)))
 
 
 def _that_correct(by_k: pd.DataFrame) -> pd.DataFrame:
