@@ -243,8 +243,8 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
             lines.append(f"`{name}` is never the better one.")
         if (wins[name], chosen[name]) > (wins[other], chosen[other]):
             lines.append(
-                f"Better in {wins[name]} of {sum(wins.values())} comparisons that differ, `{name}` is the one "
-                f"to use where only one shall be trained: `architecture={name}`."
+                f"Better in {wins[name]} of {sum(wins.values())} comparisons that differ, `{name}` is the "
+                f"one to use where only one shall be trained: `architecture={name}`."
             )
     return "\n".join([*lines, ""])
 
@@ -260,9 +260,9 @@ def when_not(
         times = task.latency[task.latency["kind"].isin(PLANS)].groupby("mode")["act_ms"].median()
         longer += [times[task.chosen] / times[BASELINE]] if task.chosen in times else []
     lines = [
-        "- **Your deadline is for the slowest step.** There are fewer steps that plan, but each takes as long "
-        f"as ever or longer: in the chosen modes {min(longer):.2f} to {max(longer):.2f} times as long as where "
-        "every step plans (medians, by task)."
+        "- **Your deadline is for the slowest step.** There are fewer steps that plan, but each takes as "
+        f"long as ever or longer: in the chosen modes {min(longer):.2f} to {max(longer):.2f} times as long "
+        "as where every step plans (medians, by task)."
     ]
     stays = list(table.loc[table["chosen"] & (table["setting"] == BASELINE), "task"])
     lines.append(

@@ -1,9 +1,17 @@
 """The README's figures and `results/speculation.csv` are what the script makes of the raw results."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from scripts import write_results
+from tdmpc2.errors import DataError
+from tdmpc2.evaluation.aggregate import TaskResults, speculation_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,3 +29,125 @@ def test_nothing_is_typed_by_hand(tmp_path: Path) -> None:
     assert {p.name for p in written} == {p.name for p in (ROOT / "docs").iterdir()}
     for name in ["README.md", "results/speculation.csv", *written]:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date"
+
+
+def experiments_on(folder: Path, task: str, returns: dict[tuple[str, str, str], float]) -> Path:
+    """Two episodes of each variant, all with one return."""
+    rows = [
+        {"seed": seed, "return": value, "length": 10, "planner_calls": int(value) % 10}
+        | dict(zip(("experiment", "variant", "disturbance"), key, strict=True))
+        for key, value in returns.items()
+        for seed in ((1, 2) if key[0] != "plan" else (2, 1))  # in any order
+    ]
+    path = folder / f"{task}.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    about = {"as_it_is": {"plan": "usual"}, "command": "it", "commit": "abc", "machine": "here"}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    return path
+
+
+def test_experiments_compare_with_what_the_package_does(tmp_path: Path) -> None:
+    shared = {("baseline", "baseline", ""): 100.0, ("as it is", "so", ""): 80.0, ("plan", "usual", ""): 50.0}
+    one = {**shared, ("loss", "other", ""): 88.0, ("plan", "longer", ""): 60.0, ("plan", "own", ""): 1.0}
+    two = {**shared, ("loss", "other", ""): 72.0, ("plan", "longer", ""): 65.0}
+    a, b = (
+        write_results.Experiments(experiments_on(tmp_path, task, returns))
+        for task, returns in {"a": one, "b": two}.items()
+    )
+    page = write_results.experiments(a)
+    assert "| loss | other |  | 0.880 [0.880, 0.880] | 80.0 % | 1.100 [1.100, 1.100] |" in page
+    assert "| as it is | so |  | 0.800 [0.800, 0.800] | 0.0 % |  |" in page
+    together = write_results.all_experiments([a, b])
+    assert "## a and b together" in together and "own" not in together
+    assert "| loss | other | 1.000 [1.000, 1.000] | 50.0 % |" in together
+    assert "| plan | longer | 1.250 [1.250, 1.250] | 25.0 % |" in together
+    assert "| plan | usual |  | 0.0 % |" in together
+
+
+def results_of(returns: dict[str, list[float]], chosen: str, planned_ms: float) -> TaskResults:
+    """Modes of ten steps an episode; all but the baseline plan in one of them."""
+    episodes = pd.DataFrame(
+        {"mode": mode, "seed": seed, "return": value, "length": 10, "planner_calls": calls, "fallbacks": 0}
+        for mode, values in returns.items()
+        for calls in [10 if mode == "baseline" else 1]
+        for seed, value in enumerate(values)
+    )
+    latency = pd.DataFrame(
+        {"mode": mode, "kind": kind, "act_ms": planned_ms if kind == "planned" else 1.0}
+        for mode in returns
+        for kind in (["planned"] if mode == "baseline" else ["planned", "corrected"])
+    )
+    means = episodes.groupby("mode", sort=False)["return"].mean()
+    summary = pd.DataFrame(
+        {
+            "mode": mode,
+            "episodes": len(returns[mode]),
+            "return_mean": mean,
+            "return_ratio": mean / means["baseline"],
+            "return_ratio_low": mean / means["baseline"] - 0.1,
+            "return_ratio_high": mean / means["baseline"] + 0.1,
+            "planner_calls": 1.0 if mode == "baseline" else 0.1,
+            "fallbacks": 0.0,
+            "act_ms_median": planned_ms if mode == "baseline" else 1.0,
+            "act_ms_p99": planned_ms,
+            "act_ms_mean": planned_ms if mode == "baseline" else 0.1 * planned_ms + 0.9,
+        }
+        for mode, mean in means.items()
+    )
+    return TaskResults(summary, episodes, latency, chosen)
+
+
+@pytest.fixture
+def two_tasks() -> dict[str, TaskResults]:
+    modes = {"baseline": [10.0, 10.0], "two_tower_6": [9.0, 9.0], "temporal_6": [12.0, 12.0]}
+    worse = {"baseline": [10.0, 10.0], "two_tower_6": [11.0, 11.0], "temporal_6": [8.0, 8.0]}
+    return {
+        "a": results_of(modes, "temporal_6", planned_ms=21.0),
+        "b": results_of(worse, "two_tower_6", planned_ms=41.0),
+    }
+
+
+def test_headline(two_tasks: dict[str, TaskResults]) -> None:
+    text = write_results.headline(speculation_table(two_tasks), two_tasks)
+    assert "On 2 tasks" in text and "plans at 10.0 % of the steps and keeps 1.150 [1.150, 1.150]" in text
+    assert "mean of the tasks 1.150 [1.150, 1.150], lowest 1.100 (b)" in text
+    assert "takes 4.00 ms instead of 31.00 ms on average, 1.00 ms instead of" in text
+
+
+def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
+    text = write_results.correctors(two_tasks, speculation_table(two_tasks))
+    assert "| 1 of 2 tasks | 1 of 2 tasks |" in text and "the one to use" not in text
+    only = {"b": two_tasks["b"]}
+    text = write_results.correctors(only, speculation_table(only))
+    assert "| 1 of 1 tasks | 0 of 1 tasks |" in text and "`temporal` is never the better one." in text
+    assert "`two_tower` is the one to use" in text
+
+
+def test_when_not(two_tasks: dict[str, TaskResults]) -> None:
+    text = write_results.when_not(speculation_table(two_tasks), two_tasks, None)
+    assert "in the chosen modes 1.00 to 1.00 times as long" in text
+    assert "the interval is below it on b (two_tower_6 1.100 [1.000, 1.200])" not in text
+    lower = {"a": two_tasks["a"]._replace(chosen="two_tower_6")}
+    text = write_results.when_not(speculation_table(lower), lower, None)
+    assert "the interval is below it on a (two_tower_6 0.900 [0.800, 1.000])" in text
+
+
+def test_what_precedes_disturbances_is_of_their_seeds(tmp_path: Path) -> None:
+    returns = {"baseline": [10.0, 20.0, 90.0], "naive": [5.0, 10.0, 90.0]}
+    results_of(returns, "naive", 21.0).episodes.to_csv(tmp_path / "episodes.csv", index=False)
+    table = write_results.undisturbed(tmp_path, [0, 1]).set_index("mode")
+    assert table.loc["naive", "return_ratio"] == 0.5 and table.loc["naive", "planner_calls"] == 0.1
+    with pytest.raises(DataError, match="seeds that"):
+        write_results.undisturbed(tmp_path, [3])
+
+
+def test_fallbacks_are_counted_where_a_disturbance_is_hardest() -> None:
+    worlds = {("none", 0.0): 0.1, ("push", 0.1): 0.5, ("push", 1.0): 0.05}
+    worlds |= {("friction", 0.4): 0.2, ("friction", 1.5): 0.05}
+    table = pd.DataFrame(
+        {"task": "a", "mode": "chosen", "kind": kind, "strength": strength, "fallbacks": fallbacks}
+        | {"return_ratio": 1.0, "return_ratio_low": 0.9, "return_ratio_high": 1.1, "planner_calls": 0.1}
+        | {"episodes": 4.0}
+        for (kind, strength), fallbacks in worlds.items()
+    )
+    assert "in 1 of 2 pairs" in write_results.disturbed(table)
