@@ -569,7 +569,7 @@ def all_experiments(measured: list[Experiments]) -> str:
 
 
 def draw(tasks: Mapping[str, TaskResults], path: Path) -> None:
-    """Return ratio against planner calls, one panel a task."""
+    """Return ratio against planner calls, one panel a task, the execution horizons of a corrector joined."""
     across = min(len(tasks), 3)
     down = -(-len(tasks) // across)
     figure, panels = plt.subplots(
@@ -579,6 +579,9 @@ def draw(tasks: Mapping[str, TaskResults], path: Path) -> None:
         axes.remove()
     modes = [*dict.fromkeys(mode for results in tasks.values() for mode in results.summary["mode"])]
     for axes, (task, results) in zip(panels.flat, tasks.items(), strict=False):
+        for corrector in ARCHITECTURES:  # of one, from the shortest execution to the longest
+            own = results.summary[results.summary["mode"].isin(watched(corrector))]
+            axes.plot(100 * own["planner_calls"], own["return_ratio"], color="0.75", lw=1, zorder=0)
         for row in results.summary.itertuples():
             i = modes.index(row.mode)
             x = 100 * row.planner_calls
