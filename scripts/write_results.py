@@ -63,6 +63,19 @@ otherwise, execute 24 steps of each plan without fallback; acceptance rules exec
 or until one has lasted twice as long as the one before. What the package does is the row that has no entry in
 the comparison with it: where an interval there holds 1, so few episodes cannot tell the two apart.
 
+What was kept, and why. Refining is worth the most by far: neither the corrector nor the distilled policy
+comes near without, and it does not save the prior where that is poor. Without data from where correctors go
+themselves much of the return is lost on one of the tasks; a first round of them is most of what they are
+worth. Bursts of random actions help a little under pushes. Of plans, the mean is executed where more than
+one step of them is, and the prior extends them, not a longer plan; to make plans cheaper instead of fewer
+costs return. A threshold for every step in plan and TD errors help under heavier masses, where one
+threshold for all steps hardly notices. What made no difference that could be seen is as simple as it can
+be: L1 distance, no further input, labels from one plan.
+
+What was not kept, and may be better: two rules of accepting keep as much under heavier masses at half of
+the planner calls or less, the Q heads' opinion of the corrected action and an estimate of the corrector's
+own error. Two tasks and so few episodes are too little to exchange the package's for them.
+
 """
 
 
