@@ -91,7 +91,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         behaviours: Sequence[SpeculationConfig] = (TEACHER,),
         correctors: Mapping[str, BaseCorrector] | None = None,
     ) -> None:
-        if not (out / "data" / folder).exists():
+        if not any((out / "data" / folder).glob("shard-*")):
             write_json(out / "data" / folder / "provenance.json", made_by)
         collect(
             teacher,

@@ -164,18 +164,22 @@ def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_not_run_again(finished: Path, workdir: Path) -> None:
-    """Nor if it was begun when there was no `growth` to set."""
-    for path in finished.glob("evaluation/**/modes/*/settings.json"):
-        mode = json.loads(path.read_text())
-        path.write_text(json.dumps({name: x for name, x in mode.items() if x or name != "growth"}))
-    for path in finished.glob("data/*/shard-*"):
-        tensors, header = read_shard(path)
-        for behaviour in header["behaviours"]:
-            del behaviour["growth"]
-        write_shard(path, tensors, header)
+    """Nor does it say where shards were made that it did not make."""
     data = {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors") if p.name != "model.safetensors"}
+    made_by = finished / "data/teacher/provenance.json"
+    text = made_by.read_text()
+    made_by.unlink()
     assert accelerate(workdir, "out=done").returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in data} == data
+    assert {p: p.stat().st_mtime_ns for p in data} == data and not made_by.exists()
+    made_by.write_text(text)
+
+
+def test_episodes_made_before_there_was_a_setting_are_refused(finished: Path, workdir: Path) -> None:
+    path = finished / "evaluation/modes/naive_3/settings.json"
+    text = path.read_text()
+    path.write_text(json.dumps({name: x for name, x in json.loads(text).items() if name != "refine_steps"}))
+    one_line(accelerate(workdir, "out=done"), "naive_3", "other settings")
+    path.write_text(text)
 
 
 @pytest.mark.parametrize("seen", ["data/round-1", "evaluation/modes/naive_3"])
