@@ -56,12 +56,13 @@ def test_experiments_compare_with_what_the_package_does(tmp_path: Path) -> None:
     )
     page = write_results.experiments(a)
     assert "| loss | other |  | 0.880 [0.880, 0.880] | 80.0 % | 1.100 [1.100, 1.100] |" in page
-    assert "| as it is | so |  | 0.800 [0.800, 0.800] | 0.0 % |  |" in page
+    assert "| as it is | so |  | 0.800 [0.800, 0.800] | 0.0 % | reference |" in page
+    assert "| baseline | baseline |  | reference | 0.0 % | 1.250 [1.250, 1.250] |" in page
     together = write_results.all_experiments([a, b])
     assert "## a and b together" in together and "own" not in together
     assert "| loss | other | 1.000 [1.000, 1.000] | 50.0 % |" in together
     assert "| plan | longer | 1.250 [1.250, 1.250] | 25.0 % |" in together
-    assert "| plan | usual |  | 0.0 % |" in together
+    assert "| plan | usual | reference | 0.0 % |" in together
 
 
 def results_of(returns: dict[str, list[float]], chosen: str, planned_ms: float) -> TaskResults:
@@ -116,16 +117,21 @@ def test_headline(two_tasks: dict[str, TaskResults]) -> None:
 
 def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.correctors(two_tasks, speculation_table(two_tasks))
-    assert "| 1 of 2 tasks | 1 of 2 tasks |" in text and "the one to use" not in text
+    assert "| 1 of 2 tasks | 1 of 2 tasks |" in text
+    assert "In 2 of 2 comparisons they differ: `two_tower` is better in 1." in text
+    assert "`two_tower` (`architecture=two_tower`): it is simpler." in text
+    chosen = {"a": two_tasks["a"], "b": two_tasks["b"]._replace(chosen="temporal_6")}
+    text = write_results.correctors(chosen, speculation_table(chosen))
+    assert "`temporal` (`architecture=temporal`): it is chosen more often." in text
     only = {"b": two_tasks["b"]}
     text = write_results.correctors(only, speculation_table(only))
-    assert "| 1 of 1 tasks | 0 of 1 tasks |" in text and "`temporal` is never the better one." in text
-    assert "`two_tower` is the one to use" in text
+    assert "| 1 of 1 tasks | 0 of 1 tasks |" in text
+    assert "`two_tower` (`architecture=two_tower`): it is better more often." in text
 
 
 def test_when_not(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.when_not(speculation_table(two_tasks), two_tasks, None)
-    assert "in the chosen modes 1.00 to 1.00 times as long" in text
+    assert "in the chosen modes each takes 1.00 to 1.00 times as long" in text
     assert "the interval is below it on b (two_tower_6 1.100 [1.000, 1.200])" not in text
     lower = {"a": two_tasks["a"]._replace(chosen="two_tower_6")}
     text = write_results.when_not(speculation_table(lower), lower, None)
@@ -143,11 +149,15 @@ def test_what_precedes_disturbances_is_of_their_seeds(tmp_path: Path) -> None:
 
 def test_fallbacks_are_counted_where_a_disturbance_is_hardest() -> None:
     worlds = {("none", 0.0): 0.1, ("push", 0.1): 0.5, ("push", 1.0): 0.05}
-    worlds |= {("friction", 0.4): 0.2, ("friction", 1.5): 0.05}
+    worlds |= {("friction", 0.4): 0.2, ("friction", 1.5): 0.05, ("mass", 1.6): 0.11}
     table = pd.DataFrame(
-        {"task": "a", "mode": "chosen", "kind": kind, "strength": strength, "fallbacks": fallbacks}
-        | {"return_ratio": 1.0, "return_ratio_low": 0.9, "return_ratio_high": 1.1, "planner_calls": 0.1}
+        {"task": "a", "mode": mode, "kind": kind, "strength": strength, "fallbacks": fallbacks}
+        | {"return_ratio": ratio, "return_ratio_low": 0.9, "return_ratio_high": 1.1, "planner_calls": 0.3}
         | {"episodes": 4.0}
         for (kind, strength), fallbacks in worlds.items()
+        for mode, ratio in (("chosen", 1.0), ("distilled", 1.0 + strength - 0.5))
     )
-    assert "in 1 of 2 pairs" in write_results.disturbed(table)
+    text = write_results.disturbed(table)
+    assert "in 2 of 3 pairs of a task and a kind, at least twice as often in 1." in text
+    assert "| 1 of 1 | 30.0 % (30.0) | 20.0 % (10.0) |" in text, "friction 0.4"
+    assert "| 0 of 1 | 30.0 % (30.0) | 11.0 % (10.0) |" in text, "mass 1.6"
