@@ -211,7 +211,11 @@ def pooled_rows(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
 
 def mean_of_tasks(results: Mapping[str, TaskResults], setting: str) -> str:
     """The mean of the tasks' return ratios in a setting, with its interval."""
-    pairs = paired_returns(results, modes_of(results, setting))
+    return mean_with_interval(paired_returns(results, modes_of(results, setting)))
+
+
+def mean_with_interval(pairs: list[np.ndarray]) -> str:
+    """The mean over tasks of ratios of returns, each task's `[2, n]`, with its interval."""
     mean = float(mean_ratio([pair[:, None] for pair in pairs])[0])
     return with_interval(mean, *stratified_interval(pairs, mean_ratio))
 
@@ -236,7 +240,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     """The two correctors side by side, a row an execution horizon, and which one to use, in Markdown."""
     both = first, second = [name for name in ARCHITECTURES if name != DISTILLED]
     columns = [f"{name}{what}" for what in (", ratio [95 %]", " better", ", act") for name in both]
-    lines, wins = header(["execution", *columns]), Counter[str]()
+    lines, wins, comparisons = header(["execution", *columns]), Counter[str](), 0
     pooled = table[table["task"] == ALL].set_index("setting")
     for mode_a, mode_b in zip(watched(first), watched(second), strict=True):
         if not {mode_a, mode_b} <= set(pooled.index):
@@ -252,16 +256,20 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
         cells += [f"{n} of {len(results)} tasks" for n in better.values()]
         lines.append(line(cells + [f"{row.act_ms_median:.2f} ms" for row in rows]))
         wins.update(better)
+        comparisons += len(results)
     chosen = Counter(task.chosen.rpartition("_")[0] for task in results.values())
     lines += ["", "Better: the 95 % interval of the ratio of the two returns, paired by seed, leaves 1 out."]
     lines += [
         f"Of {len(results)} tasks, `{first}` was chosen on {chosen[first]}, `{second}` on {chosen[second]}."
     ]
-    differ, compared = sum(wins.values()), (len(lines) - 5) * len(results)
-    lines.append(f"In {differ} of {compared} comparisons they differ: `{first}` is better in {wins[first]}.")
-    better, why = (wins, "it is better more often") if wins[first] != wins[second] else (chosen, "")
-    one = max(both, key=lambda name: better[name])  # the first where both are as good, for it is simpler
-    why = why or ("it is chosen more often" if chosen[first] != chosen[second] else "it is simpler")
+    lines.append(
+        f"In {wins.total()} of {comparisons} comparisons they differ: `{first}` is better in {wins[first]}."
+    )
+    one, why = first, "it is simpler"
+    for counts, what in ((wins, "it is better more often"), (chosen, "it is chosen more often")):
+        if counts[first] != counts[second]:
+            one, why = max(both, key=lambda name: counts[name]), what
+            break
     lines.append(f"Where only one shall be trained, let it be `{one}` (`architecture={one}`): {why}.")
     return "\n".join([*lines, ""])
 
@@ -372,7 +380,7 @@ def disturbed(table: pd.DataFrame | None) -> str:
     """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
     if table is None:
         return "Not measured yet.\n"
-    modes = [CHOSEN, "naive_6", "distilled", "prior"]
+    modes = [CHOSEN, "naive_6", DISTILLED, "prior"]
     columns = ["disturbance", "tasks", "chosen, worst task", *modes, "chosen not below distilled"]
     columns += [f"{what} of {CHOSEN} (undisturbed)" for what in ("planner calls", "fallbacks")]
     lines = header(columns)
@@ -569,8 +577,7 @@ def compared(pairs: list[np.ndarray | None], *, itself: bool) -> str:
         return ""
     if len(both) == 1:
         return with_interval(*paired_ratio(*both[0]))
-    mean = float(mean_ratio([pair[:, None] for pair in both])[0])
-    return with_interval(mean, *stratified_interval(both, mean_ratio))
+    return mean_with_interval(both)
 
 
 def all_experiments(measured: list[Experiments]) -> str:
