@@ -27,3 +27,7 @@ class ObservationError(TDMPC2Error):
 
 class EnvironmentFailure(TDMPC2Error):
     """An environment that raised while it was being reset or stepped."""
+
+
+class FileError(TDMPC2Error):
+    """A file or folder that cannot be read or written: missing, no permission, a full disk."""

@@ -1,36 +1,103 @@
-"""The one place where files are written: whole or not at all."""
+"""The one place where files are written and read: whole or not at all, changed or damaged by nobody unseen.
 
+A file of tensors is a safetensors file. Its header has one entry, `tdmpc2`: JSON that says what the file is
+(`format`), what its writer wants known, and a SHA-256 digest of all that and of every tensor.
+"""
+
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from .errors import CheckpointError, DataError
+from .errors import CheckpointError, ConfigError, DataError, FileError, TDMPC2Error
+
+LOCK = ".lock"
+ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed process left
+MAX_JSON = 64 * 2**20  # bytes
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its place if nothing is raised.
 
-    with atomic_write("runs/model.safetensors") as tmp:
-        save_file(tensors, tmp)
+    with atomic_write("runs/evaluation.csv") as tmp:
+        table.to_csv(tmp)
 
-    The folder is made if need be. What a killed process leaves, `NAME.tmp`, the next write replaces.
+    The folder is made if need be. Each writer has a temporary file of its own, `.NAME.*.tmp`; the next write
+    deletes those that killed processes left. The file's mode follows the umask.
+
+    Raises:
+        FileError: the file cannot be written: a full disk, no permission, a file where a folder should be.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.tmp")
+    tmp = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
-        yield tmp
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{path.name}.*.tmp"):
+            with suppress(OSError):
+                if time.time() - other.stat().st_mtime > ABANDONED:
+                    other.unlink()
+        tmp.touch()
+        mode = tmp.stat().st_mode  # libraries that write the file may narrow it
+        try:
+            yield tmp
+            with open(tmp, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(tmp, mode)
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise FileError(f"{path} cannot be written: {reason}") from e
+
+
+@contextmanager
+def in_use(folder: str | Path) -> Iterator[None]:
+    """Make `folder` if need be, and keep other processes out of it meanwhile.
+
+    Raises:
+        ConfigError: another process is at work in it.
+        FileError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout as e:
+        raise ConfigError(
+            f"{folder} is in use by another process: wait until that ends, or choose another folder"
+        ) from e
+    except OSError as e:
+        where = e.filename or folder
+        raise FileError(f"{where} cannot be written: {e.strerror or e}") from e
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        FileError: there is none, it is no regular file, or it may not be read.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise FileError(f"{path} is no regular file: name another one")
+        return path.read_bytes()
+    except OSError as e:
+        raise FileError(f"{path} cannot be read: {e.strerror or e}") from e
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -43,14 +110,88 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        DataError: there is no such file, or it is damaged.
+        FileError: it is missing or may not be read.
+        DataError: it is damaged.
     """
+    raw = read_bytes(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror or e}") from e
-    except ValueError as e:  # not JSON, or not even text
-        raise DataError(f"{path} is damaged ({e}): restore it, or delete it and run again") from e
+        if len(raw) > MAX_JSON:
+            raise ValueError(f"{len(raw):,} bytes are too many")
+        return json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as e:  # not JSON, or not even text
+        reason = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise DataError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from e
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a file of tensors, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: of any dtype and device.
+        about: JSON values for the header; `format` is one of them.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
+    own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header = json.dumps({**about, "digest": _digest(own, about)})
+    with atomic_write(path) as tmp:
+        # One entry, for safetensors writes several in an order of its own: equal data, equal files.
+        safetensors.torch.save_file(own, tmp, metadata={"tdmpc2": header})
+
+
+def read_tensors(
+    path: str | Path, kind: str, again: str, error: type[TDMPC2Error]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file of tensors, as `write_tensors` was given them.
+
+    Args:
+        path: the file.
+        kind: the `format` that its header has to have.
+        again: what the user can do where the file is of no use.
+        error: raised where the file is damaged or of another format.
+
+    Raises:
+        FileError: the file is missing or may not be read.
+    """
+    raw = read_bytes(path)
+    about = _header(raw, path, kind, again, error)
+    digest = about.pop("digest", None)
+    try:
+        tensors = safetensors.torch.load(raw)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as e:
+        raise error(f"{path} is damaged ({e}): {again}") from e
+    if digest != _digest(tensors, about):
+        raise error(f"{path} is damaged, its contents have changed: {again}")
+    return tensors, about
+
+
+def read_about(path: str | Path, kind: str, again: str, error: type[TDMPC2Error]) -> dict[str, Any]:
+    """The header alone of a file of tensors, unchecked; arguments and errors as `read_tensors`."""
+    return _header(read_bytes(path), path, kind, again, error)
+
+
+def _header(raw: bytes, path: str | Path, kind: str, again: str, error: type[TDMPC2Error]) -> dict[str, Any]:
+    try:
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        about = json.loads(header["__metadata__"]["tdmpc2"])
+        found = about["format"]
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
+        raise error(f"{path} is damaged or something else: {again}") from e
+    if found != kind:
+        raise error(f"{path} has format {found!r}, expected is {kind!r}: {again}")
+    return about
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors and header, whatever order they come in."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        # Bytes, for NumPy lacks some of the dtypes.
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_metadata(path: str | Path, key: str, version: str, again: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tdmpc2.errors import CheckpointError, DataError
+from tdmpc2.errors import CheckpointError, DataError, FileError
 from tdmpc2.files import atomic_write, read_json, read_metadata, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +56,10 @@ def test_killed_writer_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path
     killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert read_json(path) == "before"
-    assert len(os.listdir(tmp_path)) == 2
+    (left,) = tmp_path.glob(".a.json.*.tmp")
+    write_json(path, "another, which may still be at work on it")
+    assert left.exists()
+    os.utime(left, (0, 0))
     write_json(path, "after")
     assert read_json(path) == "after"
     assert os.listdir(tmp_path) == ["a.json"]
@@ -86,7 +89,7 @@ def test_damaged_json_is_one_line_naming_the_file(tmp_path, damaged):
 
 
 def test_missing_json_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.json cannot be read: No such file"):
+    with pytest.raises(FileError, match=r"none\.json cannot be read: No such file"):
         read_json(tmp_path / "none.json")
 
 
