@@ -30,9 +30,16 @@ from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig, at_le
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
 from .distillation import CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
-from .evaluation.evaluate import EvaluationConfig, Subject, check_evaluation, check_unseen, evaluate
+from .evaluation.evaluate import (
+    EvaluationConfig,
+    Subject,
+    check_evaluation,
+    check_unseen,
+    difference,
+    evaluate,
+)
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
-from .files import read_json, write_json
+from .files import in_use, read_json, write_json
 from .teacher import Teacher, open_teacher
 from .world_model import save_world_model
 
@@ -56,11 +63,18 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     """Collect, train both correctors, calibrate, choose, evaluate, report; returns the agent's folder.
 
     Raises:
-        ConfigError: a setting cannot be, seeds overlap, or the folder holds a run with other settings.
+        ConfigError: a setting cannot be, seeds overlap, another process is at work in the folder, or it holds
+            a run with other settings.
         CheckpointError, DataError, TaskError: what was given cannot be used.
+        FileError: the folder cannot be written.
     """
+    out = Path(config.out or f"accelerated/{config.task.replace(':', '-')}")
+    with in_use(out):
+        return _accelerate(config, out, console)
+
+
+def _accelerate(config: AccelerateConfig, out: Path, console: Console) -> Path:
     c = config
-    out = Path(c.out or f"accelerated/{c.task}")
     check(c)
     check_evaluation(c)
     if c.architecture == DISTILLED:
@@ -73,12 +87,15 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         raise ConfigError("collection seeds overlap those of calibration or evaluation")
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
-    settings = {**asdict(c), "teacher": teacher.fingerprint}
+    # The teacher is known by its weights, wherever its file and this folder lie.
+    settings = {name: value for name, value in asdict(c).items() if name not in ("checkpoint", "out")}
+    settings["teacher"] = teacher.fingerprint
     if (out / "settings.json").exists():
         earlier = {**read_json(out / "settings.json"), **{name: settings[name] for name in ELSEWHERE}}
         rounds = earlier.get("rounds", 0)
-        if earlier != {**settings, "rounds": rounds} or rounds > c.rounds:
-            raise ConfigError(f"{out} holds a run with other settings: choose another out=, or delete it")
+        fewer = rounds > c.rounds  # than the run has: only more can be added
+        if differs := difference(earlier, settings if fewer else {**settings, "rounds": rounds}):
+            raise ConfigError(f"{out} holds a run with {differs}: choose another out=, or delete it")
         if rounds < c.rounds:
             _make_room(out, rounds)
     write_json(out / "settings.json", settings)
@@ -137,23 +154,28 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
     if chosen == BASELINE:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         console.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
-    save_world_model(
-        out,
-        teacher.model,
-        task=c.task,
-        task_index=teacher.task_index,
-        discount=teacher.discount,
-        planner=asdict(teacher.planner),
-        precision=teacher.compute.precision,
-        speculation=read_json(out / "evaluation" / "chosen.json")["speculation"],
-        provenance=provenance(),
-    )
+    save_agent(out, teacher, out / "evaluation")
     console.print(f'done: agent = tdmpc2.load_agent("{out}")')
     return out
 
 
+def save_agent(folder: Path, teacher: Teacher, evaluation: Path) -> None:
+    """Make `folder`, which holds `correctors/`, the agent that was chosen in `evaluation`."""
+    save_world_model(
+        folder,
+        teacher.model,
+        task=teacher.task,
+        task_index=teacher.task_index,
+        discount=teacher.discount,
+        planner=asdict(teacher.planner),
+        precision=teacher.compute.precision,
+        speculation=read_json(evaluation / "chosen.json")["speculation"],
+        provenance=provenance(),
+    )
+
+
 def _make_room(out: Path, rounds: int) -> None:
-    """Put what a run with so many rounds ended with to the correctors before the round that comes next."""
+    """Keep the last run's correctors, and their evaluation, as the start of the next round."""
     (out / "config.json").unlink(missing_ok=True)  # no finished agent any more
     before = out / "rounds" / str(rounds + 1)
     if (out / "correctors").exists():

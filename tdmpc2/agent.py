@@ -4,7 +4,7 @@ Both act for a batch of environments at once, each row with an episode of its ow
 of an episode begins with `reset(mask)`. One robot is a batch of one, and may leave the batch axis out.
 
 What the speculative agent keeps for each row, in an example with execution horizon 4, planning horizon 3
-and a corrector; `d` is the latent dynamics, `c` the corrector, refined, `pi` the prior's mean:
+and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's mean:
 
     step in plan k   planned action   predicted latent     executed
     0                a0               z_0, the real one    a0, drawn where the step before was planned too
@@ -64,7 +64,7 @@ class StepInfo(NamedTuple):
     k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
     td_error: Tensor  # [B], of the step before; NaN in an episode's first, and where none is watched
-    correction: Tensor  # [B], norm of what correcting and refining added to the planned action
+    correction: Tensor  # [B], norm of executed minus planned action
 
 
 class Step(NamedTuple):
@@ -183,13 +183,11 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
-    What the corrector answers is refined (`refine`) before it is executed.
+    With `refine_steps` the corrected action is refined (`refine`) before it is executed.
 
     Two things end a plan early: a mismatch above the threshold, and a running mean of TD errors below
-    `min_td_error`: for some time, states have turned out to be worth less than the ones before promised. In a
-    world that is a little other than modelled no single mismatch tells that the agent is losing, and a robot
-    that has fallen lies as still as the model predicts. With `growth` a plan lasts at most so many times as
-    long as the one before: what ended that one may well end the next.
+    `min_td_error`. A low mean says that states have been worth less than predicted for some time: the world
+    differs a little from the model, or the robot has fallen. A single mismatch shows neither.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
@@ -205,12 +203,8 @@ class SpeculativeAgent:
     ):
         if config.execution_horizon < 1:
             raise ConfigError(f"execution_horizon={config.execution_horizon}: must be at least 1")
-        if config.refine_steps < 1:
-            raise ConfigError(f"refine_steps={config.refine_steps}: must be at least 1")
-        if config.growth is not None and config.growth < 2:
-            raise ConfigError(
-                f"growth={config.growth}: must be at least 2, or plans would stay short for good"
-            )
+        if config.refine_steps < 0:
+            raise ConfigError(f"refine_steps={config.refine_steps}: must be at least 0")
         horizon = teacher.planner.config.horizon
         self.plan_length = horizon if config.plan_length is None else config.plan_length
         if not 0 <= self.plan_length <= horizon:
@@ -229,7 +223,6 @@ class SpeculativeAgent:
         self._promised = torch.full((n,), torch.nan, device=device)
         self._td_error = torch.full((n,), config.usual_td_error, device=device)  # running mean
         self._k = torch.full((n,), config.execution_horizon, device=device)
-        self._reach = self._k.clone()  # the step at which a replan is due
         self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
@@ -286,7 +279,7 @@ class SpeculativeAgent:
         """
         k = self._k
         z = self.teacher.encode(obs)
-        due = k >= self._reach
+        due = k >= self.config.execution_horizon
         drift = self._drift(z)
         # A mismatch that is no number is too large. The TD errors are those up to the state before: one
         # network less stands between an observation and its action.
@@ -337,9 +330,6 @@ class SpeculativeAgent:
                 plan = Plan(*(x[rows] for x in plan))
             self._actions[rows] = self._followed(plan, again=self._k[rows] <= 1)
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
-        if self.config.growth is not None:
-            reach = (self.config.growth * self._k).clamp(max=self.config.execution_horizon)
-            self._reach = torch.where(replan, reach, self._reach)
         self._k = self._k.masked_fill(replan, 0)
 
     def _followed(self, plan: Plan, again: Tensor) -> Tensor:
@@ -378,7 +368,9 @@ class SpeculativeAgent:
         action = planned = self._planned_action(z, plan, k, task)
         if self.corrector is not None and history is not None:
             history = history.then(self.corrector.embed(z, z_pred, planned, k))
-            action = self._refined(z, self.corrector(history, planned), planned, task)
+            action = self.corrector(history, planned)
+            if self.config.refine_steps:
+                action = self._refined(z, action, planned, task)
             if self._predicts:
                 action = torch.where(replan[:, None], planned, action)
         if self._predicts:
@@ -392,7 +384,7 @@ class SpeculativeAgent:
         return Step(planned, action, z_pred, td_error, promised, history)
 
     def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
-        """What is executed of corrected actions `[B, A]`."""
+        """Corrected actions `[B, A]`, refined."""
         assert self.corrector is not None
         planner = self.teacher.planner
         return refine(

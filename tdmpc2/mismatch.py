@@ -22,37 +22,32 @@ def mismatch(z: Tensor, z_pred: Tensor) -> Tensor:
     return (z - z_pred).norm(dim=-1)
 
 
-def calibrate_threshold(mismatches: np.ndarray, quantile: float) -> float:
-    """The threshold that a share `quantile` of calibration steps stays below.
+def calibrate_thresholds(steps: pd.DataFrame, quantile: float, horizon: int) -> tuple[float, ...]:
+    """Thresholds for the steps in plan 1, 2, ... that a share `quantile` of the plans stays below throughout.
+
+    Mismatch grows with the step in plan, so each step has a threshold of its own: the quantile of the
+    mismatches there, times one factor for all steps. The factor is the quantile, over plans, of the largest
+    ratio of mismatch to threshold. So `1 - quantile` is the rate of false alarms of a whole plan.
 
     Args:
-        mismatches: of plans that were executed without fallback.
+        steps: columns `seed, t, k, mismatch`, in order, of plans executed without fallback.
         quantile: in (0, 1].
+        horizon: execution horizon `K`; the first `K` steps of each plan count.
 
-    Raises:
-        DataError: there is no finite mismatch to calibrate on.
-    """
-    finite = mismatches[np.isfinite(mismatches)]
-    if finite.size == 0:
-        raise DataError("no mismatch to calibrate on: the calibration episodes hold no step beyond k = 0")
-    return float(np.quantile(finite, quantile))
-
-
-def calibrate_thresholds(steps: pd.DataFrame, quantile: float) -> tuple[float, ...]:
-    """A threshold for every step in plan k = 1, 2, ...: a plan drifts from reality the further the longer.
-
-    One threshold for all steps would be blind where a plan has just begun.
-
-    Args:
-        steps: columns `k, mismatch`, of plans that were executed without fallback.
-        quantile: share of the steps at each k that stay below, in (0, 1].
+    Returns:
+        At most `K - 1` thresholds; fewer where no plan lasted so long.
 
     Raises:
         DataError: at some step there is no finite mismatch to calibrate on.
     """
-    last = max(int(steps["k"].max()), 1)
-    at = [steps.loc[steps["k"] == k, "mismatch"].to_numpy() for k in range(1, last + 1)]
-    return tuple(calibrate_threshold(mismatches, quantile) for mismatches in at)
+    later = steps[(steps["k"] > 0) & (steps["k"] < horizon)]
+    at_k = later.groupby("k")["mismatch"].quantile(quantile)
+    if not len(at_k) or at_k.isna().any():
+        raise DataError("no mismatch to calibrate on: the calibration episodes hold no step beyond k = 0")
+    at_k = at_k.clip(lower=1e-9)  # in a world that is predicted exactly
+    plan = (steps["k"] == 0).cumsum()
+    largest = (later["mismatch"] / later["k"].map(at_k)).groupby(plan).max()
+    return tuple((at_k * largest.quantile(quantile)).tolist())
 
 
 def calibrate_td_error(steps: pd.DataFrame, quantile: float) -> tuple[float, float]:
@@ -73,4 +68,4 @@ def calibrate_td_error(steps: pd.DataFrame, quantile: float) -> tuple[float, flo
     less = (usual - steps["td_error"]).fillna(0.0)  # none in an episode's first step, where the mean begins
     running = less.groupby(steps["seed"]).transform(lambda x: x.ewm(alpha=1 / TD_STEPS, adjust=False).mean())
     worst = running.groupby(steps["seed"]).max().to_numpy()
-    return usual - calibrate_threshold(worst, quantile), usual
+    return usual - float(np.quantile(worst, quantile)), usual

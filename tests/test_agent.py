@@ -318,7 +318,6 @@ def test_past_the_horizon_the_prior_plans_and_prediction_follows_what_is_execute
 
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
-@pytest.mark.usefixtures("unrefined")
 def test_untrained_corrector_executes_the_plan(model, architecture) -> None:
     fresh = build_corrector(
         CorrectorConfig(model.config.latent_dim, model.config.action_dim, architecture)

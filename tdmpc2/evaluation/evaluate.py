@@ -1,11 +1,13 @@
 """Every mode on the same episodes: calibrate, run, measure, and write the evidence down.
 
-    OUT/calibration/free/NAME/           execution without fallback, for the limits
-    OUT/calibration/modes/NAME/          the modes to choose from, on the calibration seeds
+    OUT/calibration/free/NAME/           execution without fallback, for the thresholds
+    OUT/latency.csv                      times of single steps of all modes
+    OUT/calibration/random.csv           returns of random actions
+    OUT/calibration/modes/NAME/          the modes that were tried, on the calibration seeds
     OUT/calibration/pushed/NAME/         those that were tried under pushes, on the same seeds
     OUT/calibration/*/episodes.csv       all of these together, and for the last two summary.csv
     OUT/modes/NAME/                      all modes on the held-out seeds: episodes.csv, steps.csv
-    OUT/episodes.csv, steps.csv, latency.csv, summary.csv, report.html       all of these together
+    OUT/episodes.csv, steps.csv, by_step_in_plan.csv, summary.csv, report.html     all of these together
     OUT/chosen.json                      the mode that was chosen
     OUT/commits.json                     of the code that wrote any of it
 
@@ -13,11 +15,13 @@ A run that is killed goes on with the modes that are missing.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,15 +31,17 @@ from ..config import ELSEWHERE, SpeculationConfig, at_least
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, read_json, write_json
-from ..mismatch import calibrate_td_error, calibrate_thresholds
+from ..mismatch import calibrate_thresholds
 from ..teacher import Teacher
 from ..world_model import fingerprint
-from .metrics import holds_up, summarise
-from .modes import ALONE, BASELINE, HORIZONS, PLAN, SIMPLER, Limits, standard_modes, watched
+from .metrics import act_columns, act_times, by_step_in_plan, holds_up, summarise
+from .modes import ALONE, BASELINE, DISTILLED, PRIOR, SIMPLER, families, simple_modes
 from .report import print_table, write_report
-from .rollout import Rollout, measure_latency, rollout
+from .rollout import Rollout, measure_latency, random_returns, rollout
 
 REFINING_LOSS = 0.01  # of the return, that refining by a single step may cost
+CLEARLY_FASTER = 0.8  # of the baseline's mean time of an action, that a chosen mode takes at most
+ALIKE = 0.1  # relative difference of mean times that says nothing
 PUSH = ("push", 0.3)  # the disturbance that a chosen mode must withstand
 
 
@@ -58,8 +64,7 @@ class EvaluationConfig(EpisodesConfig):
 
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
-    quantile: float = 0.97  # share of calibration steps within the mismatch's limit, at every step in plan
-    td_quantile: float = 0.9  # share of calibration episodes within that of TD errors, at every step
+    quantile: float = 0.9  # share of calibration plans whose mismatch stays below the thresholds
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
@@ -80,9 +85,10 @@ def check_evaluation(config: EvaluationConfig) -> None:
     """Raise ConfigError for settings that cannot be."""
     c = config
     check_episodes(c)
-    at_least(1, c, "calibration_episodes", "latency_steps")
+    at_least(2, c, "calibration_episodes")  # a single one has no interval, so no mode could be chosen
+    at_least(1, c, "latency_steps")
     at_least(0, c, "calibration_seed")
-    for name in ("quantile", "td_quantile", "min_return", "min_return_pushed"):
+    for name in ("quantile", "min_return", "min_return_pushed"):
         if not 0 < getattr(c, name) <= 1:
             raise ConfigError(f"{name}={getattr(c, name)}: must be above 0 and at most 1")
     if not 0 <= c.label_episodes <= min(c.num_envs, c.eval_episodes):
@@ -143,42 +149,43 @@ class Subject:
 def calibrate(
     subject: Subject, config: EvaluationConfig, out: Path, console: Console
 ) -> dict[str, SpeculationConfig]:
-    """The standard modes, set from episodes without fallback on the calibration seeds.
+    """All modes, the baseline first, with thresholds from episodes without fallback on the calibration seeds.
 
-    How far ahead refining judges: a single step, unless a corrector's mean return then falls short of what it
-    is with as many steps as plans have, by more than `REFINING_LOSS`.
-
-    One run a corrector, of the longest execution horizon, has the mismatches of the shorter ones in it: those
-    at their steps in plan. Its TD errors stand for those of the shorter ones too.
+    One run of a family, at its longest execution horizon, holds the mismatches of the shorter ones: those at
+    their steps in plan. Refining looks a single step ahead, or as far as plans do where a single step costs
+    more than `REFINING_LOSS` of the mean return.
     """
-    seeds, limits = config.calibration_seeds, {}
-    refine_steps: dict[str, int] = {}
+    seeds = config.calibration_seeds
+    modes = simple_modes(subject.teacher.planner.iterations)
     episodes: dict[str, pd.DataFrame] = {}
     with _progress(console) as progress:
-        for corrector in ["", *subject.correctors]:
-            modes, free = watched(corrector), ALONE
-            if modes:
-                longest = min(max(modes.values()), max(HORIZONS))
-                free = SpeculationConfig(execution_horizon=longest, corrector=corrector)
-            choices = dict.fromkeys([1, subject.teacher.planner.horizon]) if corrector else [1]
+        for family in families(list(subject.correctors)):
+            free = ALONE
+            if family.horizons:
+                free = SpeculationConfig(max(family.horizons), corrector=family.corrector)
+            elif not family.refined:  # nothing to calibrate
+                modes[DISTILLED] = ALONE
+                continue
             runs = {}
-            for n in choices:
-                name, mode = f"{corrector or PLAN}{f'-{n}' if n > 1 else ''}", replace(free, refine_steps=n)
+            for n in dict.fromkeys([1, subject.teacher.planner.horizon]) if family.refined else [0]:
+                name = family.name + (f"_{n}" if family.refined else "")
+                mode = replace(free, refine_steps=n)
                 runs[n] = _run_mode(subject, name, mode, config, seeds, out / "free", progress)
                 episodes[name] = runs[n].episodes
             returns = {n: run.episodes["return"].mean() for n, run in runs.items()}
             most = max(returns.values())
-            chosen = min(n for n in returns if returns[n] >= most - REFINING_LOSS * abs(most))
-            refine_steps[corrector], steps = chosen, runs[chosen].steps
-            if not modes:
-                continue
-            td_errors = calibrate_td_error(steps, config.td_quantile) if corrector else ()
-            thresholds = calibrate_thresholds(steps, config.quantile)
-            for name, horizon in modes.items():
-                limits[name] = Limits(thresholds[: horizon - 1], *td_errors)
+            n = min(n for n in returns if returns[n] >= most - REFINING_LOSS * abs(most))
+            if not family.horizons:
+                modes[family.name] = replace(free, refine_steps=n)
+            for horizon in family.horizons:
+                modes[family.mode_name(horizon)] = replace(
+                    free,
+                    execution_horizon=horizon,
+                    refine_steps=n,
+                    threshold=calibrate_thresholds(runs[n].steps, config.quantile, horizon),
+                )
     write_csv(out / "free" / "episodes.csv", _join(episodes))
-    iterations = subject.teacher.planner.iterations
-    return standard_modes(list(subject.correctors), limits, refine_steps, iterations)
+    return {**modes, "prior": PRIOR}
 
 
 def run_modes(
@@ -218,19 +225,39 @@ def run_modes(
 def choose(
     subject: Subject,
     modes: Mapping[str, SpeculationConfig],
+    latency: pd.DataFrame,
     config: EvaluationConfig,
     out: Path,
     console: Console,
 ) -> Choice:
-    """The mode with the fewest planner calls that holds up on the calibration seeds, none of SIMPLER.
+    """The mode with the least mean time of an action that holds up on the calibration seeds, none of SIMPLER.
 
-    Its return does by the lower end of the interval, and, where the task can be disturbed, on average under
-    pushes too. Planner calls count in whole percents of the steps, for less says nothing: of modes with as
-    many, the longest, and of those as long the one whose interval begins highest. Modes are tried from the
-    longest execution horizon to the shortest, for a long one is cheap to try as well, until none that is left
-    can call the planner less often; the baseline always holds up. What is simpler never plans, or executes
-    plans unwatched; the report names what of it would have done.
+    A mode holds up where the lower end of its return ratio is at least `min_return`, and, where the task can
+    be disturbed, its mean return under pushes is at least `min_return_pushed` of the baseline's there. It has
+    to be clearly faster than the baseline. Times that differ by less than `ALIKE` count as equal: then the mode
+    whose return has the higher lower end is chosen. Modes are tried from the fastest on, as they are without
+    fallbacks, until none that is left can be the fastest. Where the teacher does no better than random
+    actions, nothing is chosen.
+
+    Args:
+        subject: what is evaluated.
+        modes: from `calibrate`.
+        latency: from `measure_latency`, of all modes.
+        config: episodes, seeds and requirements.
+        out: folder for the raw results.
+        console: where progress is shown.
     """
+    tried, tried_pushed = ({BASELINE: modes[BASELINE]} for _ in range(2))
+    baseline = _calibration_summary(subject, tried, latency, config, out / "modes", console).iloc[0]
+    random = _random_returns(subject, config, out / "random.csv")
+    if not baseline["return_mean"] > random.mean() + random.std() / len(random) ** 0.5:
+        prior = subject.rollout(PRIOR, config.calibration_seeds, config.num_envs).episodes["return"].mean()
+        return Choice(
+            BASELINE,
+            f"the teacher itself fails: on the calibration seeds its mean return is "
+            f"{baseline['return_mean']:.1f}, random actions reach {random.mean():.1f} and its policy prior "
+            f"{prior:.1f}; check the task, the order and scaling of observations, and the action repeat",
+        )
     pushed: Subject | None = None
     try:
         pushed = Subject(subject.teacher.disturbed(*PUSH), subject.correctors)
@@ -238,45 +265,64 @@ def choose(
     except TaskError as e:
         console.print(f"{e}; the mode is chosen without pushes")
         under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
-    tried, tried_pushed = ({BASELINE: modes[BASELINE]} for _ in range(2))
-    candidates = {n: mode for n, mode in modes.items() if n not in SIMPLER and n != BASELINE}
-    best, fewest = "", 100
-    for horizon in sorted({mode.execution_horizon for mode in candidates.values()}, reverse=True):
-        if 100 // horizon >= fewest:
+    limit = CLEARLY_FASTER * baseline["act_ms_mean"]
+    fastest = {  # without fallbacks
+        name: act_columns(*act_times(latency, name, 1 / mode.execution_horizon))["act_ms_mean"]
+        for name, mode in modes.items()
+        if name not in SIMPLER and name != BASELINE
+    }
+    best, least, lower = "", limit, -math.inf
+    held: list[str] = []
+    for name in sorted(fastest, key=fastest.__getitem__):
+        if fastest[name] >= least:
             break
-        group = {n: mode for n, mode in candidates.items() if mode.execution_horizon == horizon}
-        tried |= group
-        summary = _calibration_summary(subject, tried, config, out / "modes", console)
-        good = summary[holds_up(summary, config.min_return) & summary["mode"].isin(group)]
-        good = good.assign(percent=(100 * good["planner_calls"]).round().astype(int))
-        order = good.sort_values(["percent", "return_difference_low"], ascending=[True, False])
-        for row in order[order["percent"] < fewest].itertuples():
-            if pushed is not None:
-                tried_pushed[row.mode] = modes[row.mode]
-                returns = _calibration_summary(pushed, tried_pushed, config, out / "pushed", console)
-                returns = returns.set_index("mode")["return_mean"]
-                lost = returns[BASELINE] - returns[row.mode]
-                if not lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
-                    continue
-            best, fewest = row.mode, row.percent
-            break
+        tried[name] = modes[name]
+        summary = _calibration_summary(subject, tried, latency, config, out / "modes", console)
+        row = summary.iloc[-1]
+        time, low = row["act_ms_mean"], row["return_difference_low"]
+        better = time < limit and (time < (1 - ALIKE) * least or (time < (1 + ALIKE) * least and low > lower))
+        if not (better and holds_up(summary, config.min_return).iloc[-1]):
+            continue
+        held.append(name)
+        if pushed is not None:
+            tried_pushed[name] = modes[name]
+            returns = _calibration_summary(pushed, tried_pushed, latency, config, out / "pushed", console)
+            returns = returns.set_index("mode")["return_mean"]
+            lost = returns[BASELINE] - returns[name]
+            if not lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
+                continue
+        best, least, lower = name, min(time, least), low
     if best:
         return Choice(
             best,
-            f"it plans least often of what holds {config.min_return} of the return{under_pushes}",
+            f"it takes the least time of all modes that hold {config.min_return} of the return{under_pushes}",
         )
-    if len(tried_pushed) == 1:
-        return Choice(BASELINE, f"no mode that speculates holds {config.min_return} of the return")
+    if not held:
+        return Choice(
+            BASELINE,
+            f"no mode that speculates holds {config.min_return} of the return in less than "
+            f"{CLEARLY_FASTER} of the time",
+        )
     return Choice(
         BASELINE,
-        f"of the modes that hold {config.min_return} of the return ({', '.join([*tried_pushed][1:])}) none "
+        f"of the modes that hold {config.min_return} of the return ({', '.join(held)}) none "
         f"keeps {config.min_return_pushed} of it where both are pushed",
     )
+
+
+def _random_returns(subject: Subject, config: EvaluationConfig, path: Path) -> np.ndarray:
+    """Returns of random actions on the calibration seeds, read back where an earlier run left them."""
+    if not path.exists():
+        seeds = config.calibration_seeds
+        returns = random_returns(subject.teacher.env, seeds)
+        write_csv(path, pd.DataFrame({"seed": seeds, "return": returns}))
+    return pd.read_csv(path)["return"].to_numpy()
 
 
 def _calibration_summary(
     subject: Subject,
     modes: Mapping[str, SpeculationConfig],
+    latency: pd.DataFrame,
     config: EvaluationConfig,
     out: Path,
     console: Console,
@@ -284,7 +330,7 @@ def _calibration_summary(
     """Modes on the calibration seeds, together in `out/episodes.csv`, summed up in `out/summary.csv`."""
     result = run_modes(subject, modes, config, config.calibration_seeds, out, console)
     write_csv(out / "episodes.csv", result.episodes)
-    summary = summarise(result.episodes, result.steps, None)
+    summary = summarise(result.episodes, result.steps, latency)
     write_csv(out / "summary.csv", summary)
     return summary
 
@@ -325,15 +371,18 @@ def evaluate(
     commits = dict.fromkeys([*(read_json(written_by) if written_by.exists() else []), meta["commit"]])
     write_json(written_by, [*commits])
     modes = calibrate(subject, config, out / "calibration", console)
-    chosen, why = choose(subject, modes, config, out / "calibration", console)
+    latency = _latency(subject, modes, config, out / "latency.csv", console)
+    chosen, why = choose(subject, modes, latency, config, out / "calibration", console)
     choice = {"mode": chosen, "why": why, "speculation": asdict(modes[chosen])}
     write_json(out / "chosen.json", choice)
     episodes, steps = run_modes(subject, modes, config, seeds, out / "modes", console, config.label_episodes)
-    console.print("measuring the latency of single steps, all modes in turn")
-    agents = {name: subject.agent(mode, 1, seeds[0]) for name, mode in modes.items()}
-    latency = measure_latency(agents, subject.teacher.env, seeds[0], config.latency_steps)
     summary = summarise(episodes, steps, latency)
-    tables = {"episodes": episodes, "steps": steps, "latency": latency, "summary": summary}
+    tables = {
+        "episodes": episodes,
+        "steps": steps,
+        "summary": summary,
+        "by_step_in_plan": by_step_in_plan(steps),
+    }
     for name, table in tables.items():
         write_csv(out / f"{name}.csv", table)
     provided = {
@@ -349,9 +398,9 @@ def evaluate(
         "modes": {name: asdict(mode) for name, mode in modes.items()},
     }
     write_json(out / "provenance.json", provided)
-    report = write_report(out, episodes, steps, latency, summary, provided)
+    report = write_report(out, episodes, steps, summary, provided)
     print_table(summary, console)
-    console.print(f"chosen on the calibration seeds: {chosen}, for {why}; report: {report}")
+    console.print(f"chosen on the calibration seeds: {chosen}: {why}; report: {report}")
     return chosen
 
 
@@ -385,6 +434,22 @@ def _run_mode(
     return result
 
 
+def _latency(
+    subject: Subject,
+    modes: Mapping[str, SpeculationConfig],
+    config: EvaluationConfig,
+    path: Path,
+    console: Console,
+) -> pd.DataFrame:
+    """Times of single steps on a calibration seed, read back where an earlier run left them."""
+    if not path.exists():
+        console.print("measuring the time of single steps, all modes in turn")
+        seed = config.calibration_seeds[0]
+        agents = {name: subject.agent(mode, 1, seed) for name, mode in modes.items()}
+        write_csv(path, measure_latency(agents, subject.teacher.env, seed, config.latency_steps))
+    return pd.read_csv(path)
+
+
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Make `out` the folder of results with these settings; ConfigError where it has others."""
     if not _same_settings(out / "settings.json", settings):
@@ -395,9 +460,24 @@ def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
     """Whether `path` holds these settings; False where there is no such file."""
     if not path.exists():
         return False
-    if read_json(path) != json.loads(json.dumps(settings)):  # which makes lists of tuples
-        raise ConfigError(f"{path} was written with other settings: choose another out=, or delete it")
+    settings = json.loads(json.dumps(settings))  # which makes lists of tuples
+    if differs := difference(read_json(path), settings):
+        raise ConfigError(f"{path} was written with {differs}: choose another out=, or delete it")
     return True
+
+
+def difference(earlier: Any, now: Any) -> str:
+    """The first setting in which two JSON objects differ, in words; "" where they do not."""
+    if not isinstance(earlier, dict):
+        return "no settings at all"
+    for name in sorted(earlier.keys() | now.keys()):
+        before, after = earlier.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            if inner := difference(before, after):
+                return inner
+        elif before != after:
+            return f"{name}={json.dumps(before)}, not {json.dumps(after)}"
+    return ""
 
 
 def _join(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

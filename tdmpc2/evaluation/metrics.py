@@ -77,6 +77,7 @@ def summarise(
             "planner_calls": own["planner_calls"].sum() / own["length"].sum(),
             "fallbacks": own["fallbacks"].sum() / own["length"].sum(),
             "delta_a": steps.loc[later, "delta_a"].mean(),
+            "action_change": steps.loc[steps["mode"] == mode, "action_change"].mean(),
             "return_ratio": ratio,
             "return_ratio_low": ratio_low,
             "return_ratio_high": ratio_high,

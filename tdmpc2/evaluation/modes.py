@@ -1,6 +1,15 @@
-"""The modes of execution that are compared: each is data, a `SpeculationConfig` with a name."""
+"""The modes of execution that are compared: each is data, a `SpeculationConfig` with a name.
 
-from collections.abc import Mapping, Sequence
+baseline                   TD-MPC2 itself: it replans at every step
+half_budget                the same with half of the planner's iterations
+naive_K, plan_K            K steps of each plan as planned, without and with the monitor
+two_tower_K, temporal_K    K steps of each plan, corrected: the published system
+..._K_refined              K steps of each plan, corrected and refined
+distilled                  a corrector that corrects nothing and never plans, and the same refined
+prior                      the policy prior alone
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -8,66 +17,46 @@ from ..config import TEACHER, SpeculationConfig
 
 BASELINE = "baseline"
 DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
-SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, "prior")  # what a sceptic would do instead
-PLAN = "plan"  # what modes without a corrector are named by
+REFINED = "_refined"  # ends the names of the modes that refine
+SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, DISTILLED + REFINED, "prior")
 OPEN_LOOP_HORIZONS = (3, 6)
+PAPER_HORIZONS = (3, 6)  # those of the published system
 HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
 PRIOR = SpeculationConfig(execution_horizon=1, plan_length=0)
-FOREVER = 1_000_000  # steps: an execution horizon that no episode reaches
-GROWTH = 2  # of plans that have no other limit
 
 
-class Limits(NamedTuple):
-    """Where a mode gives its plan up."""
+class Family(NamedTuple):
+    """Modes that differ in the execution horizon only."""
 
-    threshold: tuple[float, ...]  # of the mismatch, for steps 1, 2, ... of a plan
-    min_td_error: float | None = None  # without a corrector nothing watches TD errors
-    usual_td_error: float = 0.0
+    corrector: str  # "" for none
+    refined: bool = False
+
+    @property
+    def name(self) -> str:
+        return (self.corrector or "plan") + (REFINED if self.refined else "")
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        if self.corrector == DISTILLED:
+            return ()
+        return HORIZONS if self.corrector else OPEN_LOOP_HORIZONS
+
+    def mode_name(self, horizon: int) -> str:
+        return f"{self.corrector or 'plan'}_{horizon}{REFINED if self.refined else ''}"
 
 
-def watched(corrector: str) -> dict[str, int]:
-    """The modes with fallback of a corrector, or of none (""), and their execution horizons.
-
-    `until` replans where a limit says so, and where a plan has lasted `GROWTH` times as long as the last one.
-    """
-    if corrector == DISTILLED:
-        return {}
-    if not corrector:
-        return {f"{PLAN}_{k}": k for k in OPEN_LOOP_HORIZONS}
-    return {**{f"{corrector}_{k}": k for k in HORIZONS}, f"{corrector}_until": FOREVER}
+def families(correctors: Sequence[str]) -> list[Family]:
+    """The families of modes with these correctors; first what executes plans as they are."""
+    return [Family(""), *(Family(name, refined) for name in correctors for refined in (False, True))]
 
 
-def standard_modes(
-    correctors: Sequence[str],
-    limits: Mapping[str, Limits],
-    refine_steps: Mapping[str, int],
-    iterations: int,
-) -> dict[str, SpeculationConfig]:
-    """Every mode: the baseline first, then what is simpler than speculation, then speculation.
+def simple_modes(iterations: int) -> dict[str, SpeculationConfig]:
+    """The baseline first, then cheaper plans and naive execution.
 
     Args:
-        correctors: names of the correctors.
-        limits: of every mode with fallback.
-        refine_steps: of every corrector, and of none ("").
         iterations: of the teacher's planner.
     """
-    modes = {
-        BASELINE: TEACHER,
-        "half_budget": replace(TEACHER, iterations=max(iterations // 2, 1)),
-    }
-    for horizon in OPEN_LOOP_HORIZONS:
-        modes[f"naive_{horizon}"] = SpeculationConfig(execution_horizon=horizon)
-    for corrector in ["", *correctors]:
-        for name, horizon in watched(corrector).items():
-            modes[name] = SpeculationConfig(
-                execution_horizon=horizon,
-                growth=GROWTH if horizon == FOREVER else None,
-                corrector=corrector,
-                refine_steps=refine_steps[corrector],
-                **limits[name]._asdict(),
-            )
-    if DISTILLED in correctors:
-        modes[DISTILLED] = replace(ALONE, refine_steps=refine_steps[DISTILLED])
-    modes["prior"] = PRIOR
-    return modes
+    half = replace(TEACHER, iterations=max(iterations // 2, 1))
+    naive = {f"naive_{k}": SpeculationConfig(execution_horizon=k) for k in OPEN_LOOP_HORIZONS}
+    return {BASELINE: TEACHER, "half_budget": half, **naive}

@@ -26,7 +26,7 @@ from rich.text import Text
 from ..corrector import ARCHITECTURES
 from ..files import atomic_write
 from .metrics import by_step_in_plan, holds_up, with_interval
-from .modes import DISTILLED, HORIZONS, SIMPLER, watched
+from .modes import HORIZONS, PAPER_HORIZONS, REFINED, SIMPLER, Family, families
 
 COLUMNS = {
     "mode": "mode",
@@ -40,6 +40,7 @@ COLUMNS = {
     "planner_calls": "planner calls",
     "fallbacks": "fallbacks",
     "delta_a": "correction",
+    "action_change": "action change",
     "act_ms_median": "act ms, median",
     "act_ms_p95": "p95",
     "act_ms_p99": "p99",
@@ -76,6 +77,17 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7
 MARKERS = "osD^vPX"
 
 
+# The modes that are shown step by step: naive and corrected execution at the longest published horizon.
+_LONGEST_OF_THE_PAPER = (
+    f"naive_{max(PAPER_HORIZONS)}",
+    *(
+        Family(corrector, refined).mode_name(max(PAPER_HORIZONS))
+        for corrector in ("two_tower", "temporal")
+        for refined in (False, True)
+    ),
+)
+
+
 class Style(NamedTuple):
     """How one mode looks in every figure."""
 
@@ -89,7 +101,6 @@ def write_report(
     folder: Path,
     episodes: pd.DataFrame,
     steps: pd.DataFrame,
-    latency: pd.DataFrame,
     summary: pd.DataFrame,
     meta: Mapping[str, Any],
 ) -> Path:
@@ -97,9 +108,8 @@ def write_report(
 
     Args:
         folder: where to.
-        episodes: as `metrics.summarise` takes them, and so are `steps` and `latency`.
+        episodes: as `metrics.summarise` takes them, and so are `steps`.
         steps: one row a step.
-        latency: one row a timed call.
         summary: what `metrics.summarise` returned.
         meta: where the numbers come from: strings, numbers, lists and dicts, by name, all of it shown.
             `task` is the title; `chosen` the mode chosen on other seeds; `min_return` the ratio that a
@@ -110,13 +120,16 @@ def write_report(
         The file.
     """
     style = styles(list(summary["mode"]))
-    # Without a limit, `until` and `distilled` reach the end of the episode, and squeeze all others together.
-    by_k = by_step_in_plan(steps[(steps["k"] <= max(HORIZONS)) & (steps["mode"] != DISTILLED)])
+    by_k = by_step_in_plan(steps)
+    shown = by_k[by_k["mode"].isin([*_LONGEST_OF_THE_PAPER, _choice(summary, meta)])]
     front = (
         "Bars are 95 % paired bootstrap intervals, lines join the execution horizons of one corrector. "
         "Modes that are nearly at one place stand side by side."
     )
-    bars = f"Lines join means, bars span the quartiles; up to step {max(HORIZONS)}."
+    bars = (
+        "Lines join means, bars span the quartiles; shown are the modes of the longest published horizon and "
+        "the chosen one."
+    )
     with plt.rc_context({"svg.hashsalt": "report", "font.size": 10}):
         figures = {
             "Return by mode: every episode (dots), their mean and its 95 % bootstrap interval (diamond "
@@ -128,22 +141,20 @@ def write_report(
                 _front(summary, style, meta.get("min_return"), "act_ms_mean", "mean time of an action (ms)")
             ),
             f"Mismatch by step in plan. {bars} A mismatch that led to a fallback counts where it was seen.": (
-                _by_k(by_k, "mismatch", "mismatch (distance of latents)", style)
+                _by_k(shown, "mismatch", "mismatch (distance of latents)", style)
             ),
             f"Size of the correction by step in plan, of modes that correct. {bars}": (
-                _by_k(_that_correct(by_k), "delta_a", "correction ‖δa‖ (action units)", style)
+                _by_k(_that_correct(shown), "delta_a", "correction ‖δa‖ (action units)", style)
             ),
             "Distance of the executed action to the mean of the plan that the teacher makes in the same "
             f"state. {bars} Dotted: modes that have no later steps.": (
-                _by_k(by_k, "teacher_distance", "distance to the teacher's\naction (action units)", style)
+                _by_k(shown, "teacher_distance", "distance to the teacher's\naction (action units)", style)
             ),
             "Mean reward by step in plan; fallbacks count at k = 0. Dotted: modes without later steps.": (
-                _by_k(by_k, "reward", "reward of a step", style, quartiles=False)
+                _by_k(shown, "reward", "reward of a step", style, quartiles=False)
             ),
-            "Time of one act call at batch 1, every measured call (dots), the modes taking turns. Modes "
-            "that speculate are fast in most steps and as slow as the planner in the others.": (
-                _latency(latency, style)
-            ),
+            "Time of one act call at batch 1, the figures of the table. Modes that speculate are fast in "
+            "most steps and as slow as the planner in the others.": _latency(summary, style),
         }
     html = (
         Environment(loader=PackageLoader("tdmpc2", "evaluation"), autoescape=select_autoescape(default=True))
@@ -158,6 +169,7 @@ def write_report(
             columns=COLUMNS,
             rows=[_row(row) for _, row in summary.iterrows()],
             validation=meta.get("validation"),
+            paper=_paper_table(by_k, summary),
             figures=[{"svg": svg, "caption": caption} for caption, svg in figures.items()],
             provenance=_provenance(meta),
         )
@@ -195,8 +207,8 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     held_out = meta.get("chosen") == mode
     among = "on the calibration seeds" if held_out else "on these episodes"
     if mode == baseline.name:
-        why = meta.get("why", "no mode that speculates holds its return, by the 95 % interval")
-        return f"The agent replans at every step, for {among} {why}."
+        why = meta.get("why", f"no mode that speculates holds its return {among}, by the 95 % interval")
+        return f"The agent replans at every step: {why}."
     if mode is None:
         return (
             f"{len(rows)} modes on the same {baseline.episodes:.0f} episodes. {baseline.name}, to which all "
@@ -206,7 +218,7 @@ def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
     good = required is not None and holds_up(summary, required).to_numpy()[rows.index.get_loc(mode)]
     met = "meets" if good else "does not meet"
     if held_out:
-        text = f"{mode} was chosen {among}" + (f", for {meta['why']}" if "why" in meta else "")
+        text = f"{mode} was chosen {among}" + (f": {meta['why']}" if "why" in meta else "")
         text += ". On held-out seeds "
     else:
         text = (
@@ -412,8 +424,8 @@ def _front(
         known = summary[np.isfinite(summary["return_ratio"])]
         if known.empty:
             _empty(axes, "no ratio: the baseline's mean return is not positive")
-        for family in ARCHITECTURES:
-            own = known[known["mode"].isin(watched(family))]
+        for family in families(list(ARCHITECTURES)):
+            own = known[known["mode"].isin([family.mode_name(k) for k in HORIZONS])]
             axes.plot([at[mode] for mode in own["mode"]], own["return_ratio"], color="0.75", lw=1, zorder=0)
         placed: list[float] = []
         for row in known.itertuples():
@@ -450,6 +462,25 @@ def _front(
     return _svg(draw, f"return ratio against {label}", max(4.2, 0.8 + 0.25 * len(summary)))
 
 
+def _paper_table(by_k: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows of the table of the published modes of the longest horizon by step in plan, as text."""
+    names = [n for n in _LONGEST_OF_THE_PAPER[1:] if not n.endswith(REFINED)]
+    returns = summary.set_index("mode")["return_mean"]
+    rows = []
+    for row in by_k[by_k["mode"].isin(names)].to_dict("records"):
+        rows.append(
+            {
+                "mode": f"{row['mode']} (mean return {returns[row['mode']]:.1f})",
+                "step": f"t+{row['k'] + 1}",
+                **{
+                    name: "–" if np.isnan(row[name]) else f"{row[name]:.3f}"
+                    for name in ("mismatch", "delta_a", "reward", "teacher_distance")
+                },
+            }
+        )
+    return rows
+
+
 def _that_correct(by_k: pd.DataFrame) -> pd.DataFrame:
     largest = by_k.groupby("mode")["delta_a"].transform("max")
     return by_k[(largest > 0) & (by_k["k"] > 0)]
@@ -483,21 +514,17 @@ def _by_k(
     return _svg(draw, f"{name} by step in plan", max(4.2, 0.8 + 0.25 * len(modes)))
 
 
-def _latency(latency: pd.DataFrame, style: Mapping[str, Style]) -> str:
-    modes = list(style)
+def _latency(summary: pd.DataFrame, style: Mapping[str, Style]) -> str:
+    modes = list(summary["mode"])
     marks = {"median": ("|", 16.0), "mean": ("D", 6.0), "p95": ("^", 6.0), "p99": ("v", 6.0)}
 
     def draw(axes: Axes) -> None:
-        rng = np.random.default_rng(0)
-        for y, mode in enumerate(modes):
-            times = latency.loc[latency["mode"] == mode, "act_ms"].to_numpy()
-            jitter = y + rng.uniform(-0.3, 0.3, len(times))
-            axes.scatter(
-                times, jitter, s=9, alpha=0.35, color=style[mode].color, linewidths=0, rasterized=True
-            )
-            at = [np.median(times), times.mean(), *np.quantile(times, [0.95, 0.99])]
-            for value, (marker, size) in zip(at, marks.values(), strict=True):
-                axes.plot(value, y, marker, color="black", mfc="white", mew=1.6, ms=size)
+        for y, row in summary.iterrows():
+            times = [row[f"act_ms_{name}"] for name in marks]
+            color = style[str(row["mode"])].color
+            axes.plot([min(times), max(times)], [y, y], color=color, lw=2, alpha=0.5)  # type: ignore[list-item]
+            for value, (marker, size) in zip(times, marks.values(), strict=True):
+                axes.plot(value, y, marker, color=color, mfc="white", mew=1.6, ms=size)
         _modes_as_rows(axes, modes)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

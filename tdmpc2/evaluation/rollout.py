@@ -14,13 +14,18 @@ from .metrics import PLANS
 
 # A label costs a plan: of so many steps, the first so many are labelled.
 LABEL_EVERY, LABEL_RUN = 50, 12
+STEP_COLUMNS = [
+    *("seed", "t", "kind", "k", "mismatch", "td_error", "delta_a"),
+    "action_change",  # norm of the action minus that of the step before, NaN in an episode's first
+    *("reward", "teacher_distance"),
+]
 
 
 class Rollout(NamedTuple):
     """Raw results of one mode; the columns are those of `episodes.csv` and `steps.csv`."""
 
     episodes: pd.DataFrame  # seed, return, length, terminated, planner_calls, fallbacks
-    steps: pd.DataFrame  # seed, t, kind, k, mismatch, td_error, delta_a, reward, teacher_distance
+    steps: pd.DataFrame  # STEP_COLUMNS
 
 
 def rollout(
@@ -58,6 +63,7 @@ def rollout(
         labeller.reset()
     running, t, clock = np.ones(n, dtype=bool), np.zeros(n, dtype=int), 0
     in_first = np.ones(n, dtype=bool)  # the row is in its first episode
+    before = np.full((n, *envs[0].action_space.shape), np.nan)  # type: ignore[misc]  # actions of the last step
     steps: list[tuple] = []
     terminated_seeds: set[int] = set()
     while running.any():
@@ -73,6 +79,8 @@ def rollout(
             if phase or not clock:  # without a warm start it is the teacher's only where an episode begins
                 distance[:labelled] = np.linalg.norm(action[:labelled] - label, axis=-1)
         clock += 1
+        change = np.linalg.norm(action - before, axis=-1)
+        before[:] = action
         kind, k, drift, td_error, delta = (x.tolist() for x in info)
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):
@@ -80,7 +88,7 @@ def rollout(
             name = Kind(kind[i]).name.lower()
             if not in_first[i]:
                 distance[i] = np.nan
-            happened = (name, k[i], drift[i], td_error[i], delta[i], float(reward), distance[i])
+            happened = (name, k[i], drift[i], td_error[i], delta[i], change[i], float(reward), distance[i])
             steps.append((row_seed[i], t[i], *happened))
             t[i] += 1
             if terminated:
@@ -88,6 +96,7 @@ def rollout(
             if terminated or truncated:
                 ended[i] = True
                 in_first[i] = False
+                before[i] = np.nan
                 if waiting:
                     row_seed[i], t[i] = waiting.pop(), 0
                     obs[i], _ = envs[i].reset(seed=row_seed[i])
@@ -100,8 +109,7 @@ def rollout(
         on_step(len(seeds) - len(waiting) - int(running.sum()))
     for env in envs:
         env.close()
-    columns = ["seed", "t", "kind", "k", "mismatch", "td_error", "delta_a", "reward", "teacher_distance"]
-    table = pd.DataFrame(steps, columns=columns)
+    table = pd.DataFrame(steps, columns=STEP_COLUMNS)
     order = {seed: i for i, seed in enumerate(seeds)}
     table = table.sort_values(by=["seed", "t"], key=lambda c: c.map(order) if c.name == "seed" else c)
     table = table.reset_index(drop=True)
@@ -120,6 +128,21 @@ def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -
         }
     )
     return table.loc[list(seeds)].reset_index()
+
+
+def random_returns(env_of: Callable[[], gym.Env], seeds: Sequence[int]) -> np.ndarray:
+    """Returns `[n]` of uniformly random actions, one episode for each seed."""
+    env, returns = env_of(), []
+    for seed in seeds:
+        env.reset(seed=seed)
+        rng, total, done = np.random.default_rng(seed), 0.0, False
+        while not done:
+            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+            _, reward, terminated, truncated, _ = env.step(action)
+            total, done = total + float(reward), terminated or truncated
+        returns.append(total)
+    env.close()
+    return np.array(returns)
 
 
 def measure_latency(
