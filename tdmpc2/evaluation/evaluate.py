@@ -232,9 +232,9 @@ def choose(
 ) -> Choice:
     """The mode with the least mean time of an action that holds up on the calibration seeds, none of SIMPLER.
 
-    A mode holds up where the lower end of its return ratio is at least `min_return`, and, where the task can
-    be disturbed, its mean return under pushes is at least `min_return_pushed` of the baseline's there. It has
-    to be clearly faster than the baseline. Times that differ by less than `ALIKE` count as equal: then the mode
+    A mode holds up where the lower end of its return ratio is at least `min_return`. Where the task can be
+    disturbed, its mean return under pushes is at least `min_return_pushed` of the baseline's there. It is
+    clearly faster than the baseline. Times that differ by less than `ALIKE` count as equal: then the mode
     whose return has the higher lower end is chosen. Modes are tried from the fastest on, as they are without
     fallbacks, until none that is left can be the fastest. Where the teacher does no better than random
     actions, nothing is chosen.
