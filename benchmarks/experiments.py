@@ -30,7 +30,7 @@ from tdmpc2.config import TEACHER, BudgetOverride, CorrectorConfig, SpeculationC
 from tdmpc2.corrector import ARCHITECTURES, BaseCorrector, History, TwoTowerCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording, split_starts
-from tdmpc2.distillation.losses import action_error, unroll
+from tdmpc2.distillation.losses import l1_distance, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, FOREVER, GROWTH, PRIOR
@@ -48,6 +48,7 @@ LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (0.9, EvaluationConfig.quantile)
 GROWTHS = (4, None)  # beside GROWTH
+LOSS_WORDS = {"mse": "squared distance", "l1": "L1 distance"}
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
@@ -223,7 +224,7 @@ def error_estimate(
         start = starts[torch.randint(len(starts), (config.batch_size,))]
         earlier = torch.randint(1, steps + 2, start.shape, device=start.device)
         u = unroll(model, corrector, data, start, earlier, steps)  # last of all, it answers all steps at once
-        missed = (head(features[-1]).squeeze(-1) - action_error(u.action, u.teacher).flatten()).square()
+        missed = (head(features[-1]).squeeze(-1) - l1_distance(u.action, u.teacher).flatten()).square()
         features.clear()
         optimizer.zero_grad()
         (missed * u.inside.flatten()).mean().backward()
@@ -404,10 +405,13 @@ def training(
     run: Callable[[str, str, Recording, ExperimentConfig], None],
 ) -> None:
     """The experiments whose variants are trained: loss, input, unrolled steps, labels, amount of data."""
-    as_it_is = f"L1 distance, {config.rollout_steps} unrolled steps, labels are means, all episodes"
+    as_it_is = (
+        f"{LOSS_WORDS[config.loss]}, {config.rollout_steps} unrolled steps, labels are means, all episodes"
+    )
     run("as it is", as_it_is, data, config)
-    with patch("tdmpc2.distillation.losses.action_error", squared_error):
-        run("loss", "squared distance", data, config)
+    for loss, words in LOSS_WORDS.items():
+        if loss != config.loss:
+            run("loss", words, data, replace(config, loss=loss))
     prior = partial(teacher.model.prior, task=data.task)
     with patch.dict(ARCHITECTURES, {"two_tower": partial(WithPrior, prior=prior)}):
         run("input", "the prior's action too", data, replace(config, architecture="two_tower"))
@@ -421,11 +425,6 @@ def training(
     for shard in sorted(shards, key=lambda p: p.name != "teacher")[:-1]:
         kept = torch.cat([kept, load_shards(shard, teacher.fingerprint).seed.unique()])
         run("data", f"up to {shard.name}: {len(kept)} episodes", episodes(data, kept), config)
-
-
-def squared_error(action: Tensor, teacher: Tensor) -> Tensor:
-    """Squared distance `[...]` of actions `[..., A]` to the teacher's."""
-    return (action - teacher).square().sum(-1)
 
 
 def mean_label(data: Recording, teacher: Teacher) -> Tensor:

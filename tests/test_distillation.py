@@ -370,14 +370,15 @@ def test_stretches_never_cross_episodes(model: WorldModel) -> None:
     b = unroll(model, corrector, rubbish, start, earlier, 6)
     assert a.inside.sum(0).tolist() == [6, 5, 4, 3, 2, 1, 0]
     torch.testing.assert_close(a.action[a.inside], b.action[b.inside])
-    torch.testing.assert_close(correction_loss(a, 0.1), correction_loss(b, 0.1))
+    torch.testing.assert_close(correction_loss(a, 0.1, "l1"), correction_loss(b, 0.1, "l1"))
     inside = data._replace(latent=data.latent.roll(1, 0))
     c = unroll(model, corrector, inside, start, earlier, 6)
     assert not torch.allclose(a.action[a.inside], c.action[c.inside])  # the test can fail
 
 
 @torch.no_grad()
-def test_rollout_loss_by_hand(model: WorldModel) -> None:
+@pytest.mark.parametrize("loss", ["l1", "mse"])
+def test_rollout_loss_by_hand(model: WorldModel, loss: str) -> None:
     """One stretch of four corrected steps, two of them within the planning horizon."""
     corrector = make_corrector(model, "two_tower")
     data, _ = make_recording(model, [9])
@@ -392,11 +393,12 @@ def test_rollout_loss_by_hand(model: WorldModel) -> None:
         hidden = corrector.trunk(torch.cat([*hidden, step, x[3]], -1))  # type: ignore[operator]
         delta = corrector.gate(hidden).tanh() * (corrector.own(hidden) - planned)
         action = (planned + delta[0]).clamp(-1, 1)
-        total += float((action - data.teacher_action[2 + k]).abs().sum())
+        missed = action - data.teacher_action[2 + k]
+        total += float(missed.abs().sum() if loss == "l1" else missed.square().sum())
         total += 0.3 * float((action - planned).square().sum())
         z_pred = model.next(z_pred, action)
     u = unroll(model, corrector, data, torch.tensor([2]), torch.tensor([1]), 4)
-    assert float(correction_loss(u, 0.3)) == pytest.approx(total / 4, rel=1e-5)
+    assert float(correction_loss(u, 0.3, loss)) == pytest.approx(total / 4, rel=1e-5)
 
 
 @torch.no_grad()
@@ -449,6 +451,29 @@ def test_training_beats_the_plan_on_held_out_episodes(
         assert [row["update"] for row in csv.DictReader(file)] == ["20", "40", "60"]
     printed = capsys.readouterr().out
     assert f"{sum(errors.corrector) / 3:.4f}" in printed and "policy prior" in printed
+
+
+def test_the_loss_decides_what_is_learnt_and_the_errors_compare(model: WorldModel, tmp_path: Path) -> None:
+    """Where the teacher takes one end twice and the other once, the square's best answer lies between."""
+    data, _ = make_recording(model, [30] * 6)
+    often = torch.ones_like(data.teacher_action)
+    often[torch.arange(len(often)) % 3 == 0] = -1.0
+    data = data._replace(teacher_action=often, latent=data.latent[:1].expand_as(data.latent).contiguous())
+    config = CorrectorTrainConfig(
+        architecture="distilled", updates=150, rollout_steps=2, width=16, num_heads=2, lr=1e-2,
+        residual_coef=0.0,
+    )  # fmt: skip
+    answers, errors = {}, {}
+    for loss in ("l1", "mse"):
+        name = tmp_path / loss
+        corrector, found = train_corrector(model, data, replace(config, loss=loss), name)["distilled"]
+        u = unroll(model, corrector, data, torch.tensor([1]), torch.tensor([1]), 1)
+        answers[loss], errors[loss] = float(u.action.mean()), sum(found.corrector) / 2
+    assert answers["l1"] > 0.9 and abs(answers["mse"] - 1 / 3) < 0.2
+    # Both are L1 distances of six actions: 2 / 3 of all where the end is right, 8 / 9 between.
+    assert errors["l1"] == pytest.approx(6 * 2 / 3, abs=0.5) and errors["mse"] == pytest.approx(
+        6 * 8 / 9, abs=0.5
+    )
 
 
 def test_reported_errors_are_those_of_the_test_episodes(model: WorldModel, tmp_path: Path) -> None:
@@ -527,6 +552,7 @@ def test_impossible_training_is_refused(model: WorldModel, tmp_path: Path) -> No
         (CorrectorTrainConfig(updates=0), "updates=0"),
         (CorrectorTrainConfig(held_out_every=2), "at least 3"),
         (CorrectorTrainConfig(width=33), "width=33"),
+        (CorrectorTrainConfig(loss="huber"), "mse, l1"),
         (CorrectorTrainConfig(lr=0.0), "lr"),
         (CorrectorTrainConfig(lr=float("nan")), "lr"),
         (CorrectorTrainConfig(weight_decay=-1.0), "weight_decay"),

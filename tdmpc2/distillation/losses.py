@@ -16,6 +16,7 @@ The agent refines them, and its predicted latents follow that; here the correcto
 the planner would choose.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -98,7 +99,12 @@ def unroll(
     return Unrolled(action, planneds, teacher, inside)
 
 
-def action_error(action: Tensor, teacher: Tensor) -> Tensor:
+def squared_distance(action: Tensor, teacher: Tensor) -> Tensor:
+    """Squared Euclidean distance `[...]` of actions `[..., A]` to the teacher's: the paper's loss."""
+    return (action - teacher).square().sum(-1)
+
+
+def l1_distance(action: Tensor, teacher: Tensor) -> Tensor:
     """L1 distance `[...]` of actions `[..., A]` to the teacher's.
 
     Where the teacher takes now one end of an action's range and now the other, the square's best answer is
@@ -107,15 +113,22 @@ def action_error(action: Tensor, teacher: Tensor) -> Tensor:
     return (action - teacher).abs().sum(-1)
 
 
-def correction_loss(unrolled: Unrolled, residual_coef: float) -> Tensor:
-    """Mean over the steps of `||a_corr - a_teach||_1 + residual_coef ||delta_a||^2`, a scalar."""
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": squared_distance, "l1": l1_distance}
+
+
+def correction_loss(unrolled: Unrolled, residual_coef: float, loss: str) -> Tensor:
+    """Mean over the steps of `distance(a_corr, a_teach) + residual_coef ||delta_a||^2`, a scalar.
+
+    All three are sums over the action's dimensions; `loss` names one of `LOSSES`. Adam's steps do not
+    depend on the scale of a loss, so one learning rate serves both.
+    """
     u = unrolled
-    error = action_error(u.action, u.teacher)
+    error = LOSSES[loss](u.action, u.teacher)
     residual = (u.action - u.planned).square().sum(-1)
     return ((error + residual_coef * residual) * u.inside).sum() / u.inside.sum()
 
 
 def distance(action: Tensor, unrolled: Unrolled) -> Tensor:
-    """Mean L1 distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan."""
-    error = action_error(action, unrolled.teacher) * unrolled.inside
+    """Mean L1 distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan, for either loss."""
+    error = l1_distance(action, unrolled.teacher) * unrolled.inside
     return error.sum(1) / unrolled.inside.sum(1)

@@ -1,8 +1,9 @@
 """Training a corrector: batches of stretches drawn on the fly, judged on held-out episodes.
 
-The error is the mean L1 distance to the teacher's action over the steps after the first of each plan.
-On some episodes it chooses the best weights; of those it is reported on others, beside two references on
-the same steps: the plan executed as it is, and the policy prior at the real latent. The best weights are
+The error is the mean L1 distance to the teacher's action over the steps after the first of each plan,
+whatever loss is trained on, so that the errors of both losses compare. On some episodes it chooses the best
+weights; on others it is reported, beside two references on the same steps: the plan executed as it is, and
+the policy prior at the real latent. The best weights are
 on disk after every validation, and once the training is done the header of their file holds the errors.
 """
 
@@ -26,7 +27,7 @@ from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corr
 from ..errors import ConfigError, TDMPC2Error
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
-from .losses import Unrolled, correction_loss, distance, unroll
+from .losses import LOSSES, Unrolled, correction_loss, distance, unroll
 
 VALIDATION_STARTS = 256  # stretches that a validation looks at
 
@@ -39,6 +40,7 @@ class CorrectorTrainConfig:
     seed: int = 0
     updates: int = 600  # at most
     batch_size: int = 32  # stretches
+    loss: str = "l1"  # distance to the teacher's action: l1, or mse, the squared one of the paper
     rollout_steps: int = 24  # corrected steps of a stretch
     rollout_coef: float = 1.0  # weight of the rollout loss beside the distillation loss
     residual_coef: float = 1e-3  # lambda: weight of ||delta_a||^2
@@ -75,6 +77,8 @@ def check(config: CorrectorTrainConfig) -> None:
     at_least(1, c, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
     at_least(3, c, "held_out_every")
     at_least(0, c, "rollout_coef", "residual_coef", "weight_decay")
+    if c.loss not in LOSSES:
+        raise ConfigError(f"loss={c.loss!r}: choose one of {', '.join(LOSSES)}")
     if not 0 < c.lr < math.inf:
         raise ConfigError(f"lr={c.lr}: must be positive and finite")
     for name in _names(c):
@@ -183,11 +187,11 @@ def _train(
             start = starts[torch.randint(len(starts), (c.batch_size,), generator=generator)]
             earlier = torch.randint(1, steps + 2, start.shape, generator=generator).to(device)
             loss = c.rollout_coef * correction_loss(
-                unroll(model, corrector, data, start, earlier, steps), c.residual_coef
+                unroll(model, corrector, data, start, earlier, steps), c.residual_coef, c.loss
             )
             if recorded := min(horizon - 1, steps):
                 unrolled = unroll(model, corrector, data, start, earlier, recorded, own_actions=False)
-                loss = loss + correction_loss(unrolled, c.residual_coef)
+                loss = loss + correction_loss(unrolled, c.residual_coef, c.loss)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
