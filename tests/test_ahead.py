@@ -5,13 +5,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import tdmpc2
+from tdmpc2.agent import TDMPC2, SpeculativeAgent
+from tdmpc2.config import COMPILED, CorrectorConfig, PlannerConfig, SpeculationConfig, WorldModelConfig
+from tdmpc2.corrector import build_corrector
 from tdmpc2.inference import AheadOfTime
 from tdmpc2.inference.ahead import KEPT
+from tdmpc2.world_model import WorldModel
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +88,38 @@ def test_a_damaged_library_is_made_anew_and_an_unused_one_goes(libraries: Path) 
     library.write_bytes(whole[: len(whole) // 2])
     torch.testing.assert_close(ahead_of(module)(x), module(x))
     assert library.stat().st_size > len(whole) // 2
+
+
+@pytest.mark.parametrize("tasks", [{}, dict(num_tasks=2, task_dim=8, action_dims=(3, 2))])
+@pytest.mark.parametrize("architecture", ["two_tower", "temporal", "distilled"])
+def test_a_library_depends_on_the_sources_that_are_compiled(architecture, tasks, monkeypatch) -> None:
+    """All code of the package that runs when a function is traced is in its sources; no other is."""
+    ran: dict[AheadOfTime, set[str]] = {}
+
+    def traced(self: AheadOfTime, *args: Any, **kwargs: Any) -> Any:
+        paths = ran.setdefault(self, set())
+        sys.setprofile(lambda frame, *_: paths.add(frame.f_code.co_filename))
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(AheadOfTime, "__call__", traced)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    sizes = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_q=3, num_bins=5)
+    model = WorldModel(WorldModelConfig((5,), 3, **sizes, episodic=True, **tasks)).eval()
+    teacher = TDMPC2(model, PlannerConfig(2, 1, 8, 4, 2), task=0 if tasks else None, compute=COMPILED)
+    corrector = build_corrector(CorrectorConfig(16, 3, architecture)).eval()
+    SpeculativeAgent(teacher, SpeculationConfig(corrector=architecture), corrector).act(np.zeros(5))
+    planner, step = ran
+    package = str(Path(tdmpc2.__file__).parent)
+    for function, paths in ran.items():
+        assert {path for path in paths if path.startswith(package)} <= set(function.sources())
+    only = [
+        {Path(path).name for path in one.sources()} - {Path(path).name for path in other.sources()}
+        for one, other in ((planner, step), (step, planner))
+    ]
+    assert only == [{"planner.py"}, {"agent.py", "corrector.py"}]
 
 
 def test_others_that_compile_at_the_same_time_see_nothing_of_it(

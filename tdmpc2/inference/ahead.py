@@ -26,12 +26,27 @@ from .compiled import OPTIONS, announced, stays_uncompiled
 
 Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
+
+def _digest(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+PACKAGE = Path(__file__).parents[1]
 # Read when it is imported: what is on disk later may not be what runs.
-SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
-).hexdigest()
+SOURCES = {str(path): _digest(path) for path in PACKAGE.rglob("*.py")}
+# What every compiled function may call. Its own file, and those of the types it reads, are added to these.
+CALLED = (
+    "inference/ahead",
+    "inference/compiled",
+    "inference/fast_model",
+    "inference/weights",
+    "refine",
+    "world_model/layers",
+    "world_model/model",
+    "world_model/two_hot",
+)
 KEPT = 30 * 24 * 3600.0  # seconds that a library is kept without being loaded
-VERSIONED = ("builtins", "torch", __name__.split(".")[0])  # code that `_machine` names the version of
+VERSIONED = ("builtins", "torch")  # code that `_machine` names the version of
 
 
 class AheadOfTime:
@@ -131,15 +146,21 @@ class AheadOfTime:
 
     def _code(self) -> list[object]:
         """What is compiled: the function, and the types of what it is of and of the modules it reads."""
-        owners = [getattr(self._function, "__self__", None), *self._caller.modules()]
-        code: set[Any] = {self._function, *(c for owner in owners for c in type(owner).__mro__)}
-        foreign = {inspect.getfile(c) for c in code if c.__module__.split(".")[0] not in VERSIONED}
         return [
             (self._function.__module__, self._function.__qualname__),
-            [(type(m).__module__, type(m).__qualname__) for m in owners],
+            [(type(m).__module__, type(m).__qualname__) for m in self._owners()],
             [m.training for m in self._caller.modules()],
-            [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(foreign)],
+            [SOURCES.get(path) or _digest(path) for path in self.sources()],
         ]
+
+    def sources(self) -> list[str]:
+        """The files whose code is compiled, sorted: a library is made anew where one of them changes."""
+        code: set[Any] = {self._function, *(c for owner in self._owners() for c in type(owner).__mro__)}
+        own = {inspect.getfile(c) for c in code if c.__module__.split(".")[0] not in VERSIONED}
+        return sorted(own | {str(PACKAGE / f"{name}.py") for name in CALLED})
+
+    def _owners(self) -> list[object]:
+        return [getattr(self._function, "__self__", None), *self._caller.modules()]
 
 
 class _Baked(AssertionError):
@@ -190,4 +211,4 @@ def _open(path: Path) -> Run:
 @lru_cache
 def _machine() -> tuple[object, ...]:
     """What every library of a process depends on."""
-    return SOURCES, torch.__version__, sorted(torch.cpu.get_capabilities().items()), OPTIONS
+    return torch.__version__, sorted(torch.cpu.get_capabilities().items()), OPTIONS
