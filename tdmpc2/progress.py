@@ -1,0 +1,173 @@
+"""What long work shows while it runs: bars on a terminal, a line at intervals elsewhere, or nothing.
+
+    with Progress(Console()) as progress:
+        with progress.add("training", total=500_000, unit="steps") as stage:
+            stage.advance()
+            stage.note("return 512.3")
+        progress.print("the teacher is in runs/walker-walk/1")
+
+Whoever works reports to the `Progress` that it is given, and knows no display. A stage that has ended leaves
+one line.
+"""
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+INTERVAL = 30.0  # seconds between two lines of a running stage
+
+
+class Stage:
+    """A piece of work with a name; made by `Progress.add`. As a context manager it ends itself."""
+
+    def __init__(self, bars: rich.progress.Progress, task: rich.progress.Task, print_: Callable[[str], None]):
+        self._bars, self._task, self._print = bars, task, print_
+
+    def advance(self, done: float = 1) -> None:
+        """So much more is done."""
+        self._bars.advance(self._task.id, done)
+
+    def at(self, done: float, total: float | None = None) -> None:
+        """So much is done in all, of `total` where that has become known."""
+        self._bars.update(self._task.id, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """What the work is at, e.g. "return 512.3"; 30 characters fit on a terminal."""
+        self._bars.update(self._task.id, note=text)
+
+    def end(self, line: str | None = None) -> None:
+        """Leave `line`, or else how far the stage came and its note; nothing where it has ended before."""
+        if self._task.id in self._bars.task_ids:
+            self._bars.remove_task(self._task.id)
+            self._print(_line(self._task, f"in {_duration(self._task.elapsed)}") if line is None else line)
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+class Progress:
+    """The display of running stages, a context manager.
+
+    Args:
+        console: where; None: nowhere. Bars where it is a terminal, else lines.
+        interval: seconds between two lines of a stage that is still running.
+    """
+
+    def __init__(self, console: Console | None = None, interval: float = INTERVAL):
+        self._console, self._interval = console, interval
+        bars = console is not None and console.is_interactive
+        self._bars = rich.progress.Progress(
+            TextColumn("{task.description}"),
+            # The bar takes what is left of a line, so a narrow terminal cuts the bar and not the text.
+            BarColumn(None, table_column=Column(ratio=1)),
+            _Count(),
+            TextColumn("{task.fields[note]}", markup=False),
+            _Pace(),
+            console=console,
+            expand=True,
+            transient=True,
+            disable=not bars,
+            speed_estimate_period=120,
+        )
+        self._over = threading.Event()
+        lines = console is not None and not bars
+        self._teller = threading.Thread(target=self._tell, daemon=True) if lines else None
+
+    def add(self, name: str, total: float | None = None, *, unit: str = "", done: float = 0) -> Stage:
+        """Begin a stage.
+
+        Args:
+            name: e.g. "pretraining".
+            total: how much there is to do; None: not known.
+            unit: what is counted, e.g. "updates".
+            done: how much of it was done before.
+        """
+        task_id = self._bars.add_task(name, total=total, completed=int(done), note="", unit=unit)
+        task = next(task for task in self._bars.tasks if task.id == task_id)
+        if self._teller is not None:
+            self.print(_line(task))
+        return Stage(self._bars, task, self.print)
+
+    def print(self, line: str) -> None:
+        """Show a line that stays."""
+        if self._console is not None:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "Progress":
+        self._bars.start()
+        if self._teller is not None:
+            self._teller.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._over.set()
+        for task in self._bars.tasks:
+            Stage(self._bars, task, self.print).end()
+        self._bars.stop()
+
+    def _tell(self) -> None:
+        """Print the running stages again and again, also while one of them does not advance."""
+        while not self._over.wait(self._interval):
+            for task in self._bars.tasks:
+                self.print(_line(task, _left(task)))
+
+
+class _Count(rich.progress.ProgressColumn):
+    """`12,345/500,000`"""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}{total}")
+
+
+class _Pace(rich.progress.ProgressColumn):
+    """`9.8/s 13:28:22`: speed, and the time left or, where that is not known, spent."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        seconds = task.elapsed if task.time_remaining is None else task.time_remaining
+        return Text(f"{_speed(task)} {_duration(seconds)}".lstrip())
+
+
+def _line(task: rich.progress.Task, time: str = "") -> str:
+    """`training: 12,345 of 500,000 steps, return 512.3, 9.8/s, 13:28:22 left`"""
+    total = "" if task.total is None else f" of {task.total:,.0f}"
+    count = f"{task.completed:,.0f}{total} {task.fields['unit']}".rstrip()
+    return f"{task.description}: " + ", ".join(filter(None, [count, task.fields["note"], _speed(task), time]))
+
+
+def _left(task: rich.progress.Task) -> str:
+    if task.time_remaining is None:
+        return f"{_duration(task.elapsed)} so far"
+    return f"{_duration(task.time_remaining)} left"
+
+
+def _speed(task: rich.progress.Task) -> str:
+    speed = task.finished_speed or task.speed
+    return "" if not speed else f"{speed:.1f}/s" if speed < 10 else f"{speed:,.0f}/s"
+
+
+def _duration(seconds: float | None) -> str:
+    return str(timedelta(seconds=int(seconds or 0)))
+
+
+SILENT = Progress()
