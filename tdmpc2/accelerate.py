@@ -35,11 +35,10 @@ from .evaluation.evaluate import (
     Subject,
     check_evaluation,
     check_unseen,
-    difference,
     evaluate,
 )
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
-from .files import in_use, read_json, write_json
+from .files import difference, in_use, read_json, write_json
 from .teacher import Teacher, open_teacher
 from .world_model import save_world_model
 

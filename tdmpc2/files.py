@@ -123,6 +123,20 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from e
 
 
+def difference(earlier: Any, now: Any) -> str:
+    """The first setting in which two JSON objects differ, in words; "" where they do not."""
+    if not isinstance(earlier, dict):
+        return "no settings at all"
+    for name in sorted(earlier.keys() | now.keys()):
+        before, after = earlier.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            if inner := difference(before, after):
+                return inner
+        elif before != after:
+            return f"{name}={json.dumps(before)}, not {json.dumps(after)}"
+    return ""
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write a file of tensors, whole or not at all.
 

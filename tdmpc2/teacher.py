@@ -1,5 +1,6 @@
 """A teacher on its task: what every script opens first, from which agents and environments are made."""
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ from .agent import TDMPC2, read_teacher, saved_compute
 from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
+from .envs.guard import closed_on_error
 from .errors import CheckpointError
 from .world_model import WorldModel, fingerprint
 from .world_model.checkpoint import published_task_index, saved_config
@@ -42,11 +44,12 @@ class Teacher:
         """An environment of the task, in the shapes that the model takes."""
         config = self.model.config
         env: gym.Env = make_env(self.task, obs="rgb" if config.pixels else "state")
-        if self.disturbance is not None:
-            env = Disturbed(env, *self.disturbance)
-        if self.task_index is None:
-            return env
-        return PadForModel(env, config.obs_shape[0], config.action_dim)
+        with closed_on_error(env):
+            if self.disturbance is not None:
+                env = Disturbed(env, *self.disturbance)
+            if self.task_index is not None:
+                env = PadForModel(env, config.obs_shape[0], config.action_dim)
+        return env
 
     def disturbed(self, kind: str, strength: float) -> "Teacher":
         """The same teacher in a world that is not as modelled.
@@ -79,11 +82,12 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
     compute = ComputeConfig(precision=precision, compile=budget.compile)
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
-    env = make_env(task, obs="rgb" if config.pixels else "state")
+    with closing(make_env(task, obs="rgb" if config.pixels else "state")) as env:
+        obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
+        discount = discount_of(max_episode_steps(env))
     made_for = saved_config(checkpoint).get("task", task)
     if not same_task(made_for, task):
         raise CheckpointError(f"{checkpoint} was made for {made_for}; {task} is another task")
-    obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
     assert obs_shape is not None
     expected: tuple[tuple[int, ...], tuple[int, ...]]
     expected = (config.obs_shape, (config.action_dim,))
@@ -94,6 +98,4 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
             f"{checkpoint} was made for observations {config.obs_shape} and actions {expected[1]}, "
             f"{task} has {obs_shape} and {action_shape}: it is of another task"
         )
-    discount = discount_of(max_episode_steps(env))
-    env.close()
     return Teacher(task, model, budget.apply(planner), discount, fingerprint(model), index, compute)

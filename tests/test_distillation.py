@@ -1,6 +1,7 @@
 """Distillation: shards, collecting, replayed stretches against the agent, losses, training."""
 
 import csv
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from tdmpc2.config import EAGER, TEACHER, CorrectorConfig, PlannerConfig, Specul
 from tdmpc2.corrector import BaseCorrector, History, build_corrector, load_corrector, read_header
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.collect import BURST_EVERY, BURST_STEPS, Bursts
-from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts
+from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts, write_shard
 from tdmpc2.distillation.losses import correction_loss, unroll
 from tdmpc2.errors import ConfigError, DataError, TDMPC2Error
+from tdmpc2.evaluation.rollout import measure_latency, random_returns, rollout
+from tdmpc2.files import LOCK, in_use
 from tdmpc2.planner import Plan
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import WorldModel, fingerprint
@@ -102,7 +105,7 @@ def make_recording(
     recording = Recording(
         latent=latent,
         plan=plan,
-        drawn=torch.zeros(n, ACTION),
+        sampled=torch.zeros(n, ACTION),
         teacher_action=label,
         first=first,
         last=last,
@@ -123,34 +126,38 @@ def shards(teacher: Drifting, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards_hold_whole_episodes_with_labels(shards: Path, model: WorldModel) -> None:
-    paths = sorted(shards.iterdir())
+    paths = sorted(shards.glob("*.safetensors"))
     assert [p.name for p in paths] == [f"shard-000000{s}.safetensors" for s in (40, 42, 44)]
-    tensors, header = read_shard(paths[0], fingerprint(model))
-    assert header["task"] == "drift" and header["seeds"] == [40, 41]
-    assert header["planner"]["num_samples"] == 16
-    lengths = []
-    for seed in (40, 41):
-        env = Drift()
-        env.reset(seed=seed)
-        lengths.append(env.length)
-    ends = tensors["episode_end"]
-    assert ends.nonzero().squeeze(1).tolist() == [lengths[0] - 1, sum(lengths) - 1]
-    assert [ends[lengths[0] - 1], ends[-1]] == [2 if n % 2 == 0 else 1 for n in lengths]
-    # The environment's own dynamics tie obs, action and reward together.
-    obs, action = tensors["obs"], tensors["action"]
-    following = 0.9 * obs + action.repeat(1, OBS // ACTION)
-    inner = ends == 0
-    torch.testing.assert_close(following[inner], obs[1:][inner[:-1]])
-    torch.testing.assert_close(following.mean(1), tensors["reward"])
-    # Latents, plans and labels are of the same step.
-    torch.testing.assert_close(model.encode(obs), tensors["latent"])
-    assert torch.equal(action, tensors["drawn"])  # the teacher acted
-    assert not torch.equal(action, tensors["plan"][:, 0])  # plans are the mean, not the draw
+    seen = set()
+    for path, seeds in zip(paths, ([40, 41], [42, 43], [44]), strict=True):
+        tensors, header = read_shard(path, fingerprint(model))
+        assert header["task"] == "drift" and header["seeds"] == seeds
+        assert header["planner"]["num_samples"] == 16
+        # The recorded actions, executed again, lead to the recorded latents, rewards and ends.
+        latents, rewards, ends = [], [], []
+        actions = iter(tensors["action"])
+        for seed in seeds:
+            env, end = Drift(), 0
+            obs, _ = env.reset(seed=seed)
+            while not end:
+                latents.append(torch.from_numpy(obs))
+                obs, reward, terminated, truncated, _ = env.step(next(actions).numpy())
+                end = 2 if terminated else int(truncated)
+                rewards.append(reward)
+                ends.append(end)
+        assert next(actions, None) is None
+        assert tensors["episode_end"].tolist() == ends
+        torch.testing.assert_close(tensors["reward"], torch.tensor(rewards))
+        torch.testing.assert_close(tensors["latent"], model.encode(torch.stack(latents)))
+        assert torch.equal(tensors["action"], tensors["sampled"])  # the teacher acted
+        assert not torch.equal(tensors["action"], tensors["plan"][:, 0])  # plans are the mean
+        seen.update(ends)
+    assert seen == {0, 1, 2}
 
 
 def test_load_shards_reads_all_folders_within(shards: Path, model: WorldModel) -> None:
     data = load_shards(shards.parent, fingerprint(model))
-    lengths = [len(read_shard(p)[0]["reward"]) for p in sorted(shards.iterdir())]
+    lengths = [len(read_shard(p)[0]["reward"]) for p in sorted(shards.glob("*.safetensors"))]
     assert len(data.latent) == sum(lengths) == len(data.first) == len(data.last)
     assert len(data.first.unique()) == 5
 
@@ -174,15 +181,102 @@ def test_damaged_and_foreign_shards_are_refused(
     with pytest.raises(DataError, match="damaged"):  # nor is it taken for collected
         collect(teacher, tmp_path, episodes=2, seed=40, num_envs=2)
     save_file(load_file(shards / name), tmp_path / name, metadata={"older-data-0": "{}"})
-    with pytest.raises(DataError, match="schema"):
+    with pytest.raises(DataError, match="something else: delete it and collect it again"):
         load_shards(tmp_path, fingerprint(model))
+
+
+def longer(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor[-1:]])
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "fault"),
+    [
+        ({"seeds": None}, {}, "its header has no seeds"),
+        ({"seeds": ["x", "y"]}, {}, "distinct whole numbers"),
+        ({"seeds": [True, 2]}, {}, "distinct whole numbers"),
+        ({"seeds": [2**70, 1]}, {}, "distinct whole numbers"),
+        ({"seeds": [40, 40]}, {}, "distinct whole numbers"),
+        ({"seeds": [40]}, {}, "2 episodes and 1 seeds"),
+        ({"planner": []}, {}, "its header has no planner"),
+        ({"task_index": True}, {}, "its header has no task_index"),
+        ({"teacher": 5}, {}, "its header has no teacher"),
+        ({}, {"reward": None}, "it holds action"),
+        ({}, {"latent": Tensor.bfloat16}, "its latent is torch.bfloat16"),
+        ({}, {"episode_end": Tensor.float}, "its episode_end is torch.float32"),
+        ({}, {"plan": lambda x: x[:, 0]}, "its plan is"),
+        ({}, {"reward": longer}, "its reward is"),
+        ({}, {"action": lambda x: x[:, 1:]}, "its action is"),
+        ({}, {"episode_end": lambda x: x * 0}, "0 episodes and 2 seeds"),
+        ({}, {"episode_end": lambda x: x.roll(1)}, "2 episodes and 2 seeds"),
+        ({}, {"latent": lambda x: x * torch.nan}, "its latent is not finite"),
+    ],
+)
+def test_shards_with_wrong_contents_are_refused(
+    shards: Path, tmp_path: Path, model: WorldModel, header: dict, tensors: dict, fault: str
+) -> None:
+    """Their digest is right: somebody wrote them so."""
+    name = "shard-00000040.safetensors"
+    right, about = read_shard(shards / name)
+    for key, change in tensors.items():
+        if change is None:
+            del right[key]
+        else:
+            right[key] = change(right[key])
+    write_shard(tmp_path / name, right, {**about, **header})
+    with pytest.raises(DataError, match=f"{name} is damaged, .*{fault}.*: delete it and collect it again"):
+        load_shards(tmp_path, fingerprint(model))
+
+
+@pytest.mark.parametrize("header", [[1], "x", {"task": "drift"}])
+def test_shards_whose_header_is_something_else_are_refused(
+    shards: Path, tmp_path: Path, model: WorldModel, header: object
+) -> None:
+    name = "shard-00000040.safetensors"
+    save_file(load_file(shards / name), tmp_path / name, metadata={"tdmpc2": json.dumps(header)})
+    with pytest.raises(DataError, match="damaged or something else"):
+        load_shards(tmp_path, fingerprint(model))
+
+
+def test_shards_of_different_shapes_do_not_mix(shards: Path, tmp_path: Path, model: WorldModel) -> None:
+    right, about = read_shard(shards / "shard-00000040.safetensors")
+    for first, tensors in ((40, right), (90, {**right, "latent": right["latent"][:, 1:]})):
+        write_shard(
+            tmp_path / f"shard-{first:08d}.safetensors", tensors, {**about, "seeds": [first, first + 1]}
+        )
+    with pytest.raises(DataError, match="differ: shapes="):
+        load_shards(tmp_path, fingerprint(model))
+
+
+def test_shards_of_pixels_hold_no_frames(tmp_path: Path) -> None:
+    """Three frames of 64 times 64 pixels would be 37 kB a step."""
+    model = load_world_model(Path(__file__).parent / "fixtures" / "official" / "rgb_small.pt")
+    shape = model.config.obs_shape
+
+    class Film(Drift):
+        observation_space = Box(0, 255, shape, np.uint8)
+        action_space = Box(-1, 1, (model.config.action_dim,), np.float32)
+
+        def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
+            _, info = super().reset(**options)
+            return self.np_random.integers(0, 256, shape).astype(np.uint8), info
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            _, *happened = super().step(action)
+            return self.np_random.integers(0, 256, shape).astype(np.uint8), *happened
+
+    teacher = Drifting("film", model, BUDGET, 0.99, fingerprint(model), None, EAGER)
+    object.__setattr__(teacher, "env_class", Film)
+    (path,) = collect(teacher, tmp_path, episodes=1)
+    tensors, _ = read_shard(path)
+    assert path.stat().st_size < 4096 * len(tensors["reward"])
 
 
 def test_shards_of_different_budgets_do_not_mix(teacher: Drifting, shards: Path, tmp_path: Path) -> None:
     bigger = PlannerConfig(**{**vars(BUDGET), "num_samples": 24})
     collect(teacher, tmp_path / "a", episodes=1)
     collect(replace(teacher, planner=bigger), tmp_path / "b", episodes=1)
-    with pytest.raises(DataError, match="planner"):
+    with pytest.raises(DataError, match="differ: num_samples=16, not 24; collect them into folders of"):
         load_shards(tmp_path, fingerprint(teacher.model))
 
 
@@ -218,13 +312,13 @@ def test_resumed_collecting_equals_uninterrupted(teacher: Drifting, tmp_path: Pa
     killed = tmp_path / "killed"
     with pytest.raises(KilledError):
         collect(dying, killed, **options)
-    before = {p.name: p.read_bytes() for p in killed.iterdir()}
+    before = {p.name: p.read_bytes() for p in killed.glob("*.safetensors")}
     assert 1 <= len(before) < 3
     paths = collect(teacher, killed, **options)
     assert len(paths) == 3
     for path in paths:
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
-    assert before.items() <= {p.name: p.read_bytes() for p in killed.iterdir()}.items()
+    assert before.items() <= {p.name: p.read_bytes() for p in killed.glob("*.safetensors")}.items()
 
     with pytest.raises(DataError, match="behaviours"):  # other settings, same folder
         collect(teacher, killed, episodes=5, num_envs=2)
@@ -241,7 +335,7 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
     plans, action = tensors["plan"], tensors["action"]
     for i in range(len(first)):
         t, taught = i - int(first[i]), first[i] == 0
-        expected = tensors["drawn"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
+        expected = tensors["sampled"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
 
 
@@ -263,7 +357,7 @@ def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: P
     burst = Bursts(0)
     assert header["bursts"]
     assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
-    assert (tensors["action"] != tensors["drawn"]).all()
+    assert (tensors["action"] != tensors["sampled"]).all()
     assert tensors["plan"].abs().sum() > 0
 
 
@@ -271,8 +365,65 @@ def test_impossible_collecting_is_refused(teacher: Drifting, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="no such corrector"):
         behaviours = [SpeculationConfig(corrector="two_tower")]
         collect(teacher, tmp_path, episodes=1, behaviours=behaviours)
-    with pytest.raises(ConfigError, match="positive"):
-        collect(teacher, tmp_path, episodes=0)
+    for mistake in ({"episodes": 0}, {"episodes": 1, "num_envs": 0}, {"episodes": 1, "seed": -1}):
+        with pytest.raises(ConfigError, match="seed at least 0"):
+            collect(teacher, tmp_path / "out", **mistake)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_behaviours_with_thresholds_go_on(teacher: Drifting, tmp_path: Path) -> None:
+    """JSON makes lists of tuples; that is no other setting."""
+    behaviour = SpeculationConfig(execution_horizon=2, threshold=(0.5, 1.0))
+    for _ in range(2):
+        collect(teacher, tmp_path, episodes=1, behaviours=[behaviour])
+    with pytest.raises(DataError, match=r"behaviours=.*choose another folder"):
+        collect(teacher, tmp_path, episodes=1, behaviours=[replace(behaviour, threshold=(0.5,))])
+
+
+@pytest.mark.parametrize("fails", ["in the second environment", "in a step"])
+def test_environments_are_closed_when_one_fails(teacher: Drifting, tmp_path: Path, fails: str) -> None:
+    made: list[Drift] = []
+    closed: list[Drift] = []
+
+    class Failing(Drift):
+        def __init__(self) -> None:
+            if len(made) and fails == "in the second environment":
+                raise KilledError
+            made.append(self)
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            raise KilledError
+
+        def close(self) -> None:
+            closed.append(self)
+
+    failing = replace(teacher)
+    object.__setattr__(failing, "env_class", Failing)
+    two, one = (SpeculativeAgent(failing.agent(n), TEACHER) for n in (2, 1))
+    with pytest.raises(KilledError):
+        collect(failing, tmp_path, episodes=2)
+    assert made and sorted(map(id, closed)) == sorted(map(id, made))
+    for run in (
+        lambda: rollout(two, failing.env, [0, 1]),
+        lambda: random_returns(failing.env, [0, 1]),
+        lambda: measure_latency({"a": one, "b": one}, failing.env, 0, 3),
+    ):
+        made.clear()
+        closed.clear()
+        with pytest.raises(KilledError):
+            run()
+        assert made and sorted(map(id, closed)) == sorted(map(id, made))
+
+
+@pytest.mark.parametrize("work", ["collecting", "training"])
+def test_a_folder_in_use_is_left_alone(teacher: Drifting, tmp_path: Path, work: str) -> None:
+    data, _ = make_recording(teacher.model, [4, 4, 4])
+    with in_use(tmp_path), pytest.raises(ConfigError, match="in use by another process"):
+        if work == "collecting":
+            collect(teacher, tmp_path, episodes=1)
+        else:
+            train_corrector(teacher.model, data, CorrectorTrainConfig(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [LOCK]
 
 
 # --- stretches
@@ -297,9 +448,12 @@ def test_split(model: WorldModel) -> None:
     data, _ = make_recording(model, [2, 2, 2])
     shares = split_starts(data._replace(seed=data.seed + 3), 5)  # seeds 3, 4 and 5
     assert [share.tolist() for share in shares] == [[2], [0], [4]]
-    with pytest.raises(DataError, match="2 episodes"):
+    with pytest.raises(DataError, match="2 episodes were collected, and 2 of them"):
         few, _ = make_recording(model, [3, 3])
         split_starts(few, 5)
+    with pytest.raises(DataError, match="3 episodes were collected, and 0 of them have the two steps"):
+        short, _ = make_recording(model, [1, 1, 1])
+        split_starts(short, 5)
 
 
 def test_later_data_leaves_the_split(teacher: Drifting, tmp_path: Path) -> None:
@@ -460,7 +614,7 @@ def test_the_loss_decides_what_is_learnt_and_the_errors_compare(model: WorldMode
     often[torch.arange(len(often)) % 3 == 0] = -1.0
     data = data._replace(teacher_action=often, latent=data.latent[:1].expand_as(data.latent).contiguous())
     config = CorrectorTrainConfig(
-        architecture="distilled", updates=150, rollout_steps=2, width=16, num_heads=2, lr=1e-2,
+        architecture="distilled", updates=80, rollout_steps=2, width=16, num_heads=2, lr=3e-2,
         residual_coef=0.0,
     )  # fmt: skip
     answers, errors = {}, {}
@@ -534,6 +688,18 @@ def test_episodes_shorter_than_a_stretch(model: WorldModel, tmp_path: Path) -> N
     assert all(len(values) == 3 and np.isfinite(values).all() for values in errors)
 
 
+def test_judged_are_every_so_many_starts(model: WorldModel, tmp_path: Path) -> None:
+    """Of 512 held-out starts every second; the only one with two steps after it is not among them."""
+    held_out = [2, 3, *[2] * 509]  # steps
+    lengths = [*held_out, *held_out, 4, 4]
+    data, _ = make_recording(model, lengths)
+    seed = torch.tensor([0] * 511 + [1] * 511 + [2, 3])  # for the test, for validation, for training
+    data = data._replace(seed=seed.repeat_interleave(torch.tensor(lengths)))
+    config = CorrectorTrainConfig(architecture="two_tower", updates=1, rollout_steps=9, width=16, num_heads=2)
+    errors = train_corrector(model, data, config, tmp_path)["two_tower"].errors
+    assert all(len(values) == 1 and np.isfinite(values).all() for values in errors)
+
+
 def test_divergence_is_named_and_leaves_no_old_corrector(model: WorldModel, tmp_path: Path) -> None:
     data, _ = make_recording(model, [6] * 5)
     config = CorrectorTrainConfig(architecture="two_tower", updates=2, rollout_steps=2, width=32, num_heads=2)
@@ -562,5 +728,16 @@ def test_impossible_training_is_refused(model: WorldModel, tmp_path: Path) -> No
             train_corrector(model, data, config, tmp_path)
     assert not list(tmp_path.iterdir())
     data, _ = make_recording(model, [8, 8, 1])
-    with pytest.raises(DataError, match="2 episodes"):
-        train_corrector(model, data, CorrectorTrainConfig(), tmp_path)
+    with pytest.raises(DataError, match="3 episodes were collected, and 2 of them"):
+        train_corrector(model, data, CorrectorTrainConfig(), tmp_path / "few")
+
+
+def test_episodes_of_another_model_are_refused(model: WorldModel, tmp_path: Path) -> None:
+    data, _ = make_recording(model, [4, 4, 4])
+    for other in (
+        data._replace(latent=data.latent[:, 1:]),
+        data._replace(plan=data.plan[..., 1:]),
+        data._replace(task=torch.tensor(0)),
+    ):
+        with pytest.raises(DataError, match="of another model"):
+            train_corrector(model, other, CorrectorTrainConfig(), tmp_path)

@@ -1,11 +1,20 @@
 """Disturbed environments: they disturb, alike for everyone, and leave nothing behind."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tdmpc2 import make_env
+from tdmpc2.config import BudgetOverride
 from tdmpc2.envs.disturb import KINDS, Disturbed
-from tdmpc2.errors import ConfigError, TaskError
+from tdmpc2.envs.dmc import DmControl
+from tdmpc2.errors import CheckpointError, ConfigError, TaskError
+from tdmpc2.teacher import Teacher, open_teacher
+
+TEACHER = str(Path(__file__).parent / "fixtures/official/state_small.pt")
 
 STEPS = 120
 
@@ -85,3 +94,26 @@ def test_wrong_use() -> None:
         Disturbed(make_env("cup-catch"), next(iter(KINDS)), -1.0)
     with pytest.raises(TaskError, match="MuJoCo"):
         Disturbed(make_env("BipedalWalker-v3"), "mass", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (TaskError, lambda teacher: replace(teacher, task="cartpole-swingup").disturbed("friction", 0.5)),
+        (ConfigError, lambda teacher: teacher.disturbed("pusch", 0.5)),
+        (CheckpointError, lambda teacher: open_teacher("cartpole-swingup", TEACHER, BudgetOverride())),
+        (ValueError, lambda teacher: replace(teacher, task_index=[]).env()),  # padding fails
+    ],
+)
+def test_a_refused_environment_is_closed(
+    error: type[Exception], refused: Callable[[Teacher], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, closed = [], []
+    init, close = DmControl.__init__, DmControl.close
+    monkeypatch.setattr(DmControl, "__init__", lambda self, *a: made.append(self) or init(self, *a))
+    monkeypatch.setattr(DmControl, "close", lambda self: closed.append(self) or close(self))
+    monkeypatch.setattr("tdmpc2.teacher.PadForModel", lambda *a: int("x"))
+    teacher = open_teacher("walker-walk", TEACHER, BudgetOverride())
+    with pytest.raises(error):
+        refused(teacher)
+    assert len(made) == 2 and closed == made

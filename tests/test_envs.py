@@ -332,9 +332,13 @@ def test_what_goes_wrong_inside_comes_out_as_one_named_line(
     assert task in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_user_s_environment_needs_a_time_limit(user_env: Callable[..., str]) -> None:
+def test_a_user_s_environment_needs_a_time_limit(
+    user_env: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    closes = "MyEnv.close = lambda self: print('closed')"
     with pytest.raises(TaskError, match="max_episode_steps"):
-        make_env(user_env(limit=""))
+        make_env(user_env(closes, limit=""))
+    assert capsys.readouterr().out == "closed\n", "it is closed when it is refused"
 
 
 def test_a_simulation_that_blows_up_is_an_environment_failure() -> None:

@@ -10,8 +10,10 @@ the teacher's own episodes; other behaviours go where a speculative agent goes. 
 take an agent to where a push would: how to come back is in the labels too.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from ..config import TEACHER, SpeculationConfig
 from ..corrector import BaseCorrector
 from ..envs import max_episode_steps
 from ..errors import ConfigError, DataError
+from ..files import difference, in_use
 from ..planner import Plan
 from ..teacher import Teacher
 from ..world_model.checkpoint import fingerprint
@@ -61,17 +64,19 @@ def collect(
         bursts: whether random actions are executed now and then.
 
     Raises:
-        ConfigError: a number is not positive, or a behaviour names a corrector that is not there.
+        ConfigError: a number is not positive, a behaviour names a corrector that is not there, or another
+            process is at work in `out`.
         DataError: `out` holds a shard of these seeds that is damaged or was collected otherwise.
+        FileError: `out` cannot be written.
     """
     correctors = correctors or {}
-    if min(episodes, num_envs, len(behaviours)) < 1:
-        raise ConfigError("episodes, num_envs and the number of behaviours must be positive")
+    if min(episodes, num_envs, len(behaviours)) < 1 or seed < 0:
+        raise ConfigError(
+            "episodes, num_envs and the number of behaviours must be positive, and seed at least 0"
+        )
     for behaviour in behaviours:
         if behaviour.corrector and behaviour.corrector not in correctors:
             raise ConfigError(f"corrector={behaviour.corrector!r}: there is no such corrector here")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     header = {
         "task": teacher.task,
         "task_index": teacher.task_index,
@@ -81,33 +86,34 @@ def collect(
         "behaviours": [_describe(b, correctors) for b in behaviours],
         "bursts": bursts,
     }
+    header = json.loads(json.dumps(header))  # as it is read back, without tuples
     envs: list[gym.Env] = []
     paths = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
-            bar = progress.add_task("collecting", total=None, status="")
-            for first in range(seed, seed + episodes, num_envs):
-                seeds = list(range(first, min(first + num_envs, seed + episodes)))
-                path = out / f"shard-{first:08d}.safetensors"
-                paths.append(path)
-                expected = {**header, "seeds": seeds}
-                if path.exists():
-                    _check(path, expected)
-                else:
-                    while len(envs) < len(seeds):
-                        envs.append(teacher.env())
-                    limit = max_episode_steps(envs[0])
-                    progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
-                    tick = _ticker(progress, bar, len(seeds))
-                    turn = (first - seed) % len(behaviours)
-                    own = [*behaviours[turn:], *behaviours[:turn]]
-                    tensors = _run(teacher, envs, seeds, own, correctors, bursts, tick)
-                    write_shard(path, tensors, expected)
-            progress.update(bar, total=1, completed=1)
-    finally:
-        for env in envs:
-            env.close()
+    with (
+        in_use(out),
+        ExitStack() as to_close,
+        Progress(*columns, TextColumn("{task.fields[status]}")) as progress,
+    ):
+        bar = progress.add_task("collecting", total=None, status="")
+        for first in range(seed, seed + episodes, num_envs):
+            seeds = list(range(first, min(first + num_envs, seed + episodes)))
+            path = Path(out) / f"shard-{first:08d}.safetensors"
+            paths.append(path)
+            expected = {**header, "seeds": seeds}
+            if path.exists():
+                _check(path, expected)
+            else:
+                while len(envs) < len(seeds):
+                    envs.append(to_close.enter_context(closing(teacher.env())))
+                limit = max_episode_steps(envs[0])
+                progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
+                tick = _ticker(progress, bar, len(seeds))
+                turn = (first - seed) % len(behaviours)
+                own = [*behaviours[turn:], *behaviours[:turn]]
+                tensors = _run(teacher, envs, seeds, own, correctors, bursts, tick)
+                write_shard(path, tensors, expected)
+        progress.update(bar, total=1, completed=1)
     return paths
 
 
@@ -144,10 +150,9 @@ def _run(
         for row, burst in enumerate(disturb):
             action[row] = burst(action[row])
         batch = {
-            "obs": seen,
             "latent": z,
             "plan": plan.mean,
-            "drawn": plan.actions[:, 0],
+            "sampled": plan.actions[:, 0],
             "action": action.clone(),
         }
         batch = {name: x.cpu() for name, x in batch.items()}
@@ -186,12 +191,8 @@ def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrect
 
 def _check(path: Path, expected: Mapping[str, Any]) -> None:
     _, header = read_shard(path)
-    for name, value in expected.items():
-        if header.get(name) != value:
-            raise DataError(
-                f"{path} was collected with {name} {header.get(name)}, now it is {value}: "
-                "choose another folder or delete it"
-            )
+    if differs := difference({name: header[name] for name in expected}, expected):
+        raise DataError(f"{path} was collected with {differs}: choose another folder or delete it")
 
 
 def _ticker(progress: Progress, bar: Any, rows: int) -> Callable[[], None]:

@@ -1,45 +1,52 @@
 """Corrector data: shards of whole episodes on disk, and one `Recording` of them all in memory.
 
-A shard is a safetensors file. Its steps stand one after another, episode after episode:
+A shard is a file of tensors, see `files.py`. Its steps stand one after another, episode after episode:
 
     step            0    1    2  ...  499  500  501 ...
     episode_end     0    0    0         1    0    0           1: cut off, 2: terminated
     plan            the mean of the plan that the teacher made *from that very step*, at every step; its
                     first action is the teacher's answer there
-    drawn           the action that TD-MPC2 would have executed there
+    sampled         the action that TD-MPC2 would have executed there
     action          what was executed, by whatever behaviour drove the episode
 
-Because every state carries its own plan and its own label, any stretch of any length may be cut
-out when the data is read (see `losses.py`), whoever drove. The header names task, teacher, budget,
-seeds, behaviours and bursts, and holds a checksum of the tensors.
+Every state carries its own plan and its own label, so a segment of any length can be cut out when the data is
+read (see `losses.py`), whoever drove. Observations are not kept: training reads latents. The header names
+task, teacher, budget, seeds, behaviours and bursts.
 """
 
-import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import atomic_write
+from ..files import difference, read_tensors, write_tensors
 
-SCHEMA = "tdmpc2-corrector-data-2"
+FORMAT = "tdmpc2-corrector-data-3"
+# Of T steps with latents of L, plans of H steps, and A action dimensions.
 TENSORS = {
-    "obs": "[T, *obs_shape]",
-    "latent": "[T, L]",
-    "plan": "[T, H, A]",
-    "drawn": "[T, A]",
-    "action": "[T, A]",
-    "reward": "[T]",
-    "episode_end": "[T] uint8",
+    "latent": (torch.float32, "TL"),
+    "plan": (torch.float32, "THA"),
+    "sampled": (torch.float32, "TA"),
+    "action": (torch.float32, "TA"),
+    "reward": (torch.float32, "T"),
+    "episode_end": (torch.uint8, "T"),
+}
+HEADER = {
+    "task": (str,),
+    "task_index": (int, type(None)),  # of a multi-task model
+    "teacher": (str,),  # fingerprint
+    "planner": (dict,),
+    "discount": (float,),
+    "behaviours": (list,),
+    "bursts": (bool,),
+    "seeds": (list,),  # of the episodes, in order
 }
 # Entries in which shards may differ and still be read together.
-VARYING = ("seeds", "behaviours", "bursts", "checksum")
+VARYING = ("seeds", "behaviours", "bursts")
+AGAIN = "delete it and collect it again"
 
 
 class Recording(NamedTuple):
@@ -47,8 +54,8 @@ class Recording(NamedTuple):
 
     latent: Tensor  # [N, L]
     plan: Tensor  # [N, H, A]
-    drawn: Tensor  # [N, A]
-    teacher_action: Tensor  # [N, A]
+    sampled: Tensor  # [N, A], what TD-MPC2 would have executed
+    teacher_action: Tensor  # [N, A], the mean plan's, which correctors are trained on
     first: Tensor  # [N] long, index of the first step of the step's episode
     last: Tensor  # [N] long, index of its last step
     seed: Tensor  # [N] long, seed of the step's episode
@@ -61,12 +68,8 @@ class Recording(NamedTuple):
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a shard, whole or not at all; `tensors` are those of `TENSORS`, `header` is JSON."""
-    contiguous = {name: tensors[name].cpu().contiguous() for name in TENSORS}
-    content = json.dumps({**header, "checksum": _checksum(contiguous)})
-    with atomic_write(path) as tmp:
-        # One entry, for safetensors writes several in an order of its own: equal data, equal files.
-        save_file(contiguous, tmp, metadata={SCHEMA: content})
+    """Write a shard, whole or not at all; `tensors` are those of `TENSORS`, `header` is `HEADER` in JSON."""
+    write_tensors(path, tensors, {**header, "format": FORMAT})
 
 
 def read_shard(path: Path, teacher: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,25 +80,41 @@ def read_shard(path: Path, teacher: str | None = None) -> tuple[dict[str, Tensor
         teacher: fingerprint of the world model that it must belong to; None takes any.
 
     Raises:
-        DataError: the shard is damaged, of another schema, or of another teacher.
+        DataError: the shard is damaged, of another format, or of another teacher.
+        FileError: it may not be read.
     """
-    again = "delete it and collect it again"
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = json.loads(metadata.get(SCHEMA, "null"))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise DataError(f"{path} is damaged or no shard: {again}") from e
-    if header is None:
-        raise DataError(f"{path} is not of schema {SCHEMA}: collect it again with this version")
-    if tensors.keys() != TENSORS.keys() or header.get("checksum") != _checksum(tensors):
-        raise DataError(f"{path} is damaged, its contents have changed: {again}")
+    tensors, header = read_tensors(path, FORMAT, AGAIN, DataError)
+    if fault := _fault(tensors, header):
+        raise DataError(f"{path} is damaged, {fault}: {AGAIN}")
     if teacher is not None and header["teacher"] != teacher:
         raise DataError(
             f"{path} belongs to teacher {header['teacher']}, this one is {teacher}: collect data of its own"
         )
     return tensors, header
+
+
+def _fault(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """What is wrong with a shard, in words; "" where nothing is."""
+    for name, kinds in HEADER.items():
+        if type(header.get(name)) not in kinds:
+            return f"its header has no {name}, or not as this version has it"
+    seeds = header["seeds"]
+    if not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds) or len(set(seeds)) < len(seeds):
+        return "its seeds are not distinct whole numbers"
+    if tensors.keys() != TENSORS.keys():
+        return f"it holds {', '.join(sorted(tensors))}"
+    sizes: dict[str, int] = {}
+    for name, (dtype, axes) in TENSORS.items():
+        tensor = tensors[name]
+        fits = tensor.dtype == dtype and tensor.dim() == len(axes) and tensor.numel() > 0
+        if not fits or any(sizes.setdefault(a, n) != n for a, n in zip(axes, tensor.shape, strict=True)):
+            return f"its {name} is {tensor.dtype} {list(tensor.shape)}"
+        if not tensor.isfinite().all():
+            return f"its {name} is not finite"
+    ends = tensors["episode_end"]
+    if not ends[-1] or int((ends > 0).sum()) != len(seeds):
+        return f"it holds {int((ends > 0).sum())} episodes and {len(seeds)} seeds"
+    return ""
 
 
 def load_shards(folder: str | Path, teacher: str) -> Recording:
@@ -108,21 +127,22 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
     Raises:
         DataError: there is none, one is damaged or belongs to another teacher, they were not all
             labelled by the same planner on the same task, or two hold an episode of the same seed.
+        FileError: one may not be read.
     """
     paths = sorted(Path(folder).rglob("shard-*.safetensors"))
     if not paths:
         raise DataError(f"no shards in {folder}: make some with scripts/collect_corrector_data.py")
-    shards, common, seeds = [], None, torch.zeros(0, dtype=torch.long)
+    shards, seeds = [], torch.zeros(0, dtype=torch.long)
+    common: dict[str, Any] = {}
     for path in paths:
         tensors, header = read_shard(path, teacher)
         shared = {name: value for name, value in header.items() if name not in VARYING}
+        shared["shapes"] = [list(tensors[name].shape[1:]) for name in TENSORS]
         common = common or shared
-        for name in common.keys() | shared.keys():
-            if common.get(name) != shared.get(name):
-                raise DataError(
-                    f"{path} has {name} {shared.get(name)} but {paths[0]} has {common.get(name)}: "
-                    "collect them into folders of their own"
-                )
+        if differs := difference(common, shared):
+            raise DataError(
+                f"{path} and {paths[0]} differ: {differs}; collect them into folders of their own"
+            )
         own = torch.tensor(header["seeds"])
         if torch.isin(own, seeds).any():
             raise DataError(
@@ -131,14 +151,13 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
             )
         seeds = torch.cat([seeds, own])
         shards.append(tensors)
-    assert common is not None
     ends = torch.cat([s["episode_end"] for s in shards])
     first, last = episode_bounds(ends)
     task = common["task_index"]
     return Recording(
         latent=torch.cat([s["latent"] for s in shards]),
         plan=torch.cat([s["plan"] for s in shards]),
-        drawn=torch.cat([s["drawn"] for s in shards]),
+        sampled=torch.cat([s["sampled"] for s in shards]),
         teacher_action=torch.cat([s["plan"][:, 0] for s in shards]),
         first=first,
         last=last,
@@ -170,13 +189,15 @@ def split_starts(recording: Recording, every: int) -> Split:
     such seed, the first episode that is left.
 
     Raises:
-        DataError: there are fewer than three episodes of two steps or more.
+        DataError: there are fewer than three episodes of two steps or more: correctors act after a plan's
+            first step.
     """
     followed = torch.arange(len(recording.last), device=recording.last.device) < recording.last
     seeds = recording.seed[followed].unique()
     if len(seeds) < 3:
         raise DataError(
-            f"{len(seeds)} episodes cannot be split into training, validation and test: collect 3 or more"
+            f"{len(recording.seed.unique())} episodes were collected, and {len(seeds)} of them have the two "
+            "steps or more that a corrector needs; training, validation and test need three: collect more"
         )
     test, validation = seeds[seeds % every == 0], seeds[seeds % every == 1]
     if len(test) + len(validation) == len(seeds):  # nothing to train on
@@ -188,11 +209,3 @@ def split_starts(recording: Recording, every: int) -> Split:
     is_test, is_validation = torch.isin(recording.seed, test), torch.isin(recording.seed, validation)
     shares = (~is_test & ~is_validation, is_validation, is_test)
     return Split(*((followed & share).nonzero().squeeze(1) for share in shares))
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    value = 0
-    for name, tensor in sorted(tensors.items()):
-        value = zlib.crc32(f"{name}{tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.numpy().data, value)
-    return f"{value:08x}"

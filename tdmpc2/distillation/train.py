@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..config import CorrectorConfig, at_least
 from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corrector, save_corrector
-from ..errors import ConfigError, TDMPC2Error
+from ..errors import ConfigError, DataError, TDMPC2Error
+from ..files import in_use
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
 from .losses import LOSSES, Unrolled, correction_loss, distance, unroll
@@ -123,19 +124,30 @@ def train_corrector(
         initial: correctors that training goes on from, by architecture; others begin anew.
 
     Raises:
-        ConfigError: there is no such architecture, or a setting cannot be.
-        DataError: there are fewer than three episodes.
+        ConfigError: there is no such architecture, a setting cannot be, or another process is at work in
+            `out`.
+        DataError: there are fewer than three episodes, or they are of a model of another shape.
+        FileError: `out` cannot be written.
         TDMPC2Error: training diverged.
     """
     check(config)
+    _check_fits(model, data)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
+    with in_use(out), Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
         trained = {
             name: _train(name, model, data, config, Path(out) / name, progress, initial.get(name))
             for name in _names(config)
         }
     Console().print(error_table({name: t.errors for name, t in trained.items()}))
     return trained
+
+
+def _check_fits(model: WorldModel, data: Recording) -> None:
+    """Raise DataError for recordings of a model of another shape."""
+    c = model.config
+    task = data.task is None if not c.num_tasks else data.task is not None and 0 <= data.task < c.num_tasks
+    if not task or (c.latent_dim, c.action_dim) != (data.latent.shape[1], data.plan.shape[2]):
+        raise DataError("the episodes are of another model: collect them with this one")
 
 
 def error_table(errors: dict[str, Errors]) -> Table:
@@ -235,9 +247,10 @@ class _Judge:
         self, model: WorldModel, data: Recording, held_out: Tensor, steps: int, corrector: BaseCorrector
     ):
         self.model, self.data = model, data
-        self.steps = min(steps, int((data.last[held_out] - held_out).max()))  # beyond, there is no error
         stride = max(len(held_out) // VALIDATION_STARTS, 1)
         self.start = held_out[::stride]
+        # Beyond the longest of these stretches there is no error.
+        self.steps = min(steps, int((data.last[self.start] - self.start).max()))
         self.earlier = torch.arange(len(self.start), device=self.start.device) % (steps + 1) + 1
         ahead = torch.arange(1, self.steps + 1, device=self.start.device)[:, None]
         step = (self.start + ahead).clamp(max=len(data.latent) - 1)

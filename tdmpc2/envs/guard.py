@@ -1,6 +1,8 @@
 """The door of every environment: what is wrong inside leaves it as one named error."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
@@ -12,6 +14,16 @@ from ..errors import EnvironmentFailure, ObservationError, TDMPC2Error
 
 Array = NDArray[Any]
 Env = gymnasium.Env[Array, Array]
+
+
+@contextmanager
+def closed_on_error(env: gymnasium.Env) -> Iterator[None]:
+    """Close `env` where what is done to it fails."""
+    try:
+        yield
+    except BaseException:
+        env.close()
+        raise
 
 
 class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs):

@@ -18,7 +18,7 @@ from gymnasium.spaces import Box
 from gymnasium.wrappers import TransformObservation
 
 from ..errors import EnvironmentFailure, TaskError
-from .guard import Env
+from .guard import Env, closed_on_error
 
 SUPPORTED = "supported are Box observations and continuous Box actions with finite bounds"
 # Gymnasium's tasks that end by their time limit only. It offers no property that says so.
@@ -57,8 +57,9 @@ def make(task: str) -> Env:
         raise TaskError(f"unknown task {task!r}: {_one_line(error)}") from error
     except Exception as error:
         raise EnvironmentFailure(f"{task}: cannot be built: {_one_line(error)}") from error
-    _check_fits(env, task)
-    return _flatten(env)
+    with closed_on_error(env):
+        _check_fits(env, task)
+        return _flatten(env)
 
 
 def steps(env: Env) -> int:

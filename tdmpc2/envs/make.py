@@ -19,7 +19,7 @@ from gymnasium.wrappers import (
 
 from ..errors import ConfigError, TaskError
 from . import dmc, gymnasium_tasks
-from .guard import Array, Env, Guard
+from .guard import Array, Env, Guard, closed_on_error
 
 FRAME_SIZE = 64  # pixels
 FRAMES = 3
@@ -79,10 +79,11 @@ def _make_dm_control(name: str, domain: str, task: str, seed: int, obs: str) -> 
         base = dmc.DmControl(domain, task)
     else:
         base = dmc.DmControl(domain, task, render_size=FRAME_SIZE)
-    env: Env = TimeLimit(base, dmc.EPISODE_STEPS)
-    if obs == "rgb":
-        env = _stack_frames(AddRenderObservation(env))
-    return Guard(_rescale_action(env), name, seed, dmc.EPISODE_STEPS, base.episodic)
+    with closed_on_error(base):
+        env: Env = TimeLimit(base, dmc.EPISODE_STEPS)
+        if obs == "rgb":
+            env = _stack_frames(AddRenderObservation(env))
+        return Guard(_rescale_action(env), name, seed, dmc.EPISODE_STEPS, base.episodic)
 
 
 def _rescale_action(env: Env) -> Env:

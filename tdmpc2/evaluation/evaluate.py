@@ -30,7 +30,7 @@ from ..agent import SpeculativeAgent
 from ..config import ELSEWHERE, SpeculationConfig, at_least
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, difference, read_json, write_json
 from ..mismatch import calibrate_thresholds
 from ..teacher import Teacher
 from ..world_model import fingerprint
@@ -464,20 +464,6 @@ def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
     if differs := difference(read_json(path), settings):
         raise ConfigError(f"{path} was written with {differs}: choose another out=, or delete it")
     return True
-
-
-def difference(earlier: Any, now: Any) -> str:
-    """The first setting in which two JSON objects differ, in words; "" where they do not."""
-    if not isinstance(earlier, dict):
-        return "no settings at all"
-    for name in sorted(earlier.keys() | now.keys()):
-        before, after = earlier.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            if inner := difference(before, after):
-                return inner
-        elif before != after:
-            return f"{name}={json.dumps(before)}, not {json.dumps(after)}"
-    return ""
 
 
 def _join(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -1,7 +1,8 @@
 """Episodes of an agent on the real simulator, recorded step by step."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -53,8 +54,25 @@ def rollout(
     n = min(agent.num_envs, len(seeds))
     if agent.num_envs > len(seeds):
         raise ValueError(f"{agent.num_envs} environments for {len(seeds)} seeds")
-    envs = [env_of() for _ in range(n)]
-    waiting = list(seeds)[::-1]
+    with _opened(env_of, n) as envs:
+        return _rollout(agent, envs, seeds, labeller, on_step)
+
+
+@contextmanager
+def _opened(env_of: Callable[[], gym.Env], n: int) -> Iterator[list[gym.Env]]:
+    """`n` environments, closed whatever happens."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(env_of())) for _ in range(n)]
+
+
+def _rollout(
+    agent: SpeculativeAgent,
+    envs: list[gym.Env],
+    seeds: Sequence[int],
+    labeller: TDMPC2 | None,
+    on_step: Callable[[int], None],
+) -> Rollout:
+    n, waiting = len(envs), list(seeds)[::-1]
     row_seed = [waiting.pop() for _ in range(n)]
     obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, row_seed, strict=True)])
     agent.reset()
@@ -107,8 +125,6 @@ def rollout(
             if not in_first[:labelled].any():
                 labeller = None
         on_step(len(seeds) - len(waiting) - int(running.sum()))
-    for env in envs:
-        env.close()
     table = pd.DataFrame(steps, columns=STEP_COLUMNS)
     order = {seed: i for i, seed in enumerate(seeds)}
     table = table.sort_values(by=["seed", "t"], key=lambda c: c.map(order) if c.name == "seed" else c)
@@ -132,16 +148,16 @@ def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -
 
 def random_returns(env_of: Callable[[], gym.Env], seeds: Sequence[int]) -> np.ndarray:
     """Returns `[n]` of uniformly random actions, one episode for each seed."""
-    env, returns = env_of(), []
-    for seed in seeds:
-        env.reset(seed=seed)
-        rng, total, done = np.random.default_rng(seed), 0.0, False
-        while not done:
-            action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
-            _, reward, terminated, truncated, _ = env.step(action)
-            total, done = total + float(reward), terminated or truncated
-        returns.append(total)
-    env.close()
+    returns = []
+    with closing(env_of()) as env:
+        for seed in seeds:
+            env.reset(seed=seed)
+            rng, total, done = np.random.default_rng(seed), 0.0, False
+            while not done:
+                action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+                _, reward, terminated, truncated, _ = env.step(action)
+                total, done = total + float(reward), terminated or truncated
+            returns.append(total)
     return np.array(returns)
 
 
@@ -166,27 +182,26 @@ def measure_latency(
     Returns:
         Columns `mode, t, kind, act_ms`, in the order of `agents` within each step.
     """
-    envs = {mode: env_of() for mode in agents}
-    obs = {mode: env.reset(seed=seed)[0] for mode, env in envs.items()}
-    for agent in agents.values():
-        agent.reset()
     rows = []
-    for t in range(-warm_up, steps):
-        for mode, agent in agents.items():
-            if t == 0:
-                obs[mode], _ = envs[mode].reset(seed=seed)
-                agent.reset()
-            start = time.perf_counter()
-            action = agent.act(obs[mode])
-            seconds = time.perf_counter() - start
-            assert agent.info is not None
-            if t >= 0:
-                kind = Kind(int(agent.info.kind[0])).name.lower()
-                rows.append((mode, t, kind, 1e3 * seconds))
-            obs[mode], _, terminated, truncated, _ = envs[mode].step(action)
-            if terminated or truncated:
-                obs[mode], _ = envs[mode].reset()
-                agent.reset()
-    for env in envs.values():
-        env.close()
+    with _opened(env_of, len(agents)) as opened:
+        envs = dict(zip(agents, opened, strict=True))
+        obs = {mode: env.reset(seed=seed)[0] for mode, env in envs.items()}
+        for agent in agents.values():
+            agent.reset()
+        for t in range(-warm_up, steps):
+            for mode, agent in agents.items():
+                if t == 0:
+                    obs[mode], _ = envs[mode].reset(seed=seed)
+                    agent.reset()
+                start = time.perf_counter()
+                action = agent.act(obs[mode])
+                seconds = time.perf_counter() - start
+                assert agent.info is not None
+                if t >= 0:
+                    kind = Kind(int(agent.info.kind[0])).name.lower()
+                    rows.append((mode, t, kind, 1e3 * seconds))
+                obs[mode], _, terminated, truncated, _ = envs[mode].step(action)
+                if terminated or truncated:
+                    obs[mode], _ = envs[mode].reset()
+                    agent.reset()
     return pd.DataFrame(rows, columns=["mode", "t", "kind", "act_ms"])
