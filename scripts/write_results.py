@@ -41,7 +41,7 @@ from tdmpc2.evaluation.aggregate import (
 )
 from tdmpc2.evaluation.evaluate import EvaluationConfig
 from tdmpc2.evaluation.metrics import PLANS, paired_ratio, with_interval
-from tdmpc2.evaluation.modes import BASELINE, DISTILLED, SIMPLER, watched
+from tdmpc2.evaluation.modes import BASELINE, DISTILLED, HORIZONS, REFINED, SIMPLER, Family
 from tdmpc2.files import atomic_write, read_json
 from tdmpc2.training.trainer import TrainConfig
 
@@ -162,6 +162,11 @@ def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
     )
 
 
+def refined_modes(corrector: str) -> list[str]:
+    """The modes of a corrector that refine, the shortest plans first; the last has no fixed horizon."""
+    return [Family(corrector, refined=True).mode_name(k) for k in HORIZONS] + [f"{corrector}_until{REFINED}"]
+
+
 def mean_acts(results: Mapping[str, TaskResults], setting: str) -> float:
     """The mean time of an action in a setting, in ms, the mean of the tasks."""
     modes = modes_of(results, setting)
@@ -175,7 +180,8 @@ def act_mean(results: TaskResults, mode: str) -> float:
 
 def overview(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
     """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
-    beside = ["two_tower_6", "temporal_6", "naive_3", "naive_6", "prior", "distilled"]
+    beside = [f"{name}_6{REFINED}" for name in ("two_tower", "temporal")]
+    beside += ["naive_3", "naive_6", "prior", DISTILLED + REFINED]
     columns = ["task", "chosen", "return, ratio [95 %]", "planner calls"]
     columns += ["act, mean (baseline's)", "act, median (baseline's)"]
     columns += [f"{name}, ratio" for name in beside]
@@ -242,7 +248,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
     columns = [f"{name}{what}" for what in (", ratio [95 %]", " better", ", act") for name in both]
     lines, wins, comparisons = header(["execution", *columns]), Counter[str](), 0
     pooled = table[table["task"] == ALL].set_index("setting")
-    for mode_a, mode_b in zip(watched(first), watched(second), strict=True):
+    for mode_a, mode_b in zip(refined_modes(first), refined_modes(second), strict=True):
         if not {mode_a, mode_b} <= set(pooled.index):
             continue
         better = dict.fromkeys(both, 0)
@@ -252,12 +258,12 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
             better[first] += low > 1
             better[second] += high < 1
         rows = [pooled.loc[mode] for mode in (mode_a, mode_b)]
-        cells = [mode_a.removeprefix(f"{first}_"), *map(interval, rows)]
+        cells = [mode_a.removeprefix(f"{first}_").removesuffix(REFINED), *map(interval, rows)]
         cells += [f"{n} of {len(results)} tasks" for n in better.values()]
         lines.append(line(cells + [f"{row.act_ms_median:.2f} ms" for row in rows]))
         wins.update(better)
         comparisons += len(results)
-    chosen = Counter(task.chosen.rpartition("_")[0] for task in results.values())
+    chosen = Counter(name for task in results.values() for name in both if task.chosen.startswith(name))
     lines += ["", "Better: the 95 % interval of the ratio of the two returns, paired by seed, leaves 1 out."]
     lines += [
         f"Of {len(results)} tasks, `{first}` was chosen on {chosen[first]}, `{second}` on {chosen[second]}."
@@ -270,7 +276,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
         if counts[first] != counts[second]:
             one, why = max(both, key=lambda name: counts[name]), what
             break
-    lines.append(f"Where only one shall be trained, let it be `{one}` (`architecture={one}`): {why}.")
+    lines.append(f"If you train only one, train `{one}` (`architecture={one}`): {why}.")
     return "\n".join([*lines, ""])
 
 
@@ -380,7 +386,7 @@ def disturbed(table: pd.DataFrame | None) -> str:
     """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
     if table is None:
         return "Not measured yet.\n"
-    modes = [CHOSEN, "naive_6", DISTILLED, "prior"]
+    modes = [CHOSEN, "naive_6", DISTILLED + REFINED, "prior"]
     columns = ["disturbance", "tasks", "chosen, worst task", *modes, "chosen not below distilled"]
     columns += [f"{what} of {CHOSEN} (undisturbed)" for what in ("planner calls", "fallbacks")]
     lines = header(columns)
@@ -392,7 +398,7 @@ def disturbed(table: pd.DataFrame | None) -> str:
         worst = f"{interval(least)} ({least.task})"
         cells = [disturbance(kind, strength), str(len(ratio)), worst]
         cells += [f"{mean:.3f}" for mean in ratio.mean().reindex(modes)]
-        cells.append(f"{(ratio[CHOSEN] >= ratio[DISTILLED]).sum()} of {len(ratio)}")
+        cells.append(f"{(ratio[CHOSEN] >= ratio[DISTILLED + REFINED]).sum()} of {len(ratio)}")
         for name in ("planner_calls", "fallbacks"):
             usual = calm.loc[own["task"], name].mean()
             cells.append(f"{100 * own[name].mean():.1f} % ({100 * usual:.1f})")
@@ -617,7 +623,7 @@ def draw(tasks: Mapping[str, TaskResults], path: Path) -> None:
     modes = [*dict.fromkeys(mode for results in tasks.values() for mode in results.summary["mode"])]
     for axes, (task, results) in zip(panels.flat, tasks.items(), strict=False):
         for corrector in ARCHITECTURES:  # of one, from the shortest execution to the longest
-            own = results.summary[results.summary["mode"].isin(watched(corrector))]
+            own = results.summary[results.summary["mode"].isin(refined_modes(corrector))]
             axes.plot(100 * own["planner_calls"], own["return_ratio"], color="0.75", lw=1, zorder=0)
         for row in results.summary.itertuples():
             i = modes.index(row.mode)

@@ -33,7 +33,7 @@ from .evaluate import (
     write_csv,
 )
 from .metrics import summarise
-from .modes import BASELINE, DISTILLED
+from .modes import BASELINE, DISTILLED, REFINED
 from .rollout import Rollout
 
 STRENGTHS = {
@@ -84,7 +84,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     if set(config.eval_seeds) & set(calibrated.calibration_seeds):
         raise ConfigError(f"{folder} was calibrated on episodes with these seeds: change eval_seed")
     correctors = {n: load_corrector(path, teacher.fingerprint, config.device) for n, path in paths.items()}
-    wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED, "prior"])
+    wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED + REFINED, "prior"])
     given = {n: about["modes"][n] for n in wanted if n in about["modes"]}
     modes = {n: saved_as(SpeculationConfig, mode, folder) for n, mode in given.items()}
     worlds: dict[tuple[str, float], Teacher] = {}

@@ -1,0 +1,112 @@
+"""Which rule gives plans up best: planner calls and return, as modelled and in perturbed worlds.
+
+    python benchmarks/rules.py agent=accelerated/walker-walk
+
+The agent's corrector executes 24 steps of each plan, refined as the agent's own evaluation has it. Rules are
+calibrated on the agent's own calibration episodes. All rules and the baseline run the same episodes in every
+world. Writes `results/rules/TASK.csv`, a row an episode, and `TASK.json`, where the numbers come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from tdmpc2 import cli
+from tdmpc2.agent import saved_as
+from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
+from tdmpc2.corrector import load_corrector
+from tdmpc2.errors import TaskError
+from tdmpc2.evaluation.evaluate import Subject, write_csv
+from tdmpc2.evaluation.modes import BASELINE
+from tdmpc2.files import read_json, write_json
+from tdmpc2.mismatch import calibrate_td_error, calibrate_thresholds
+from tdmpc2.teacher import open_teacher
+from tdmpc2.world_model.checkpoint import read_config
+
+PER_STEP = 0.97  # the first edition's quantile of the mismatches at every step in plan
+PER_PLAN = (0.8, 0.9, 0.95)
+TD_QUANTILE = 0.9  # share of calibration episodes whose mean of TD errors stays above the limit
+WORLDS = {
+    "as modelled": None,
+    "push 0.3": ("push", 0.3),
+    "observation noise 0.03": ("obs_noise", 0.03),
+    "mass 1.3": ("mass", 1.3),
+    "mass 1.6": ("mass", 1.6),
+    "friction 0.4": ("friction", 0.4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulesConfig(BudgetOverride):
+    """Which agent's modes the rules are compared on."""
+
+    agent: str  # a folder that scripts/accelerate.py finished
+    mode: str = "two_tower_24_refined"
+    eval_seed: int = 40_000  # of the first episode
+    episodes: int = 10  # run as one batch
+    out: str = "results/rules"
+
+
+def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, SpeculationConfig]:
+    """The rules to compare, calibrated on `steps` of episodes that `free` executed without fallback."""
+    horizon = free.execution_horizon
+    later = steps[steps["k"] > 0]
+    per_step = tuple(later.groupby("k")["mismatch"].quantile(PER_STEP))
+    limit, usual = calibrate_td_error(steps, TD_QUANTILE)
+    thresholds = {f"per step {PER_STEP}": per_step}
+    for quantile in PER_PLAN:
+        thresholds[f"per plan {quantile}"] = calibrate_thresholds(steps, quantile, horizon)
+    table = {"no fallback": free}
+    for name, threshold in thresholds.items():
+        table[name] = replace(free, threshold=threshold)
+        table[f"{name} or TD errors"] = replace(table[name], min_td_error=limit, usual_td_error=usual)
+    return table
+
+
+def main(config: RulesConfig) -> None:
+    folder, console = Path(config.agent), Console()
+    about = read_json(folder / "evaluation" / "provenance.json")
+    mode = saved_as(SpeculationConfig, about["modes"][config.mode], folder)
+    free = replace(mode, threshold=None)
+    teacher = open_teacher(read_config(folder)["task"], str(folder), config)
+    corrector = load_corrector(folder / "correctors" / mode.corrector, teacher.fingerprint)
+    name = f"{mode.corrector}_refined_{mode.refine_steps}" if mode.refine_steps else mode.corrector
+    steps = pd.read_csv(folder / "evaluation" / "calibration" / "free" / name / "steps.csv")
+    compared = {BASELINE: TEACHER, **rules(free, steps)}
+    seeds: Sequence[int] = range(config.eval_seed, config.eval_seed + config.episodes)
+    tables = []
+    for world, disturbance in WORLDS.items():
+        try:
+            own = teacher if disturbance is None else teacher.disturbed(*disturbance)
+        except TaskError as e:
+            console.print(f"without {world}: {e}")
+            continue
+        subject = Subject(own, {mode.corrector: corrector})
+        for rule, compared_mode in compared.items():
+            episodes = subject.rollout(compared_mode, seeds, config.episodes).episodes
+            tables.append(episodes.assign(world=world, rule=rule))
+            calls = episodes["planner_calls"].sum() / episodes["length"].sum()
+            console.print(
+                f"{world:24} {rule:28} {episodes['return'].mean():8.1f}  {calls:6.1%} planner calls"
+            )
+    out = Path(config.out) / teacher.task
+    write_csv(out.with_suffix(".csv"), pd.concat(tables))
+    write_json(
+        out.with_suffix(".json"),
+        {
+            **cli.provenance(),
+            "teacher": teacher.fingerprint,
+            "planner": asdict(teacher.planner),
+            "precision": teacher.compute.precision,
+            "mode": config.mode,
+            "refine_steps": mode.refine_steps,
+            "rules": {rule: asdict(m) for rule, m in compared.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    cli.run(RulesConfig, main)
