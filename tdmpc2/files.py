@@ -7,6 +7,7 @@ A file of tensors is a safetensors file. Its header has one entry, `tdmpc2`: JSO
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -83,6 +84,11 @@ def in_use(folder: str | Path) -> Iterator[None]:
     except OSError as e:
         where = e.filename or folder
         raise FileError(f"{where} cannot be written: {e.strerror or e}") from e
+
+
+def file_name(text: str) -> str:
+    """`text` with a dash for every character that does not belong in a name, as the colon of a task's."""
+    return re.sub(r"[^\w.-]", "-", text)
 
 
 def read_bytes(path: str | Path) -> bytes:

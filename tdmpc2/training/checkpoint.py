@@ -1,26 +1,26 @@
 """The state of a training run in one file, so that it is replaced whole or not at all.
 
-A safetensors file holds the tensors; its header holds the rest as JSON. Tensor names: `model/NAME`,
-`model_optim/INDEX/NAME`, `policy_optim/INDEX/NAME`, `q_scale`, `rng/SOURCE`.
+Tensor names: `model/NAME`, `model_optim/INDEX/NAME`, `policy_optim/INDEX/NAME`, `q_scale`, `rng/SOURCE`. The
+header holds the rest as JSON.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import atomic_write, read_metadata
+from ..errors import CheckpointError
+from ..files import read_tensors, write_tensors
 from .update import Update
 
-FORMAT = "tdmpc2-training-1"
+FORMAT = "tdmpc2-training-2"
+AGAIN = "start the run anew elsewhere"
 
 
 def save_state(
-    path: Path, update: Update, generators: dict[str, torch.Generator], loop: dict[str, Any]
+    path: Path, update: Update, generators: Mapping[str, torch.Generator], loop: Mapping[str, Any]
 ) -> None:
     """Write everything that the future of a run depends on, except its replay buffer.
 
@@ -29,53 +29,99 @@ def save_state(
         update: the learner, with model, optimisers and Q scale.
         generators: sources of randomness by name, besides torch's global ones.
         loop: the rest, as JSON values.
+
+    Raises:
+        FileError: the file cannot be written.
     """
-    tensors = {f"model/{name}": t for name, t in update.model.state_dict().items()}
+    tensors = _without_optimisers(update, generators)
     for name, optim in _optimisers(update).items():
         for index, state in optim.state_dict()["state"].items():
             tensors |= {f"{name}/{index}/{key}": value for key, value in state.items()}
-    tensors["q_scale"] = update.q_scale
-    tensors["rng/torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    tensors |= {f"rng/{name}": g.get_state() for name, g in generators.items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = json.dumps({"format": FORMAT, **loop})
-    with atomic_write(path) as tmp:
-        save_file(tensors, tmp, metadata={"state": header})
+    write_tensors(path, tensors, {"format": FORMAT, "loop": dict(loop)})
 
 
-def read_loop(path: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint.
+def read_state(path: Path, like: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON values of a checkpoint.
+
+    Args:
+        path: the file.
+        like: JSON values of the types that are expected; no number is negative where it is an int.
 
     Raises:
         CheckpointError: it is damaged or not ours.
+        FileError: it cannot be read.
     """
-    return read_metadata(path, "state", FORMAT, "start the run anew elsewhere")
+    tensors, about = read_tensors(path, FORMAT, AGAIN, CheckpointError)
+    loop = about.get("loop")
+    if not isinstance(loop, dict) or loop.keys() != like.keys():
+        raise CheckpointError(f"{path} does not say where the run stands: {AGAIN}")
+    for name, usual in like.items():
+        value = loop[name]
+        if type(value) is not type(usual) or (isinstance(value, int) and value < 0):
+            raise CheckpointError(f"{path} holds {name}={str(value)[:40]}: {AGAIN}")
+    return tensors, loop
 
 
-def load_state(path: Path, update: Update, generators: dict[str, torch.Generator]) -> None:
-    """Put a checkpoint's tensors and generator states where they were taken from."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def restore(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    update: Update,
+    generators: Mapping[str, torch.Generator],
+) -> None:
+    """Put a checkpoint's tensors and generator states where they were taken from.
+
+    Raises:
+        CheckpointError: they are those of another model.
+    """
+    like = _without_optimisers(update, generators)
+    optimisers = _optimisers(update)
+    if any(name.startswith(tuple(optimisers)) for name in tensors):  # there was an update before
+        for name, optim in optimisers.items():
+            params = [p for group in optim.param_groups for p in group["params"]]
+            for i, p in enumerate(params):
+                moments = {"exp_avg": p, "exp_avg_sq": p, "step": p.new_zeros(())}
+                like |= {f"{name}/{i}/{key}": tensor for key, tensor in moments.items()}
+    for name in sorted(like.keys() | tensors.keys()):
+        expected, found = _kind(like.get(name)), _kind(tensors.get(name))
+        if expected != found:
+            raise CheckpointError(
+                f"{path} is of another model: {name} is {found}, expected is {expected}; has the environment "
+                f"changed? {AGAIN}"
+            )
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     update.model.load_state_dict(under("model/"))
-    for name, optim in _optimisers(update).items():
+    for name, optim in optimisers.items():
         state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in under(f"{name}/").items():
             index, entry = key.split("/")
             state.setdefault(int(index), {})[entry] = tensor
         optim.load_state_dict({**optim.state_dict(), "state": state})
     update.q_scale.copy_(tensors["q_scale"])
-    torch.set_rng_state(tensors["rng/torch"])
-    if torch.cuda.is_available() and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    for name, generator in generators.items():
-        generator.set_state(tensors[f"rng/{name}"])
+    try:
+        torch.set_rng_state(tensors["rng/torch"])
+        if update.q_scale.is_cuda:
+            torch.cuda.set_rng_state(tensors["rng/cuda"])
+        for name, generator in generators.items():
+            generator.set_state(tensors[f"rng/{name}"])
+    except RuntimeError as e:
+        raise CheckpointError(f"{path} holds no state of a random generator ({e}): {AGAIN}") from e
+
+
+def _without_optimisers(update: Update, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+    tensors = {f"model/{name}": t for name, t in update.model.state_dict().items()}
+    tensors["q_scale"] = update.q_scale
+    tensors["rng/torch"] = torch.get_rng_state()
+    if update.q_scale.is_cuda:
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors | {f"rng/{name}": g.get_state() for name, g in generators.items()}
 
 
 def _optimisers(update: Update) -> dict[str, torch.optim.Optimizer]:
     return {"model_optim": update.model_optim, "policy_optim": update.policy_optim}
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

@@ -2,15 +2,16 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, FileError
+from ..files import file_name
 
 
 class Log:
@@ -25,7 +26,9 @@ class Log:
         config: of the run, shown by W&B.
 
     Raises:
-        ConfigError: W&B is asked for and not installed.
+        ConfigError: W&B is asked for and not installed, or does not start.
+        DataError: a table has lost rows.
+        FileError: the folder cannot be written to.
     """
 
     def __init__(
@@ -39,22 +42,30 @@ class Log:
         config: dict[str, Any] | None = None,
     ):
         self._wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         self._stack = ExitStack()
         self._files, self._writers = {}, {}
-        for name, header in columns.items():
-            path = folder / f"{name}.csv"
-            file = self._stack.enter_context(path.open("a", newline=""))
-            file.truncate((sizes or {}).get(name, 0))
-            self._files[name] = file
-            self._writers[name] = csv.DictWriter(file, header, lineterminator="\n")
-            if not sizes:
-                self._writers[name].writeheader()
+        with _named(folder):
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            for name, header in columns.items():
+                file = self._stack.enter_context((folder / f"{name}.csv").open("a", newline=""))
+                size = sizes[name] if sizes else 0
+                if os.path.getsize(file.name) < size:
+                    raise DataError(f"{file.name} has lost rows: restore it, or start the run anew elsewhere")
+                file.truncate(size)
+                self._files[name] = file
+                self._writers[name] = csv.DictWriter(file, header, lineterminator="\n")
+                if not sizes:
+                    self._writers[name].writeheader()
 
     def write(self, table: str, row: Mapping[str, float]) -> None:
-        """Append a row; columns that it leaves out stay empty."""
-        self._writers[table].writerow(row)
-        self._files[table].flush()
+        """Append a row; columns that it leaves out stay empty.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        with _named(self._files[table].name):
+            self._writers[table].writerow(row)
+            self._files[table].flush()
         curves = {f"{table}/{name}": value for name, value in row.items() if name != "step"}
         for name, value in curves.items():
             self._board.add_scalar(name, value, int(row["step"]))
@@ -62,10 +73,15 @@ class Log:
             self._wandb.log(curves, step=int(row["step"]))
 
     def sync(self) -> dict[str, int]:
-        """Make every row safe on the disk; returns the size of each table in bytes."""
+        """Make every row safe on the disk; returns the size of each table in bytes.
+
+        Raises:
+            FileError: the disk takes no more.
+        """
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            with _named(file.name):
+                file.flush()
+                os.fsync(file.fileno())
         return {name: os.path.getsize(file.name) for name, file in self._files.items()}
 
     def __enter__(self) -> "Log":
@@ -83,10 +99,22 @@ class Log:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
 
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e.strerror or e}") from e
+
+
 def _start_wandb(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
     try:
         import wandb
     except ImportError as e:
         raise ConfigError("wandb_project is set, but wandb is not: pip install wandb") from e
-    run_id = str(folder.resolve()).strip("/").replace("/", "-")[-64:]
-    return wandb.init(project=project, dir=str(folder), config=config, id=run_id, resume="allow")
+    run_id = file_name(str(folder.resolve()).strip("/"))[-64:]
+    try:
+        return wandb.init(project=project, dir=str(folder), config=config, id=run_id, resume="allow")
+    except Exception as e:
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise ConfigError(f"wandb_project={project}: W&B does not start ({reason})") from e

@@ -9,7 +9,12 @@ capacity 10 and episodes of 3, 2 and 4 steps, the third one wraps and pushes the
     holds    c3  c4   -   -  b0  b1  b2  c0  c1  c2
 
 A slice of H steps may start at every row that has H more of its episode after it; all of them are
-equally likely. On disk the buffer is a folder of shards, each with the episodes of one `save`.
+equally likely. The published sampler never draws an episode of fewer than H steps. Here one that
+terminated is padded to H steps, because it would be a failure that the model never hears of: after a
+termination nothing counts, so the padding repeats the last observation, has zero actions and rewards,
+and is terminated. One that was only cut off is never drawn.
+
+On disk the buffer is a folder of shards, each with the episodes of one `save`.
 """
 
 from itertools import pairwise
@@ -18,15 +23,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import DataError
-from ..files import atomic_write
+from ..errors import DataError, FileError
+from ..files import read_tensors, write_tensors
 from .update import Batch
 
+FORMAT = "tdmpc2-replay-1"
 COLUMNS = ("obs", "action", "reward", "terminated")
+AGAIN = "start the run anew elsewhere"
 
 
 class Episode(NamedTuple):
@@ -58,18 +63,30 @@ class Replay:
 
     def __len__(self) -> int:
         """Rows held."""
-        return self.end - self._starts[0] if self._starts else 0
+        return self.end - self.first
+
+    @property
+    def first(self) -> int:
+        """Number of the oldest row held; `end` where there is none."""
+        return self._starts[0] if self._starts else self.end
 
     @property
     def num_slices(self) -> int:
         return int(self._cumulative[-1]) if len(self._cumulative) else 0
 
     def add(self, episode: Episode) -> None:
-        """Append an episode; the oldest ones make room.
+        """Append an episode, padded where it terminated within H steps; the oldest ones make room.
 
         Raises:
             DataError: it alone is larger than the capacity.
         """
+        if episode.terminated[-1] and (short := self.horizon - len(episode.reward)) > 0:
+            episode = Episode(
+                torch.cat([episode.obs, episode.obs[-1:].expand(short, *episode.obs.shape[1:])]),
+                torch.cat([episode.action, episode.action.new_zeros(short, episode.action.shape[1])]),
+                torch.cat([episode.reward, episode.reward.new_zeros(short)]),
+                torch.cat([episode.terminated, episode.terminated.new_ones(short)]),
+            )
         length = len(episode.obs)
         if length > self.capacity:
             raise DataError(
@@ -120,49 +137,87 @@ class Replay:
         return self._rows
 
     def save(self, folder: Path, since: int) -> None:
-        """Write the episodes that start at row `since` or later, if any, as one new shard."""
+        """Write the episodes that start at row `since` or later, if any, as one shard.
+
+        A shard of the same `since` that was written before, with fewer episodes, is replaced.
+
+        Raises:
+            FileError: the shard cannot be written.
+        """
         starts = [s for s in self._starts if s >= since]
         if not starts or self._rows is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         at = torch.arange(starts[0], self.end) % self.capacity
         columns = {name: column[at] for name, column in zip(COLUMNS, self._rows, strict=True)}
-        lengths = np.diff([*starts, self.end])
-        with atomic_write(folder / f"{starts[0]:012d}.safetensors") as tmp:
-            save_file(columns | {"lengths": torch.from_numpy(lengths)}, tmp)
+        lengths = torch.from_numpy(np.diff([*starts, self.end]))
+        path = folder / f"{starts[0]:012d}.safetensors"
+        write_tensors(path, columns | {"lengths": lengths}, {"format": FORMAT})
 
     def forget(self, folder: Path) -> None:
-        """Delete the shards of which every episode was pushed out."""
-        shards = _shards(folder)
-        for (_, path), (next_first, _) in pairwise(shards):
-            if self._starts and next_first <= self._starts[0]:
-                path.unlink()
-
-    def load(self, folder: Path, end: int) -> None:
-        """Fill an empty buffer from its shards as it was at row `end`; later shards are deleted.
+        """Delete the shards whose episodes were all pushed out.
 
         Raises:
-            DataError: a shard is missing or damaged.
+            FileError: a shard cannot be deleted.
         """
-        for first, path in _shards(folder):
-            if first >= end:  # written after the checkpoint that is gone on from
-                path.unlink()
-                continue
-            try:
-                with safe_open(path, "pt") as shard:
-                    lengths = shard.get_tensor("lengths").tolist()
-                    columns = [shard.get_tensor(name).split(lengths) for name in COLUMNS]
-            except (SafetensorError, OSError, RuntimeError) as e:
-                raise DataError(f"{path} is damaged ({e}): start the run anew elsewhere") from e
-            if self._starts and self.end != first:
-                break
-            self.end = first
-            for obs, action, reward, terminated in zip(*columns, strict=True):
-                self.add(Episode(obs, action[:-1], reward[:-1], terminated[:-1]))
-        if self.end != end:
-            raise DataError(f"{folder} lacks rows from {self.end} on: start the run anew elsewhere")
+        for (_, path), (next_begin, _) in pairwise(_shards(folder)):
+            if next_begin <= self.first:
+                _delete(path)
+
+    def load(self, folder: Path, first: int, end: int, like: Episode) -> None:
+        """Fill an empty buffer from its shards with rows `first` to `end`; later shards are deleted.
+
+        Args:
+            folder: of the shards.
+            first, end: of the buffer when its shards were last saved.
+            like: any episode of the environment, of any length.
+
+        Raises:
+            DataError: a shard is missing, damaged, or of another environment.
+            FileError: a shard cannot be read or deleted.
+        """
+        for begin, path in _shards(folder):
+            if begin >= end:  # written after the checkpoint that is gone on from
+                _delete(path)
+        shards = _shards(folder)
+        while len(shards) > 1 and shards[1][0] <= first:
+            shards.pop(0)
+        self.end = shards[0][0] if shards else 0
+        for begin, path in shards:
+            # In a buffer smaller than a shard, a shard may hold the newest rows of the one before again.
+            for episode in _read(path, like) if begin == self.end else ():
+                if self.end < end:  # the shard may have grown after the checkpoint
+                    self.add(episode)
+        if (self.first, self.end) != (first, end):
+            raise DataError(f"{folder} lacks a shard: rows {first} to {end} are not all there: {AGAIN}")
+
+
+def _read(path: Path, like: Episode) -> list[Episode]:
+    """The episodes of a shard."""
+    tensors, _ = read_tensors(path, FORMAT, AGAIN, DataError)
+    try:
+        columns = [tensors[name] for name in COLUMNS]
+        for name, column, usual in zip(COLUMNS, columns, like, strict=True):
+            if column.dtype != usual.dtype or column.shape[1:] != usual.shape[1:]:
+                raise DataError(
+                    f"{path} holds {name} as {column.dtype} {list(column.shape[1:])}, the environment has "
+                    f"{usual.dtype} {list(usual.shape[1:])}: {AGAIN}"
+                )
+        lengths = tensors["lengths"].tolist()
+        if min(lengths) < 2:
+            raise ValueError("an episode has no step")
+        episodes = zip(*(column.split(lengths) for column in columns), strict=True)
+        return [Episode(obs, action[:-1], reward[:-1], ended[:-1]) for obs, action, reward, ended in episodes]
+    except (KeyError, RuntimeError, TypeError, IndexError, ValueError) as e:
+        raise DataError(f"{path} holds no episodes ({' '.join(str(e).split())}): {AGAIN}") from e
 
 
 def _shards(folder: Path) -> list[tuple[int, Path]]:
     """Number of the first row, and path, of every shard, oldest first."""
-    return sorted((int(path.stem), path) for path in folder.glob("*.safetensors"))
+    return sorted((int(path.stem), path) for path in folder.glob("*.safetensors") if path.stem.isdecimal())
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as e:
+        raise FileError(f"{path} cannot be deleted: {e.strerror or e}") from e

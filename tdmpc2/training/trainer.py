@@ -4,16 +4,23 @@ A run is a folder. Its state is saved between episodes, where the simulator need
 every episode begins from a seed of its own:
 
     checkpoint.safetensors   everything the future depends on, replaced whole
-    replay/                  the episodes, in shards that are written once
+    replay/                  the episodes, in shards
     train.csv, eval.csv      one row an episode, one row an evaluation
     tensorboard/             the same as curves
     train_config.json        the settings
     teacher/                 the best evaluated model with both tables and the settings: the result
+
+Saving takes at most a fiftieth of the time, and a run that ends before its time, whatever the reason,
+loses what came after the last checkpoint: the running episode, and rarely more. Resumed, it leaves the
+same files as one that was never interrupted; only measured times differ.
 """
 
+import math
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +44,14 @@ from ..config import (
     published_budget,
 )
 from ..envs import is_episodic, make_env, max_episode_steps
-from ..errors import ConfigError, TDMPC2Error
+from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
+from ..files import atomic_write, file_name, in_use
+from ..progress import SILENT, Progress
 from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
 from ..world_model.model import WorldModel
-from .checkpoint import load_state, read_loop, save_state
+from ..world_model.two_hot import support
+from .checkpoint import read_state, restore, save_state
 from .log import Log
 from .replay import Episode, Replay
 from .update import INFO, Batch, Update
@@ -50,6 +60,7 @@ TABLES = {
     "train": ("step", "episode", "return", "length", "seconds", *INFO),
     "eval": ("step", "mean", "sd", "min", "max", "episodes", "seconds"),
 }
+SAVE_EVERY = 50  # times as long as the last save took, from one checkpoint to the next at least
 # Settings that may differ when a run goes on: they do not change what was learnt so far.
 FREE_ON_RESUME = {*("steps", "checkpoint_freq", "work_dir", "resume", "threads", "compile", "wandb_project")}
 
@@ -64,10 +75,12 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     steps: int = 500_000  # the run ends with the first episode that reaches them
     seed_steps: int | None = None  # random actions first; None: 5 episodes, at least 1000
     buffer_size: int = 1_000_000  # observations
+    vmin: float = WorldModelConfig.vmin  # of the bins of rewards and values, as sign(x) * log(1 + |x|)
+    vmax: float = WorldModelConfig.vmax
     seed: int = 1
     eval_freq: int = 25_000  # steps
     eval_episodes: int = 10
-    checkpoint_freq: int = 2_500  # steps
+    checkpoint_freq: int = 2_500  # steps of a replay shard; checkpoints come as often, or more
     work_dir: str = ""  # default: runs/<task>/<seed>
     resume: bool = False  # go on with the run in work_dir
     device: str = "cpu"
@@ -75,6 +88,18 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     compile: bool = True  # the planner and the update
     precision: str = "float32"  # of products in planning and of hidden layers' in updates, or bfloat16
     wandb_project: str = ""
+
+    def check_ranges(self) -> None:
+        """Raise ConfigError for a number that no run can have."""
+        at_least(1, self, "steps", "buffer_size", "eval_freq", "eval_episodes", "checkpoint_freq")
+        at_least(0, self, "seed")
+        if self.seed_steps is not None:
+            at_least(0, self, "seed_steps")
+        if self.threads is not None:
+            at_least(1, self, "threads")
+        if self.model_size not in MODEL_SIZES:
+            sizes = ", ".join(map(str, MODEL_SIZES))
+            raise ConfigError(f"model_size={self.model_size}: choose one of {sizes} (millions)")
 
 
 class Trainer:
@@ -84,16 +109,16 @@ class Trainer:
         config: the settings; `threads` is for the caller to apply.
 
     Raises:
-        ConfigError: a setting that cannot be, or a work_dir that holds a run already.
-        CheckpointError: a run to resume is damaged.
+        ConfigError: a setting that cannot be, alone or for this task and machine.
+        TaskError: there is no such task.
     """
 
     def __init__(self, config: TrainConfig):
-        _check(config)
+        config.check_ranges()
+        check_device(config.device)
         self.config = config
-        self.folder = Path(config.work_dir or f"runs/{config.task}/{config.seed}")
+        self.folder = Path(config.work_dir or f"runs/{file_name(config.task)}/{config.seed}")
         self.checkpoint = self.folder / "checkpoint.safetensors"
-        saved = self._saved_run()
         torch.manual_seed(config.seed)
         self.env = make_env(config.task, config.seed, config.obs)
         model = WorldModel(self._architecture()).to(config.device).eval()
@@ -102,14 +127,10 @@ class Trainer:
             published = published_budget(model.config.action_dim)
             self.planner = replace(self.planner, iterations=published.iterations)
         length = max_episode_steps(self.env)
-        if config.buffer_size <= length:
-            raise ConfigError(
-                f"buffer_size={config.buffer_size}: must hold an episode of {config.task}, "
-                f"{length + 1} observations"
-            )
-        self.discount = discount_of(length)
         default = max(1000, 5 * length)
         self.seed_steps = default if config.seed_steps is None else config.seed_steps
+        self._check_episodes(length)
+        self.discount = discount_of(length)
         compute = ComputeConfig(config.precision, config.compile)
         self.agent = TDMPC2(model, self.planner, discount=self.discount, seed=config.seed, compute=compute)
         self.evaluated = TDMPC2(
@@ -123,64 +144,90 @@ class Trainer:
         self.update = Update(model, part(UpdateConfig, config), self.discount, noise, compute)
         self.replay = Replay(config.buffer_size, self.planner.horizon, config.seed)
         self.generators = {"noise": noise.generator, "replay": self.replay.generator}
-        self.step = self.episode = self.updates = self.saved_rows = 0
-        self.best_return = -float("inf")
+        self.step = self.episode = self.updates = 0
+        self.evaluated_step = 0  # of the last evaluation
+        self.shard = 0  # first row of the replay shard that still grows
+        self.saved_step: int | None = None  # of the last checkpoint
+        self.saved_at, self.save_seconds = -math.inf, 0.0  # when it was written, and how long that took
+        self.best_return = -math.inf
         self.returns: dict[str, float] = {}  # the latest, in training and in evaluation
+        self.said: set[str] = set()  # warnings that are given once
         self.seconds_before = 0.0
         self.started = time.monotonic()
-        self.sizes: dict[str, int] | None = None
-        if saved is not None:
-            self._restore(saved)
 
     def run(
         self,
+        progress: Progress = SILENT,
+        *,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
-        report: Callable[[str], None] = lambda line: None,
+        report: Callable[[str], None] | None = None,
     ) -> Path:
         """Train until `steps`, and return the folder of the teacher.
 
         Args:
+            progress: shows what is going on.
             on_step: called after every agent step.
-            report: called with a line to show, when something else than a step was done.
+            report: called with a line to show, when something else than a step was done; None: by `progress`.
 
         Raises:
-            TDMPC2Error: a loss is no longer finite, or the environment fails.
+            ConfigError: the folder is in use, holds a run already, or the run to resume has other settings.
+            CheckpointError, DataError: the run to resume is damaged.
+            FileError: the folder cannot be written to.
+            TDMPC2Error: nothing can be learnt, a loss is no longer finite, or the environment fails.
         """
+        self.progress, self.on_step, self.report = progress, on_step, report or progress.print
+        try:
+            with in_use(self.folder):
+                return self._run()
+        finally:
+            self.env.close()
+
+    def _run(self) -> Path:
         c = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.sizes is None:  # what a run left that was killed before its first checkpoint
+        sizes = self._resume()
+        if sizes is None:  # what a run left that was killed before its first checkpoint
             for leftover in ("replay", "tensorboard"):
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
+        else:
+            self.report(f"going on from step {self.step:,}")
         save_config(self.folder / "train_config.json", c)
         log = Log(
-            self.folder,
-            TABLES,
-            sizes=self.sizes,
-            step=self.step,
-            wandb_project=c.wandb_project,
-            config=asdict(c),
+            self.folder, TABLES, sizes=sizes, step=self.step, wandb_project=c.wandb_project, config=asdict(c)
         )
-        with log:
-            while self.step < c.steps:
-                begin = self.step
-                log.write("train", self._run_episode(on_step, report))
-                last = self.step >= c.steps
-                evaluate = last or self.step // c.eval_freq > begin // c.eval_freq
-                if evaluate:
-                    row = self._evaluate()
-                    log.write("eval", row)
-                    report(
-                        f"step {self.step:,}: evaluation {row['mean']:.1f} "
-                        f"(sd {row['sd']:.1f}, {c.eval_episodes} episodes), after {row['seconds']:.0f} s"
-                    )
-                if evaluate or self.step // c.checkpoint_freq > begin // c.checkpoint_freq:
-                    self._save(log.sync())
-        self.env.close()
+        try:
+            with log, self.progress.add("training", c.steps, unit="steps", done=self.step) as self.stage:
+                self._loop(log)
+        except BaseException:
+            if self.saved_step is None:
+                saved = "nothing is saved yet"
+            else:
+                saved = f"resume=true goes on from step {self.saved_step:,}"
+            self.report(f"stopped at step {self.step:,}; {saved}")
+            raise
         return self._copy_tables()
 
-    def _run_episode(
-        self, on_step: Callable[["Trainer"], None], report: Callable[[str], None]
-    ) -> dict[str, float]:
+    def _loop(self, log: Log) -> None:
+        c = self.config
+        self._note()
+        while True:
+            if self._evaluation_due():
+                log.write("eval", self._evaluate())
+                self._save(log)
+            if self.step >= c.steps:
+                return
+            begin = self.step
+            log.write("train", self._run_episode())
+            full = self.step // c.checkpoint_freq > begin // c.checkpoint_freq
+            waited = time.monotonic() - self.saved_at
+            # An evaluation takes long, and is begun again where it is interrupted.
+            if full or self._evaluation_due() or waited >= SAVE_EVERY * self.save_seconds:
+                self._save(log, full)
+
+    def _evaluation_due(self) -> bool:
+        last, freq = self.evaluated_step, self.config.eval_freq
+        return self.step > last and (self.step >= self.config.steps or self.step // freq > last // freq)
+
+    def _run_episode(self) -> dict[str, float]:
         """One episode with an update after each step; returns its row of the table."""
         start = time.monotonic()
         obs, _ = self.env.reset(seed=self._seed_of("train", self.episode))
@@ -194,16 +241,9 @@ class Trainer:
             observations.append(obs)
             steps.append((action, float(reward), float(terminated)))
             self.step += 1
-            on_step(self)
-            due = self._updates_due()
-            if due > 1:
-                report(f"step {self.step:,}: pretraining, {due:,} updates")
-            infos += [self._learn() for _ in range(due)]
-            if due and not infos[-1].isfinite().all():
-                raise TDMPC2Error(
-                    f"training diverged at step {self.step} (a loss is not finite): lower lr; the "
-                    f"last checkpoint, if any, is {self.checkpoint}"
-                )
+            self.stage.at(self.step)
+            self.on_step(self)
+            infos += self._learn()
         actions, rewards, terminations = zip(*steps, strict=True)
         self.replay.add(
             Episode(
@@ -215,6 +255,8 @@ class Trainer:
         )
         self.episode += 1
         self.returns["return"] = sum(rewards)
+        self._note()
+        self._check_learning(rewards, terminated)
         row: dict[str, float] = {
             "step": self.step,
             "episode": self.episode,
@@ -226,6 +268,42 @@ class Trainer:
             row |= dict(zip(INFO, torch.stack(infos).mean(0).tolist(), strict=True))
         return row
 
+    def _check_learning(self, rewards: Sequence[float], terminated: bool) -> None:
+        """After an episode: say what of it cannot be learnt, refuse to go on where nothing can."""
+        c, horizon = self.config, self.planner.horizon
+        if len(rewards) < horizon and not terminated:
+            self._warn(
+                f"episode {self.episode} was cut off after {len(rewards)} steps: episodes shorter than "
+                f"horizon={horizon} that do not terminate are never learnt from",
+                "short",
+            )
+        if not self.updates and self.step > self.seed_steps and not self.replay.num_slices:
+            raise TDMPC2Error(
+                f"nothing can be learnt: none of the {self.episode} episodes so far lasted horizon={horizon} "
+                "steps or terminated; set a smaller horizon, or more seed_steps"
+            )
+        if not self.updates and self.step >= c.steps:
+            raise TDMPC2Error(
+                f"nothing was learnt in {self.step} steps: updates begin after seed_steps={self.seed_steps} "
+                "and one whole episode; set more steps"
+            )
+        low, high = support(self.agent.model.config)
+        lowest = min(*rewards, self.update.lowest.item())
+        highest = max(*rewards, self.update.highest.item())
+        if lowest < low or highest > high:
+            self._warn(
+                f"step {self.step:,}: rewards or returns reach from {lowest:,.0f} to {highest:,.0f}, the bins "
+                f"of the model from {low:,.0f} to {high:,.0f}; what lies beyond cannot be told apart: scale the "
+                f"rewards, or train anew with vmin={self._bound(lowest, c.vmin):g} "
+                f"vmax={self._bound(highest, c.vmax):g}",
+                "range",
+            )
+
+    def _bound(self, value: float, usual: float) -> float:
+        """A bound of the bins that is wide enough for rewards of `value`, if not the usual one."""
+        enough = math.ceil(math.log1p(abs(value) / (1 - self.discount)))
+        return math.copysign(max(enough, abs(usual)), usual)
+
     def _act(self, obs: np.ndarray) -> np.ndarray:
         if self.updates:
             return self.agent.act(obs, eval_mode=False)
@@ -233,14 +311,27 @@ class Trainer:
         uniform = torch.rand(self.agent.model.config.action_dim, generator=generator, device=generator.device)
         return (2 * uniform - 1).cpu().numpy()
 
-    def _updates_due(self) -> int:
-        """After a step: none while seeding, then all that were missed (pretraining), then one."""
-        if self.step <= self.seed_steps or not self.replay.num_slices:
-            return 0
-        return 1 if self.updates else max(self.seed_steps, 1)
+    def _learn(self) -> list[Tensor]:
+        """The updates that are due after a step; the values of INFO of each, as one tensor.
 
-    def _learn(self) -> Tensor:
-        """One update; returns the values of INFO as one tensor."""
+        None while seeding, then all that were missed (pretraining), then one.
+        """
+        if self.step <= self.seed_steps or not self.replay.num_slices:
+            return []
+        if self.updates:
+            infos = [self._update()]
+        else:
+            infos = []
+            missed = max(self.seed_steps, 1)
+            with self.progress.add("pretraining", missed, unit="updates") as stage:
+                for _ in range(missed):
+                    infos.append(self._update())
+                    stage.advance()
+        if not infos[-1].isfinite().all():
+            raise TDMPC2Error(f"training diverged at step {self.step} (a loss is not finite): lower lr")
+        return infos
+
+    def _update(self) -> Tensor:
         batch = self.replay.sample(self.config.batch_size)
         batch = Batch(*(column.to(self.agent.device) for column in batch))
         self.updates += 1
@@ -253,12 +344,18 @@ class Trainer:
         self.evaluated.planner.noise.generator.manual_seed(c.seed)
         agent = SpeculativeAgent(self.evaluated, TEACHER)
         seeds = [self._seed_of("eval", i) for i in range(c.eval_episodes)]
-        returns = rollout(agent, lambda: make_env(c.task, obs=c.obs), seeds).episodes["return"]
+        with self.progress.add("evaluating", max_episode_steps(self.env), unit="steps") as stage:
+            result = rollout(
+                agent, lambda: make_env(c.task, obs=c.obs), seeds, on_step=lambda done: stage.advance()
+            )
+        returns = result.episodes["return"]
         mean = self.returns["evaluation"] = float(returns.mean())
+        self._note()
         if mean >= self.best_return:
             self.best_return = mean
             self._export()
-        return {
+        self.evaluated_step = self.step
+        row = {
             "step": self.step,
             "mean": mean,
             "sd": float(returns.std(ddof=0)),
@@ -267,6 +364,11 @@ class Trainer:
             "episodes": c.eval_episodes,
             "seconds": round(self._seconds(), 1),
         }
+        self.report(
+            f"step {self.step:,}: evaluation {mean:.1f} (sd {row['sd']:.1f}, {c.eval_episodes} episodes), "
+            f"after {row['seconds']:.0f} s"
+        )
+        return row
 
     def _export(self) -> None:
         save_world_model(
@@ -283,75 +385,119 @@ class Trainer:
 
     def _copy_tables(self) -> Path:
         for name in ("train.csv", "eval.csv", "train_config.json"):
-            shutil.copy(self.folder / name, self.folder / "teacher" / name)
+            with atomic_write(self.folder / "teacher" / name) as tmp:
+                shutil.copyfile(self.folder / name, tmp)
         return self.folder / "teacher"
 
-    def _save(self, sizes: dict[str, int]) -> None:
-        """Save the state; the replay's new shard first, so that the state never lacks it."""
-        shards = self.folder / "replay"
-        self.replay.save(shards, self.saved_rows)
-        self.saved_rows = self.replay.end
-        loop = {
+    def _save(self, log: Log, full: bool = False) -> None:
+        """Save the state; the replay's shard first, so that the state never lacks it.
+
+        `full` says that this shard shall grow no more. When that happens depends on steps alone, not on when
+        checkpoints are written: equal runs leave equal shards.
+        """
+        began = time.monotonic()
+        sizes, shards = log.sync(), self.folder / "replay"
+        self.replay.save(shards, self.shard)
+        self.shard = self.replay.end if full else self.shard
+        save_state(self.checkpoint, self.update, self.generators, self._where(sizes))
+        self.replay.forget(shards)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.save_seconds = self.saved_at - began
+
+    def _where(self, sizes: dict[str, int]) -> dict[str, Any]:
+        """Where the run stands, as JSON values."""
+        return {
             "config": asdict(self.config),
             "step": self.step,
             "episode": self.episode,
             "updates": self.updates,
-            "rows": self.saved_rows,
+            "evaluated_step": self.evaluated_step,
+            "shard": self.shard,
+            "first_row": self.replay.first,
+            "end_row": self.replay.end,
             "best_return": self.best_return,
             "seconds": self._seconds(),
             "table_sizes": sizes,
         }
-        save_state(self.checkpoint, self.update, self.generators, loop)
-        self.replay.forget(shards)
 
-    def _restore(self, loop: dict[str, Any]) -> None:
-        load_state(self.checkpoint, self.update, self.generators)
-        self.step, self.episode, self.updates = loop["step"], loop["episode"], loop["updates"]
-        self.best_return, self.seconds_before = loop["best_return"], loop["seconds"]
-        self.saved_rows, self.sizes = loop["rows"], loop["table_sizes"]
-        self.replay.load(self.folder / "replay", self.saved_rows)
-
-    def _saved_run(self) -> dict[str, Any] | None:
-        """The state to go on from, None for a new run."""
-        exists = (self.folder / "train_config.json").exists() or self.checkpoint.exists()
-        if exists and not self.config.resume:
+    def _resume(self) -> dict[str, int] | None:
+        """Go on from the checkpoint in the folder; the sizes of the tables there, None for a new run."""
+        begun = self.checkpoint.exists() or (self.folder / "replay").exists()
+        settings = (self.folder / "train_config.json").exists()
+        if begun and settings and not self.config.resume:
             raise ConfigError(
                 f"{self.folder} already holds a run: add resume=true to go on with it, or choose "
                 "another work_dir"
             )
         if not self.checkpoint.exists():
-            found = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+            found = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")}
             # A run killed before its first checkpoint is begun anew; a model is none that it left.
-            foreign = found & {"teacher", WEIGHTS} if exists else found
-            if foreign:
+            if foreign := found & {"teacher", WEIGHTS} if settings else found:
                 raise ConfigError(
                     f"{self.folder} holds {min(foreign)} and no run to go on with: choose another work_dir, "
                     "or empty it"
                 )
             return None
-        loop, ours = read_loop(self.checkpoint), asdict(self.config)
-        for name in ours.keys() - FREE_ON_RESUME:
-            if loop["config"].get(name) != ours[name]:
+        tensors, loop = read_state(self.checkpoint, self._where({}))
+        for name, ours in asdict(self.config).items():
+            theirs = loop["config"].get(name)
+            if name not in FREE_ON_RESUME and theirs != ours:
                 raise ConfigError(
-                    f"the run in {self.folder} has {name}={loop['config'].get(name)}, not "
-                    f"{ours[name]}: resume it with its own settings (see train_config.json)"
+                    f"the run in {self.folder} has {name}={theirs}, not {ours}: resume it with its own "
+                    "settings (see train_config.json)"
                 )
-        return loop
+        restore(self.checkpoint, tensors, self.update, self.generators)
+        self.step = self.saved_step = loop["step"]
+        self.episode, self.updates = loop["episode"], loop["updates"]
+        self.evaluated_step, self.shard = loop["evaluated_step"], loop["shard"]
+        self.best_return, self.seconds_before = loop["best_return"], loop["seconds"]
+        self.replay.load(self.folder / "replay", loop["first_row"], loop["end_row"], self._empty_episode())
+        teacher = self.folder / "teacher" / WEIGHTS
+        if self.evaluated_step and not teacher.exists():
+            raise CheckpointError(f"{teacher} is missing: restore it, or start the run anew elsewhere")
+        return loop["table_sizes"]
 
-    def _architecture(self) -> WorldModelConfig:
-        size = self.config.model_size
-        if size not in MODEL_SIZES:
-            raise ConfigError(
-                f"model_size={size}: choose one of {', '.join(map(str, MODEL_SIZES))} (millions)"
-            )
-        widths = dict(MODEL_SIZES[size])
+    def _empty_episode(self) -> Episode:
+        """One row of the replay buffer."""
         shape, action = self.env.observation_space.shape, self.env.action_space.shape
         assert shape and action
-        config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env))
-        config = replace(config, **widths)  # type: ignore[arg-type]
+        obs, column = np.zeros((1, *shape), self.env.observation_space.dtype), torch.zeros(1)
+        return Episode(torch.from_numpy(obs), torch.zeros(1, *action), column, column)
+
+    def _architecture(self) -> WorldModelConfig:
+        c = self.config
+        shape, action = self.env.observation_space.shape, self.env.action_space.shape
+        assert shape and action
+        config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env), vmin=c.vmin, vmax=c.vmax)
+        config = replace(config, **MODEL_SIZES[c.model_size])  # type: ignore[arg-type]
         if config.pixels:  # the convolutions end in 4 x 4 positions
             config = replace(config, latent_dim=16 * config.num_channels)
         return config
+
+    def _check_episodes(self, length: int) -> None:
+        """Raise ConfigError where episodes of at most so many steps cannot be stored or learnt from."""
+        c = self.config
+        if length < c.horizon:
+            raise ConfigError(
+                f"horizon={c.horizon}: episodes of {c.task} last at most {length} steps: set horizon={length}"
+            )
+        if c.steps <= self.seed_steps:
+            raise ConfigError(
+                f"steps={c.steps}: nothing would be learnt, because the first seed_steps={self.seed_steps} "
+                "are random actions; set more steps or fewer seed_steps"
+            )
+        if c.buffer_size <= length:
+            raise ConfigError(
+                f"buffer_size={c.buffer_size}: must hold an episode of {c.task}, {length + 1} observations"
+            )
+        row = sum(column.nbytes for column in self._empty_episode())
+        rows = min(c.buffer_size, c.steps + c.steps // length + length + 1)
+        if rows * row > (memory := _memory()):
+            raise ConfigError(
+                f"buffer_size={c.buffer_size}: the {rows:,} observations of this run take "
+                f"{rows * row / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory: set "
+                f"buffer_size={int(0.7 * memory / row)}, or less"
+            )
 
     def _seed_of(self, purpose: str, index: int) -> int:
         """Seed of an episode; training and evaluation never share one on purpose."""
@@ -361,9 +507,23 @@ class Trainer:
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
+    def _note(self) -> None:
+        """Show what the run is at beside its bar."""
+        returns = [f"{name} {value:.1f}" for name, value in self.returns.items()]
+        self.stage.note(", ".join(returns if self.updates else ["random actions", *returns]))
 
-def _check(config: TrainConfig) -> None:
-    """Raise ConfigError for a number that no run can have."""
-    at_least(1, config, "steps", "batch_size", "eval_freq", "eval_episodes", "checkpoint_freq")
-    at_least(0, config, "seed")
-    check_device(config.device)
+    def _warn(self, line: str, kind: str) -> None:
+        """Report a line of this kind, once a run."""
+        if kind not in self.said:
+            self.said.add(kind)
+            self.report(line)
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine, or this container, has; infinite where they cannot be told."""
+    found = []
+    with suppress(AttributeError, OSError, ValueError):  # not on Windows
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # no container, or no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=math.inf)

@@ -95,6 +95,7 @@ class Update:
         self.model_optim = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.policy_optim = torch.optim.Adam(self.policy_params, lr=config.lr, eps=1e-5, fused=True)
         self.q_scale = torch.ones((), device=encoder[0].device)
+        self.lowest = self.highest = torch.zeros_like(self.q_scale)  # TD target so far
 
     def __call__(self, batch: Batch, *, dropout: bool = True) -> dict[str, Tensor]:
         """Take one step on `batch`; `dropout=False` leaves the Q heads' dropout off.
@@ -110,6 +111,8 @@ class Update:
         noise, heads = self.noise.normal(*batch.action.shape), self.noise.two_heads(model.config.num_q)
         with self._autocast():
             next_z, target = self._targets(model, batch, noise, heads, self.discount)
+            low, high = target.aminmax()
+            self.lowest, self.highest = self.lowest.minimum(low), self.highest.maximum(high)
             losses, zs = self._losses(model, batch, next_z, target, c.rho)
         total = (
             c.consistency_coef * losses["consistency_loss"]

@@ -18,6 +18,12 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(x.abs())
 
 
+def support(config: WorldModelConfig) -> tuple[float, float]:
+    """The least and the greatest scalar that the bins can stand for."""
+    low, high = symexp(torch.tensor([config.vmin, config.vmax], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def two_hot(x: Tensor, config: WorldModelConfig) -> Tensor:
     """Scalars `[...]` to distributions `[..., num_bins]`; values outside the support are clamped."""
     width = (config.vmax - config.vmin) / (config.num_bins - 1)
