@@ -1,9 +1,10 @@
-"""Evaluate trained correctors in every mode beside the baseline, and write the report.
+"""Evaluate trained correctors in every mode beside the baseline, and make an agent of the chosen mode.
 
     python scripts/eval_corrector.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
-        correctors=correctors/cartpole-swingup out=evaluation/cartpole-swingup
+        correctors=correctors/cartpole-swingup out=agents/cartpole-swingup
 
-`correctors` is a folder that `scripts/train_corrector.py` wrote.
+`correctors` is a folder that `scripts/train_corrector.py` wrote. `out` becomes an agent as
+`scripts/accelerate.py` leaves it: `tdmpc2.load_agent(out)` opens it, and its report is in `out/evaluation`.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from pathlib import Path
 from rich.console import Console
 
 from tdmpc2 import cli
-from tdmpc2.accelerate import evaluate_correctors
+from tdmpc2.accelerate import evaluate_correctors, save_agent
 from tdmpc2.config import BudgetOverride
+from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import EvaluationConfig
+from tdmpc2.files import in_use
 from tdmpc2.teacher import open_teacher
 
 
@@ -23,15 +26,21 @@ class EvalCorrectorConfig(BudgetOverride, EvaluationConfig):
     """Everything that this script can be told."""
 
     task: str
-    checkpoint: str  # an original .pt file or a folder of ours
+    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
     correctors: str  # folder of two_tower/, temporal/, distilled/, or some of them
-    out: str  # folder for the results
+    out: str  # folder of the agent and its evaluation
     device: str = "cpu"
 
 
 def main(config: EvalCorrectorConfig) -> None:
-    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
-    evaluate_correctors(teacher, Path(config.correctors), Path(config.out), config, Console())
+    out, correctors, console = Path(config.out), Path(config.correctors), Console()
+    if out.resolve() == Path(config.checkpoint).resolve():
+        raise ConfigError(f"out={out} is the teacher's own folder: choose another one")
+    with in_use(out):
+        teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+        evaluate_correctors(teacher, correctors, out / "evaluation", config, console)
+        save_agent(out, teacher, out / "evaluation", correctors)
+    console.print(f'done: agent = tdmpc2.load_agent("{out}")')
 
 
 if __name__ == "__main__":

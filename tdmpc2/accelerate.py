@@ -27,7 +27,7 @@ from rich.console import Console
 
 from .cli import provenance
 from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig, at_least
-from .corrector import ARCHITECTURES, BaseCorrector, load_corrector, read_header
+from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
 from .distillation import CorrectorTrainConfig, check, collect, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import (
@@ -38,9 +38,9 @@ from .evaluation.evaluate import (
     evaluate,
 )
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
-from .files import difference, in_use, read_json, write_json
+from .files import atomic_write, difference, in_use, read_json, write_json
 from .teacher import Teacher, open_teacher
-from .world_model import save_world_model
+from .world_model import fingerprint, save_world_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +153,31 @@ def _accelerate(config: AccelerateConfig, out: Path, console: Console) -> Path:
     if chosen == BASELINE:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         console.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
-    save_agent(out, teacher, out / "evaluation")
+    save_agent(out, teacher, out / "evaluation", out / "correctors")
     console.print(f'done: agent = tdmpc2.load_agent("{out}")')
     return out
 
 
-def save_agent(folder: Path, teacher: Teacher, evaluation: Path) -> None:
-    """Make `folder`, which holds `correctors/`, the agent that was chosen in `evaluation`."""
+def save_agent(folder: Path, teacher: Teacher, evaluation: Path, correctors: Path) -> None:
+    """Make `folder` the agent that was chosen in `evaluation`, with the correctors that it was chosen from.
+
+    Args:
+        folder: what `tdmpc2.load_agent` then opens.
+        teacher: of the agent.
+        evaluation: a folder of `evaluate`.
+        correctors: where the correctors are; they are copied to `folder/correctors` unless they are there.
+
+    Raises:
+        ConfigError: a corrector has changed since it was evaluated.
+    """
+    for name, weights in read_json(evaluation / "settings.json")["correctors"].items():
+        source, own = (parent / name for parent in (correctors, folder / "correctors"))
+        if fingerprint(load_corrector(source, teacher.fingerprint)) != weights:
+            raise ConfigError(f"{source} was trained again while it was evaluated: choose another out=")
+        if source.resolve() != own.resolve():
+            with atomic_write(own / FILE) as tmp:
+                shutil.copyfile(source / FILE, tmp)
+    chosen = read_json(evaluation / "chosen.json")
     save_world_model(
         folder,
         teacher.model,
@@ -168,7 +186,8 @@ def save_agent(folder: Path, teacher: Teacher, evaluation: Path) -> None:
         discount=teacher.discount,
         planner=asdict(teacher.planner),
         precision=teacher.compute.precision,
-        speculation=read_json(evaluation / "chosen.json")["speculation"],
+        mode=chosen["mode"],
+        speculation=chosen["speculation"],
         provenance=provenance(),
     )
 
@@ -214,7 +233,11 @@ def evaluate_correctors(
     """
     found = [name for name in ARCHITECTURES if (folder / name).is_dir()]
     if not found:
-        raise CheckpointError(f"no corrector in {folder}: train one with scripts/train_corrector.py")
+        near = [
+            f for f in (folder.parent, folder / "correctors") if any((f / n).is_dir() for n in ARCHITECTURES)
+        ]
+        advice = f"give {near[0]}" if near else "train one with scripts/train_corrector.py"
+        raise CheckpointError(f"{folder} is no folder of correctors: {advice}")
     seeds = [*config.eval_seeds, *config.calibration_seeds]
     check_unseen(seeds, [folder / name for name in found])
     device = next(teacher.model.parameters()).device

@@ -28,6 +28,7 @@ from torch import Tensor
 from .config import (
     COMPILED,
     EAGER,
+    TEACHER,
     ComputeConfig,
     PlannerConfig,
     SpeculationConfig,
@@ -497,9 +498,24 @@ def load_agent(
     teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     if "speculation" not in saved:
         return teacher
+    return SpeculativeAgent(teacher, *read_mode(path, teacher.model))
+
+
+def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, BaseCorrector | None]:
+    """The mode of execution that a checkpoint names, with its corrector; TEACHER where it names none.
+
+    Args:
+        path: the checkpoint.
+        model: its world model.
+
+    Raises:
+        CheckpointError: the mode does not fit this version, or its corrector cannot be used.
+    """
+    saved = saved_config(path)
+    if "speculation" not in saved:
+        return TEACHER, None
     config = saved_as(SpeculationConfig, saved["speculation"], path)
-    corrector = None
-    if config.corrector:
-        folder = Path(path) / "correctors" / config.corrector
-        corrector = load_corrector(folder, fingerprint(teacher.model), device)
-    return SpeculativeAgent(teacher, config, corrector)
+    if not config.corrector:
+        return config, None
+    folder = Path(path) / "correctors" / config.corrector
+    return config, load_corrector(folder, fingerprint(model), next(model.parameters()).device)

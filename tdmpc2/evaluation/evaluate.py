@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..agent import SpeculativeAgent
-from ..config import ELSEWHERE, SpeculationConfig, at_least
+from ..config import SpeculationConfig, at_least, part
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, difference, read_json, write_json
@@ -364,7 +364,8 @@ def evaluate(
         "teacher": subject.teacher.fingerprint,
         "correctors": {name: fingerprint(c) for name, c in subject.correctors.items()},
         "planner": asdict(subject.teacher.planner),
-        "config": {name: value for name, value in asdict(config).items() if name not in ELSEWHERE},
+        "precision": subject.teacher.compute.precision,
+        "config": asdict(part(EvaluationConfig, config)),
     }
     claim(out, settings)
     written_by = out / "commits.json"
