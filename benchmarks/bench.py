@@ -44,7 +44,6 @@ from tdmpc2.config import (
 )
 from tdmpc2.corrector import BaseCorrector, build_corrector, save_corrector
 from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.modes import FOREVER
 from tdmpc2.files import write_json
 from tdmpc2.planner import NoiseSource, Planner
 from tdmpc2.training.trainer import TrainConfig, Trainer
@@ -59,6 +58,7 @@ agent.act(torch.zeros(int(sys.argv[3])))
 print(flush=True)
 """
 Measurement = Callable[[], Record]
+NEVER_AGAIN = 1_000_000  # steps of a plan, more than are measured
 SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_trajs=4)
 
 
@@ -254,12 +254,12 @@ def memory_record(config: BenchConfig) -> Record:
 
 
 def speculative_agent(
-    architecture: str, config: BenchConfig, execution_horizon: int = FOREVER
+    architecture: str, config: BenchConfig, execution_horizon: int = NEVER_AGAIN
 ) -> SpeculativeAgent:
     model = random_model(1).to(config.device)
     teacher = TDMPC2(model, SMALLEST, compute=ComputeConfig(compile=config.compile))
     corrector = random_corrector(model, architecture).to(config.device)
-    mode = SpeculationConfig(execution_horizon=execution_horizon, corrector=architecture)
+    mode = SpeculationConfig(execution_horizon, corrector=architecture, refine_steps=1)
     agent = SpeculativeAgent(teacher, mode, corrector)
     agent.reset()
     return agent

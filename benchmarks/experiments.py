@@ -4,9 +4,9 @@
 
 Every experiment changes one thing. Where that is a matter of training, refining or plans, a corrector
 executes 24 steps a plan without fallback, trained anew from the agent's data or, for refining and plans, the
-agent's own; where it is a matter of accepting, the agent's own executes plans until it is told to stop, or
-one has lasted twice as long as the one before. In the world as it is, under pushes, and accepting also where
-everything is much heavier. The seeds are neither those of calibration nor those of the results. Writes
+agent's own; where it is a matter of accepting, the agent's own executes 24 steps with fallback. In the world
+as it is, under pushes, and accepting also where everything is much heavier. The seeds are neither those of
+calibration nor those of the results. Writes
 `results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the numbers come from. A run that is
 killed goes on with the variants that are missing.
 """
@@ -33,10 +33,10 @@ from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import l1_distance, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
-from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, FOREVER, GROWTH, PRIOR
+from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, read_json, write_json
-from tdmpc2.mismatch import calibrate_td_error, calibrate_threshold, calibrate_thresholds
+from tdmpc2.mismatch import calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.refine import offsets, refine
 from tdmpc2.teacher import Teacher, open_teacher
@@ -46,8 +46,7 @@ from tdmpc2.world_model.model import WorldModel
 
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
-QUANTILES = (0.9, EvaluationConfig.quantile)
-GROWTHS = (4, None)  # beside GROWTH
+QUANTILES = (0.8, EvaluationConfig.quantile)
 LOSS_WORDS = {"mse": "squared distance", "l1": "L1 distance"}
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
@@ -65,7 +64,7 @@ AS_IT_IS = {  # of each experiment the variant that the package has; of the othe
     "refinement": "of the corrected action",
     "bursts": "of random actions",
     "plan": "3 planned steps, then the prior",
-    "acceptance": f"{STANDARD} or TD errors, quantile {EvaluationConfig.quantile}",
+    "acceptance": f"{STANDARD}, quantile {EvaluationConfig.quantile}",
 }
 
 
@@ -100,13 +99,6 @@ EXECUTED: Mapping[str, tuple[int, type[SpeculativeAgent]]] = {  # steps of each 
     "the mean, 3 steps": (3, Mean),
     "the elite drawn, 3 steps": (3, Drawn),
 }
-
-
-class Unrefined(SpeculativeAgent):
-    """Executes what the corrector says."""
-
-    def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
-        return action
 
 
 class RefinedPrior(SpeculativeAgent):
@@ -333,15 +325,15 @@ def main(config: ExperimentConfig) -> None:
         cheaper = partial(bench.rollout, replace(TEACHER, iterations=iterations), None, agent_type=Mean)
         bench.add("budget", f"the mean of a new plan at every step, iterations: {iterations}", cheaper)
 
-    free = SpeculationConfig(LONG, corrector=config.architecture)
-    far = replace(free, refine_steps=teacher.planner.horizon)
+    unrefined = SpeculationConfig(LONG, corrector=config.architecture)
+    free, far = (replace(unrefined, refine_steps=n) for n in (1, teacher.planner.horizon))
     refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector | None, type[SpeculativeAgent]]] = {
-        "none": (free, corrector, Unrefined),
+        "none": (unrefined, corrector, SpeculativeAgent),
         "of the corrected action": (free, corrector, SpeculativeAgent),
         "of the corrected action, as many steps ahead as plans have": (far, corrector, SpeculativeAgent),
-        "none, of the distilled policy alone": (ALONE, distilled, Unrefined),
-        "of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
-        "of the prior alone": (PRIOR, None, RefinedPrior),
+        "none, of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
+        "of the distilled policy alone": (replace(ALONE, refine_steps=1), distilled, SpeculativeAgent),
+        "of the prior alone": (replace(PRIOR, refine_steps=1), None, RefinedPrior),
     }
     for variant, (mode, network, kind) in refinements.items():
         bench.add("refinement", variant, partial(bench.rollout, mode, network, agent_type=kind))
@@ -377,22 +369,12 @@ def main(config: ExperimentConfig) -> None:
 
     for rule, agent_type in rules.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
-        later = seen.loc[seen["k"] > 0, "mismatch"].to_numpy()
         for quantile in QUANTILES:
-            threshold = calibrate_thresholds(seen, quantile)
+            threshold = calibrate_thresholds(seen, quantile, LONG)
             if rule == ONE_FOR_ALL:
-                threshold = (calibrate_threshold(later, quantile),)
-            mode = SpeculationConfig(
-                FOREVER, growth=GROWTH, threshold=threshold, corrector=config.architecture
-            )
-            accepting(f"{rule}, quantile {quantile}", mode, agent_type)
-            if rule == STANDARD:
-                for growth in GROWTHS:
-                    words = f"{rule}, growth {growth or 'without limit'}, quantile {quantile}"
-                    accepting(words, replace(mode, growth=growth), agent_type)
-                limit, usual = calibrate_td_error(seen, config.td_quantile)
-                watching = replace(mode, min_td_error=limit, usual_td_error=usual)
-                accepting(f"{rule} or TD errors, quantile {quantile}", watching, agent_type)
+                largest = seen[seen["k"] > 0].groupby((seen["k"] == 0).cumsum())["mismatch"].max()
+                threshold = (float(largest.quantile(quantile)),)
+            accepting(f"{rule}, quantile {quantile}", replace(free, threshold=threshold), agent_type)
     running_about.rename(about)
     running.rename(path)
 

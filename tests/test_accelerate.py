@@ -28,17 +28,21 @@ from tdmpc2.distillation.dataset import read_shard, write_shard
 from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed, evaluate
+from tdmpc2.evaluation.metrics import act_columns, act_times
+from tdmpc2.evaluation.rollout import random_returns
 from tdmpc2.files import read_json, write_json
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
 
 ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
-LENGTHS = ("3", "6", "12", "24", "until")
 MODES = [
     *("baseline", "half_budget", "naive_3", "naive_6", "plan_3", "plan_6"),
-    *(f"{corrector}_{length}" for corrector in ("two_tower", "temporal") for length in LENGTHS),
-    *("distilled", "prior"),
+    *(f"two_tower_{k}" for k in (3, 6, 12, 24)),
+    *(f"two_tower_{k}_refined" for k in (3, 6, 12, 24)),
+    *(f"temporal_{k}" for k in (3, 6, 12, 24)),
+    *(f"temporal_{k}_refined" for k in (3, 6, 12, 24)),
+    *("distilled", "distilled_refined", "prior"),
 ]
 SMALL = [
     *("num_samples=16", "iterations=2", "num_elites=4", "num_pi_trajs=4"),
@@ -131,8 +135,10 @@ def test_the_evidence_is_complete(finished: Path) -> None:
     ).replace("http://matplotlib", "")
     assert set(json.loads((evaluation / "chosen.json").read_text())) == {"mode", "why", "speculation"}
     modes = json.loads((evaluation / "provenance.json").read_text())["modes"]
-    growth = {name: mode["growth"] for name, mode in modes.items() if mode["growth"] is not None}
-    assert growth == {"two_tower_until": 2, "temporal_until": 2}
+    assert all((mode["refine_steps"] > 0) == name.endswith("_refined") for name, mode in modes.items())
+    by_k = pd.read_csv(evaluation / "by_step_in_plan.csv").set_index(["mode", "k"])
+    assert {k for mode, k in by_k.index if mode == "two_tower_6"} >= {0, 1}
+    assert steps.groupby(["mode", "seed"])["action_change"].apply(lambda x: x.isna().sum()).eq(1).all()
 
 
 def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
@@ -178,7 +184,7 @@ def test_episodes_made_before_there_was_a_setting_are_refused(finished: Path, wo
     path = finished / "evaluation/modes/naive_3/settings.json"
     text = path.read_text()
     path.write_text(json.dumps({name: x for name, x in json.loads(text).items() if name != "refine_steps"}))
-    one_line(accelerate(workdir, "out=done"), "naive_3", "other settings")
+    one_line(accelerate(workdir, "out=done"), "naive_3", "refine_steps=null, not 0")
     path.write_text(text)
 
 
@@ -206,7 +212,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     What it computed on before does not matter.
     """
     monkeypatch.syspath_prepend(workdir)
-    less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 1, "latency_steps": 4}
+    less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 2, "latency_steps": 4}
     settings = {**OmegaConf.from_dotlist(SMALL), **less}
     job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)
     grown, at_once = (replace(job, out=str(workdir / name)) for name in ("grown", "at-once"))
@@ -226,7 +232,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     run_job(replace(grown, rounds=2), Console())
     assert not set(ELSEWHERE) & set(read_json(workdir / "grown/evaluation/settings.json")["config"])
     assert "commit " in read_json(workdir / "grown/evaluation/provenance.json")["trained"]
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(ConfigError, match="rounds=2, not 1"):
         run_job(grown, Console())
 
 
@@ -238,7 +244,7 @@ def one_line(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: Path, workdir: Path) -> None:
-    one_line(accelerate(workdir, "out=done", "quantile=0.5"), "other settings", "out=")
+    one_line(accelerate(workdir, "out=done", "quantile=0.5"), "quantile=0.9, not 0.5", "out=")
 
 
 def test_mistakes_end_in_one_line(workdir: Path) -> None:
@@ -260,6 +266,7 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
         {"architecture": "three_tower"},
         {"architecture": "distilled"},
         {"label_episodes": 5, "num_envs": 4},
+        {"calibration_episodes": 1},
         {"quantile": 0.0},
         {"episodes": 2},
         {"rounds": -1},
@@ -320,53 +327,137 @@ def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path
     one_line(result, "half/two_tower did not end")
 
 
-@pytest.mark.parametrize(
-    ("far_calls", "least", "chosen"),
-    [
-        (0.1, 0.85, "far"),  # `lower` plans less often, but by less than a percent
-        (0.106, 0.85, "lower"),
-        (0.1, 0.95, "near"),
-        (0.1, 0.99, "baseline"),
-        (0.3, 0.85, "near"),
-    ],
-)
-def test_the_chosen_mode_plans_least_and_withstands_pushes(
-    far_calls: float, least: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = {"baseline": 1.0, "near": 0.2, "far": far_calls, "lossy": 0.05, "prior": 0.0}
-    calls["lower"] = far_calls - 0.004
-    undisturbed = {**dict.fromkeys(calls, 100.0), "lossy": 90.0, "lower": 99.0}
-    pushed = {"baseline": 80.0, "near": 78.0, "far": 70.0, "lower": 70.0}
+BASE, PLAN, STEP = 100.0, 40.0, 1.0  # return; time of a plan and of another step, ms
 
-    def summary(subject: evaluate.Subject, modes: dict[str, Any], *_: Any) -> pd.DataFrame:
-        assert "prior" not in modes
-        returns = pd.Series(undisturbed if subject.teacher.disturbance is None else pushed)[list(modes)]
-        ratio = returns / returns["baseline"]
-        table = {
-            "return_mean": returns,
-            "return_ratio_low": ratio,
-            "return_difference_low": returns - returns["baseline"],
-            "planner_calls": pd.Series(calls)[list(modes)],
-        }
-        return pd.DataFrame(table).rename_axis("mode").reset_index()
+
+def choose(
+    modes: dict[str, tuple[int, float, float]],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pushed: dict[str, float] | None = None,
+    random: float = 0.0,
+    step_ms: dict[str, float] | None = None,
+    **settings: float,
+) -> tuple[evaluate.Choice, list[str]]:
+    """The choice among `modes`, each an execution horizon, planner calls and a return; and what was tried."""
+    table = {"baseline": (1, 1.0, BASE), **modes}
+    tried: list[str] = []
+    latency = pd.DataFrame(
+        [
+            (name, kind, ms)
+            for name in table
+            for kind, ms in (("planned", PLAN), ("corrected", (step_ms or {}).get(name, STEP)))
+        ],
+        columns=["mode", "kind", "act_ms"],
+    )
+
+    def summary(subject: evaluate.Subject, own: dict[str, Any], times: pd.DataFrame, *_: Any) -> pd.DataFrame:
+        rows = []
+        for name in own:
+            _, calls, returned = table[name]
+            if subject.teacher.disturbance is not None:
+                returned = {"baseline": 80.0, **dict.fromkeys(modes, 80.0), **(pushed or {})}[name]
+            elif name not in tried:
+                tried.append(name)
+            rows.append(
+                {
+                    "mode": name,
+                    "return_mean": returned,
+                    "return_ratio_low": returned / BASE,
+                    "return_difference_low": returned - BASE,
+                    **act_columns(*act_times(times, name, calls)),
+                }
+            )
+        return pd.DataFrame(rows)
 
     monkeypatch.setattr(evaluate, "_calibration_summary", summary)
-    teacher = open_teacher("walker-walk", str(TEACHER), BudgetOverride())
-    config = evaluate.EvaluationConfig(min_return_pushed=least)
-    horizons = {"baseline": 1, "near": 6, "lower": 24, "far": 24, "lossy": 24, "prior": 1}
-    modes = {name: SpeculationConfig(horizon) for name, horizon in horizons.items()}
-    mode, why = evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console())
-    assert mode == chosen and ("none keeps 0.99 of it" in why) == (chosen == "baseline")
+    monkeypatch.setattr(evaluate, "random_returns", lambda env, seeds: np.full(len(seeds), random))
+    monkeypatch.setattr(dmc, "EPISODE_STEPS", 2)
+    teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
+    config = evaluate.EvaluationConfig(**settings)  # type: ignore[arg-type]
+    speculation = {name: SpeculationConfig(horizon) for name, (horizon, *_) in table.items()}
+    subject = evaluate.Subject(teacher, {})
+    return evaluate.choose(subject, speculation, latency, config, folder, Console()), tried[1:]
+
+
+SMALL_BUDGET = BudgetOverride(num_samples=16, iterations=1, num_elites=4, num_pi_trajs=4, compile=False)
+CANDIDATES = {
+    "near": (3, 0.34, 100.0),
+    "far": (24, 0.05, 100.0),
+    "lossy": (24, 0.042, 90.0),
+    "prior": (1, 0.0, 100.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "pushed", "settings", "chosen"),
+    [
+        ({}, {}, {}, "far"),
+        ({"far": (24, 0.5, 100.0)}, {}, {}, "near"),  # falls back too often to save time
+        ({"far": (24, 0.05, 97.0)}, {}, {}, "near"),  # loses return
+        ({"far": (24, 0.05, 97.0)}, {}, {"min_return": 0.97}, "far"),
+        ({}, {"far": 70.0}, {}, "near"),  # is lost under pushes
+        ({}, {"far": 70.0}, {"min_return_pushed": 0.85}, "far"),
+        ({"other": (24, 0.051, 101.0)}, {}, {}, "other"),  # as fast, and better
+        ({"other": (12, 0.10, 101.0)}, {}, {}, "far"),  # better, and slower
+    ],
+)
+def test_the_chosen_mode_is_the_fastest_that_holds_up(
+    change: dict, pushed: dict, settings: dict, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, tried = choose({**CANDIDATES, **change}, tmp_path, monkeypatch, pushed, **settings)
+    assert choice.mode == chosen and choice.why.startswith("it takes the least time")
+    assert "prior" not in tried
+
+
+def test_the_time_of_a_step_counts_as_well_as_the_planner_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = {"far": (24, 0.05, 100.0), "near": (12, 0.09, 100.0)}
+    choice, tried = choose(modes, tmp_path, monkeypatch, step_ms={"far": 10.0})
+    assert choice.mode == "near"
+    assert tried == ["near"], "what cannot be faster is not tried"
+
+
+def test_no_mode_is_chosen_that_is_not_clearly_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice, _ = choose({"slow": (3, 0.34, 100.0)}, tmp_path, monkeypatch, step_ms={"slow": 30.0})
+    assert choice.mode == "baseline" and "in less than 0.8 of the time" in choice.why
+    choice, _ = choose(CANDIDATES, tmp_path, monkeypatch, dict.fromkeys(CANDIDATES, 10.0))
+    assert choice.mode == "baseline" and "(far, near) none keeps 0.95" in choice.why
+
+
+@pytest.mark.parametrize("random", [BASE, 120.0])
+def test_nothing_is_chosen_for_a_teacher_that_fails(
+    random: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the modes do: all of them keep the return of a teacher that does nothing."""
+    choice, tried = choose(CANDIDATES, tmp_path, monkeypatch, random=random)
+    assert choice.mode == "baseline" and choice.why.startswith("the teacher itself fails")
+    assert f"random actions reach {random:.1f}" in choice.why and not tried
+
+
+def test_random_actions_are_measured_on_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dmc, "EPISODE_STEPS", 5)
+    teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
+    first, again = (random_returns(teacher.env, range(3)) for _ in range(2))
+    assert first.shape == (3,) and np.array_equal(first, again) and len(set(first)) == 3
 
 
 def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
-    budget = BudgetOverride(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4, compile=False)
-    teacher = open_teacher("walker-walk", str(TEACHER), budget)
-    config = evaluate.EvaluationConfig(calibration_episodes=3, num_envs=3, min_return_pushed=-9.0)
+    monkeypatch.setattr(evaluate, "random_returns", lambda env, seeds: np.full(len(seeds), -1.0))
+    teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
+    config = evaluate.EvaluationConfig(
+        calibration_episodes=3, num_envs=3, min_return_pushed=-9.0, latency_steps=8
+    )
     modes = {"baseline": SpeculationConfig(1), "naive": SpeculationConfig(4)}
     monkeypatch.setattr(evaluate, "holds_up", lambda summary, least: summary.index >= 0)
-    mode, why = evaluate.choose(evaluate.Subject(teacher, {}), modes, config, tmp_path, Console())
+    subject = evaluate.Subject(teacher, {})
+    latency = evaluate._latency(subject, modes, config, tmp_path / "latency.csv", Console())
+    latency["act_ms"] = np.where(latency["kind"] == "planned", 10.0, 1.0)
+    mode, why = evaluate.choose(subject, modes, latency, config, tmp_path, Console())
     assert mode == "naive" and "where both are pushed" in why
     calm, pushed = (pd.read_csv(tmp_path / name / "baseline/episodes.csv") for name in ("modes", "pushed"))
     assert list(calm["seed"]) == list(pushed["seed"]) and (calm["return"] != pushed["return"]).any()
@@ -429,7 +520,7 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     table = disturbed.evaluate_disturbed(config, Console())
     chosen = json.loads((finished / "evaluation/chosen.json").read_text())["mode"]
-    modes = list(dict.fromkeys(["baseline", chosen, "naive_6", "distilled", "prior"]))
+    modes = list(dict.fromkeys(["baseline", chosen, "naive_6", "distilled_refined", "prior"]))
     assert list(table["mode"]) == 2 * modes and list(table["strength"]) == len(modes) * [0.0] + len(modes) * [
         3.0
     ]

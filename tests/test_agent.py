@@ -20,7 +20,7 @@ from tdmpc2.config import (
 from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError, DataError, ObservationError
 from tdmpc2.evaluation.modes import ALONE, DISTILLED
-from tdmpc2.mismatch import TD_STEPS, calibrate_td_error, calibrate_threshold, calibrate_thresholds
+from tdmpc2.mismatch import TD_STEPS, calibrate_td_error, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.refine import offsets, refine
 from tdmpc2.world_model import load_world_model
@@ -115,22 +115,6 @@ def test_every_step_in_plan_has_a_threshold_of_its_own(model) -> None:
     ):
         seen = kinds(agent_of(model, execution_horizon=20, threshold=threshold), observations(6, 1))
         assert "".join(k[0][0] for k in seen) == expected
-
-
-def test_plans_become_longer_again_after_a_fallback(model) -> None:
-    agent = agent_of(model, execution_horizon=5, growth=2, num_envs=2)
-    agent.reset()
-    seen = []
-    for t, obs in enumerate(observations(13, 2)):
-        agent._thresholds = torch.tensor([0.0 if t in (1, 9) else 1e6])
-        agent._z_pred[1] = agent.teacher.encode(obs)[1]  # all is as predicted in the second row
-        if t == 11:
-            agent.reset(torch.tensor([True, False]))
-        agent.act(obs)
-        seen.append([Kind(int(k)).name[0] for k in agent.info.kind])
-    first, second = ("".join(row) for row in zip(*seen, strict=True))
-    assert first == "PF" + "OP" + "OOOP" + "OF" + "O" + "PO", "at most two steps after one, then four"
-    assert second == "POOOO" * 2 + "POO"
 
 
 def test_fallback_executes_the_first_action_of_one_new_plan(model, monkeypatch) -> None:
@@ -391,8 +375,8 @@ def test_bad_observations_are_named(model) -> None:
 def test_bad_settings_are_named(model) -> None:
     with pytest.raises(ConfigError, match="execution_horizon=0"):
         agent_of(model, execution_horizon=0)
-    with pytest.raises(ConfigError, match="growth=1"):
-        agent_of(model, growth=1)
+    with pytest.raises(ConfigError, match="refine_steps=-1"):
+        agent_of(model, refine_steps=-1)
     with pytest.raises(ConfigError, match="min_td_error"):
         agent_of(model, min_td_error=0.0)
     with pytest.raises(ConfigError, match="plan_length=4"):
@@ -402,11 +386,34 @@ def test_bad_settings_are_named(model) -> None:
         TDMPC2(multi, BUDGET)
 
 
-def test_thresholds_are_quantiles_at_each_step_in_plan() -> None:
-    steps = pd.DataFrame({"k": [0, 1, 2, 1, 2, 1, 2], "mismatch": [np.nan, 1.0, 4.0, 2.0, 8.0, 3.0, 9.0]})
-    assert calibrate_thresholds(steps, 0.5) == (2.0, 8.0)
+def plans(mismatches: np.ndarray) -> pd.DataFrame:
+    """Steps of plans that were executed without fallback; `mismatches` `[n, K - 1]`, one row a plan."""
+    k = np.tile(np.arange(mismatches.shape[1] + 1), len(mismatches))
+    return pd.DataFrame(
+        {"k": k, "mismatch": np.pad(mismatches, ((0, 0), (1, 0)), constant_values=np.nan).ravel()}
+    )
+
+
+@pytest.mark.parametrize("horizon", [2, 4, 24])
+def test_a_share_of_whole_plans_stays_below_the_thresholds(horizon: int) -> None:
+    """Whatever the execution horizon, and though mismatch grows with the step in plan."""
+    rng = np.random.default_rng(0)
+    mismatches = np.arange(1, 24) * rng.gamma(3.0, size=(500, 23))
+    thresholds = calibrate_thresholds(plans(mismatches), 0.9, horizon)
+    assert len(thresholds) == horizon - 1
+    below = (mismatches[:, : horizon - 1] <= thresholds).all(1)
+    assert below.mean() == pytest.approx(0.9, abs=0.003)
+    ratio = np.array(thresholds) / np.quantile(mismatches[:, : horizon - 1], 0.9, axis=0)
+    np.testing.assert_allclose(ratio, ratio[0], err_msg="one factor for all steps")
+
+
+def test_what_cannot_be_calibrated_is_said() -> None:
     with pytest.raises(DataError, match="beyond k = 0"):
-        calibrate_thresholds(steps[:1], 0.5)
+        calibrate_thresholds(plans(np.ones((1, 0))), 0.5, 3)
+    with pytest.raises(DataError, match="beyond k = 0"):
+        calibrate_thresholds(plans(np.full((3, 2), np.nan)), 0.5, 3)
+    exact = calibrate_thresholds(plans(np.zeros((3, 2))), 0.5, 3)
+    assert all(np.isfinite(exact)), "a world that is predicted exactly"
 
 
 def test_td_error_limit_is_what_most_episodes_keep_above_at_every_step() -> None:
@@ -421,8 +428,3 @@ def test_td_error_limit_is_what_most_episodes_keep_above_at_every_step() -> None
     assert limit == pytest.approx(1.0 - 0.9 * reached, abs=0.01)
     with pytest.raises(DataError, match="no TD error"):
         calibrate_td_error(steps[steps["td_error"].isna()], 0.9)
-
-
-def test_threshold_is_a_quantile_of_finite_mismatches() -> None:
-    values = np.array([np.nan, 0.0, 1.0, 2.0, 3.0, 4.0])
-    assert calibrate_threshold(values, 0.75) == 3.0

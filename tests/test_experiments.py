@@ -1,5 +1,6 @@
 """The variants that `benchmarks/experiments.py` compares do what their names say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ OBSERVATIONS = torch.randn(12, 1, 24, generator=GENERATOR)
 
 def drifts(agent_type, steps: int = 6, **arguments) -> torch.Tensor:
     """What is held against the threshold in the steps after the first of one long plan."""
-    agent = agent_type(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER), **arguments)
+    agent = agent_type(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.LONG), **arguments)
     agent.reset()
     seen = []
     for obs in OBSERVATIONS[:steps]:
@@ -48,7 +49,7 @@ def test_action_gap_is_that_of_the_prior() -> None:
 
 
 def test_refined_prior_is_the_prior_refined() -> None:
-    agent = experiments.RefinedPrior(TDMPC2(MODEL, BUDGET), PRIOR)
+    agent = experiments.RefinedPrior(TDMPC2(MODEL, BUDGET), replace(PRIOR, refine_steps=1))
     discount, temperature = agent.teacher.planner.discount, agent.teacher.planner.config.temperature
     moved = 0.0
     for obs in OBSERVATIONS[:4]:
@@ -76,7 +77,7 @@ def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
     own, other = corrector_of("temporal"), corrector_of("two_tower")
     arguments = {"judge": other} if rule == "Disagreement" else {}
     agent = getattr(experiments, rule)(
-        TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.FOREVER, corrector="temporal"), own, **arguments
+        TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.LONG, corrector="temporal"), own, **arguments
     )
     agent.reset()
     for t, obs in enumerate(OBSERVATIONS[:6]):  # past the plan's end too

@@ -43,6 +43,7 @@ STEPS = pd.DataFrame(
         "k": [0, 0, 1, 2],
         "mismatch": [np.nan, np.nan, 0.5, 2.0],
         "delta_a": [0.0, 0.0, 0.4, 0.0],
+        "action_change": [np.nan, np.nan, 0.2, 0.6],
         "reward": [1.0, 1.0, 0.0, 0.0],
         "teacher_distance": [np.nan, np.nan, np.nan, np.nan],
     }
@@ -67,6 +68,7 @@ def test_summary_of_a_small_case() -> None:
     assert fast.planner_calls == pytest.approx(0.4)
     assert fast.fallbacks == pytest.approx(0.1)
     assert fast.delta_a == pytest.approx(0.4), "planned steps and fallbacks have no correction"
+    assert fast.action_change == pytest.approx(0.4), "an episode's first action changes nothing"
     assert fast.return_ratio == pytest.approx(390 / 600)
     assert (fast.act_ms_median, fast.act_ms_p99) == (3.0, 30.0)
     assert fast.act_ms_mean == pytest.approx(0.4 * 20.0 + 0.6 * 2.0)
@@ -207,5 +209,7 @@ def test_holds_up(sign: float) -> None:
         )
         for mode, returns in modes.items()
     )  # fmt: skip
-    steps = pd.DataFrame({"mode": list(modes), "kind": "planned", "k": 0, "delta_a": 0.0})
+    steps = pd.DataFrame(
+        {"mode": list(modes), "kind": "planned", "k": 0, "delta_a": 0.0, "action_change": 0.0}
+    )
     assert holds_up(summarise(episodes, steps, None), 0.98).tolist() == [True, True, False]

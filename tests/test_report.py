@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from tdmpc2.evaluation.metrics import summarise
@@ -36,9 +37,10 @@ def results(names: list[str], seeds: int = 4, length: int = 6, distance: float =
                 k = t % horizon
                 kind, delta = ("corrected", 0.1) if k else ("prior" if mode == "prior" else "planned", 0.0)
                 drift = 0.5 * k if k else np.nan
-                steps.append((mode, seed, t, kind, k, drift, delta, value / length, distance))
+                change = np.nan if t == 0 else 0.3
+                steps.append((mode, seed, t, kind, k, drift, delta, change, value / length, distance))
         latency += [(mode, t, "planned", (1.0 if t % horizon else 40.0) + rng.random()) for t in range(9)]
-    columns = "mode seed t kind k mismatch delta_a reward teacher_distance"
+    columns = "mode seed t kind k mismatch delta_a action_change reward teacher_distance"
     return (
         pd.DataFrame(
             episodes, columns=["mode", "seed", "return", "length", "terminated", "planner_calls", "fallbacks"]
@@ -49,11 +51,13 @@ def results(names: list[str], seeds: int = 4, length: int = 6, distance: float =
 
 
 def report(folder: Path, tables: Tables, **meta: object) -> str:
-    return write_report(folder, *tables, summarise(*tables), META | meta).read_text(encoding="utf-8")
+    episodes, steps, latency = tables
+    summary = summarise(episodes, steps, latency)
+    return write_report(folder, episodes, steps, summary, META | meta).read_text(encoding="utf-8")
 
 
 def test_report_is_complete_and_on_its_own(tmp_path: Path) -> None:
-    modes = ["baseline", "naive_3", "two_tower_3", "prior"]
+    modes = ["baseline", "naive_3", "two_tower_6", "prior"]
     html = report(tmp_path, results(modes), chosen="naive_3")
     for mode in modes:
         assert f"<td>{mode}</td>" in html
@@ -66,6 +70,31 @@ def test_report_is_complete_and_on_its_own(tmp_path: Path) -> None:
     links = re.findall(r"""(?:href|src)=["']?([^"' >]+)""", html) + re.findall(r"url\(([^)]+)\)", html)
     assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_published_modes_are_shown_step_by_step(tmp_path: Path) -> None:
+    tables = results(["baseline", "two_tower_6", "two_tower_6_refined"], distance=0.25)
+    html = report(tmp_path, tables)
+    mean = summarise(*tables)["return_mean"].iloc[1]
+    rows = re.findall(r"<tr><td>two_tower_6 \((.*?)\)</td>(.*?)</tr>", html)
+    assert [row[0] for row in rows] == [f"mean return {mean:.1f}"] * 3
+    cells = [re.findall("<td>(.*?)</td>", row[1]) for row in rows]
+    reward = f"{mean / 6:.3f}"
+    assert cells[0] == ["t+1", "–", "0.000", reward, "0.250"]
+    assert cells[2] == ["t+3", "1.000", "0.100", reward, "0.250"]
+    assert "two_tower_6_refined (" not in html
+
+
+def test_the_figure_of_times_is_the_table_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both weigh the timed steps by the planner calls of all episodes."""
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: drawn.append(a) or plot(self, *a, **k))
+    tables = results(["baseline", "fast"])
+    report(tmp_path, tables)
+    row = summarise(*tables).iloc[1]
+    for name in ("median", "mean", "p95", "p99"):
+        assert any(a[0] == row[f"act_ms_{name}"] and a[1] == 1 for a in drawn if len(a) == 3)
 
 
 def test_the_same_results_give_the_same_file(tmp_path: Path) -> None:
@@ -123,8 +152,8 @@ def test_headline_where_returns_are_negative(lost: float, met: str) -> None:
     assert f"its mean return is {-100 - lost:.1f}, baseline's -100.0" in text
     assert f"of the difference, {-lost:.1f}, {met} the required -2.0" in text
     meta = {"min_return": 0.98, "chosen": "baseline", "why": "none keeps 0.95 of it where both are pushed"}
-    text = "for on the calibration seeds none keeps 0.95 of it where both are pushed."
-    assert headline(summary, meta) == f"The agent replans at every step, {text}"
+    text = "none keeps 0.95 of it where both are pushed."
+    assert headline(summary, meta) == f"The agent replans at every step: {text}"
 
 
 @pytest.mark.filterwarnings("error")

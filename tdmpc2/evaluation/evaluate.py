@@ -274,7 +274,7 @@ def choose(
     best, least, lower = "", limit, -math.inf
     held: list[str] = []
     for name in sorted(fastest, key=fastest.__getitem__):
-        if fastest[name] >= least:
+        if fastest[name] >= (1 + ALIKE) * least:
             break
         tried[name] = modes[name]
         summary = _calibration_summary(subject, tried, latency, config, out / "modes", console)

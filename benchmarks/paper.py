@@ -1,0 +1,94 @@
+"""The published modes, corrected and not refined, beside the same modes refined; for both losses.
+
+    python benchmarks/paper.py task=walker-walk checkpoint=pretrained/walker-walk \\
+        data=accelerated/walker-walk/data
+
+Both correctors are trained anew on an agent's data with the squared and with the absolute loss, equally long.
+Thresholds are calibrated on seeds of their own; then all modes run the same held-out episodes. Writes
+`results/paper/TASK/episodes.csv`, `summary.csv` and `provenance.json`. A run that is killed goes on with the
+correctors and modes that are missing.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from tdmpc2 import cli
+from tdmpc2.config import BudgetOverride, SpeculationConfig
+from tdmpc2.corrector import BaseCorrector, load_corrector
+from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
+from tdmpc2.distillation.losses import LOSSES
+from tdmpc2.evaluation.evaluate import EpisodesConfig, EvaluationConfig, Subject, run_modes, write_csv
+from tdmpc2.evaluation.metrics import summarise
+from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
+from tdmpc2.files import write_json
+from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.teacher import open_teacher
+
+CORRECTORS = ("two_tower", "temporal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig(BudgetOverride, EpisodesConfig):
+    """Whose data the correctors are trained on, and how much is evaluated."""
+
+    task: str
+    checkpoint: str  # the teacher
+    data: str  # a folder of shards that it labelled
+    updates: int = 1_400  # of each corrector: as many as accelerate.py makes in all its rounds
+    calibration_seed: int = 10_000
+    calibration_episodes: int = 20
+    num_envs: int = 20
+    runs: str = "runs/paper"  # for what is not published
+    out: str = "results/paper"
+
+
+def main(config: PaperConfig) -> None:
+    console = Console()
+    teacher = open_teacher(config.task, config.checkpoint, config)
+    runs, out = Path(config.runs) / config.task, Path(config.out) / config.task
+    correctors: dict[str, BaseCorrector] = {}
+    for loss in LOSSES:
+        for name in CORRECTORS:
+            folder = runs / "correctors" / loss
+            if not (folder / name / "done").exists():
+                data = load_shards(config.data, teacher.fingerprint)
+                how = CorrectorTrainConfig(architecture=name, loss=loss, updates=config.updates)
+                train_corrector(teacher.model, data, how, folder)
+                (folder / name / "done").touch()
+            correctors[f"{name}, {loss}"] = load_corrector(folder / name, teacher.fingerprint)
+    subject = Subject(teacher, correctors)
+    quantile, far = EvaluationConfig.quantile, max(PAPER_HORIZONS)
+    seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)
+    modes = simple_modes(teacher.planner.iterations)
+    del modes["half_budget"]
+    for corrector in correctors:
+        name, loss = corrector.split(", ")
+        for refined in (False, True):
+            family = Family(name, refined)
+            # Refining looks as far ahead as plans do: a single step is not enough on every task.
+            steps = teacher.planner.horizon if refined else 0
+            free = SpeculationConfig(far, corrector=corrector, refine_steps=steps)
+            seen = run_modes(
+                subject, {f"{family.name}-{loss}": free}, config, seeds, runs / "calibration", console
+            )
+            for k in PAPER_HORIZONS:
+                modes[f"{family.mode_name(k)}, {loss}"] = replace(
+                    free, execution_horizon=k, threshold=calibrate_thresholds(seen.steps, quantile, k)
+                )
+    result = run_modes(subject, modes, config, config.eval_seeds, runs / "modes", console)
+    write_csv(out / "episodes.csv", result.episodes)
+    write_csv(out / "summary.csv", summarise(result.episodes, result.steps, None))
+    about = {
+        **cli.provenance(),
+        "config": asdict(config),
+        "teacher": teacher.fingerprint,
+        "planner": asdict(teacher.planner),
+        "modes": {name: asdict(mode) for name, mode in modes.items()},
+    }
+    write_json(out / "provenance.json", about)
+
+
+if __name__ == "__main__":
+    cli.run(PaperConfig, main)
