@@ -38,7 +38,7 @@ from .evaluation.evaluate import (
     evaluate,
 )
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
-from .files import atomic_write, difference, in_use, read_json, write_json
+from .files import atomic_write, difference, in_order, in_use, read_json, write_json
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
 
@@ -209,7 +209,7 @@ def _where_made(out: Path) -> str:
     paths = [
         path for part in ("data/*", "rounds/*", "correctors") for path in out.glob(f"{part}/provenance.json")
     ]
-    stages = map(read_json, sorted(paths))
+    stages = map(read_json, in_order(paths))
     return "; ".join(
         dict.fromkeys(f"commit {s['commit']}, {s['machine']}, device={s['device']}" for s in stages)
     )
