@@ -10,10 +10,13 @@ agent act while the teacher labels. Started again, it goes on with the first mis
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
+
 from tdmpc2.cli import run
 from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
 from tdmpc2.distillation import collect
+from tdmpc2.progress import Progress
 from tdmpc2.teacher import open_teacher
 
 
@@ -40,15 +43,17 @@ def main(settings: Settings) -> None:
         name = Path(s.corrector).name
         correctors[name] = load_corrector(s.corrector, teacher.fingerprint, s.device)
         behaviour = replace(behaviour, corrector=name)
-    paths = collect(
-        teacher,
-        s.out,
-        episodes=s.episodes,
-        seed=s.seed,
-        num_envs=s.num_envs,
-        behaviours=[behaviour],
-        correctors=correctors,
-    )
+    with Progress(Console()) as progress:
+        paths = collect(
+            teacher,
+            s.out,
+            episodes=s.episodes,
+            seed=s.seed,
+            num_envs=s.num_envs,
+            behaviours=[behaviour],
+            correctors=correctors,
+            progress=progress,
+        )
     print(f"{s.episodes} episodes in {len(paths)} shards in {s.out}")
 
 
