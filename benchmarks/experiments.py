@@ -424,7 +424,7 @@ def training(
         run("input", "the prior's action too", data, replace(config, architecture="two_tower"))
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
-    run("label", "the sampled action", data._replace(teacher_action=data.sampled), config)
+    run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)
     several = data._replace(teacher_action=mean_label(data, teacher))
     run("label", f"mean over {DRAWS} plans", several, config)
     shards = in_order(p for p in (folder / "data").iterdir() if p.is_dir())
@@ -472,7 +472,7 @@ def episodes(data: Recording, seeds: Tensor) -> Recording:
     rows = torch.isin(data.seed, seeds).nonzero().squeeze(1)
     moved = rows.new_full((len(data.seed),), -1)
     moved[rows] = torch.arange(len(rows))
-    columns = ("latent", "plan", "sampled", "teacher_action", "seed")
+    columns = ("latent", "plan", "drawn", "teacher_action", "seed")
     return data._replace(
         **{name: getattr(data, name)[rows] for name in columns},
         first=moved[data.first[rows]],

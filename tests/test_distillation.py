@@ -109,7 +109,7 @@ def make_recording(
     recording = Recording(
         latent=latent,
         plan=plan,
-        sampled=torch.zeros(n, ACTION),
+        drawn=torch.zeros(n, ACTION),
         teacher_action=label,
         first=first,
         last=last,
@@ -153,7 +153,7 @@ def test_shards_hold_whole_episodes_with_labels(shards: Path, model: WorldModel)
         assert tensors["episode_end"].tolist() == ends
         torch.testing.assert_close(tensors["reward"], torch.tensor(rewards))
         torch.testing.assert_close(tensors["latent"], model.encode(torch.stack(latents)))
-        assert torch.equal(tensors["action"], tensors["sampled"])  # the teacher acted
+        assert torch.equal(tensors["action"], tensors["drawn"])  # the teacher acted
         assert not torch.equal(tensors["action"], tensors["plan"][:, 0])  # plans are the mean
         seen.update(ends)
     assert seen == {0, 1, 2}
@@ -349,7 +349,7 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
     plans, action = tensors["plan"], tensors["action"]
     for i in range(len(first)):
         t, taught = i - int(first[i]), first[i] == 0
-        expected = tensors["sampled"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
+        expected = tensors["drawn"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
 
 
@@ -371,7 +371,7 @@ def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: P
     burst = Bursts(0)
     assert header["bursts"]
     assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
-    assert (tensors["action"] != tensors["sampled"]).all()
+    assert (tensors["action"] != tensors["drawn"]).all()
     assert tensors["plan"].abs().sum() > 0
 
 

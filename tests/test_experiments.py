@@ -139,7 +139,7 @@ def recording(lengths: list[int]) -> Recording:
     return Recording(
         latent=MODEL.encode(torch.randn(steps, 24, generator=GENERATOR)),
         plan=torch.zeros(steps, 3, 6),
-        sampled=torch.zeros(steps, 6),
+        drawn=torch.zeros(steps, 6),
         teacher_action=torch.zeros(steps, 6),
         first=first,
         last=last,

@@ -150,7 +150,7 @@ def _run(
         batch = {
             "latent": z,
             "plan": plan.mean,
-            "sampled": plan.actions[:, 0],
+            "drawn": plan.actions[:, 0],
             "action": action.clone(),
         }
         batch = {name: x.cpu() for name, x in batch.items()}
