@@ -2,11 +2,10 @@
 
     python benchmarks/experiments.py agent=accelerated/walker-walk
 
-Every experiment changes one thing. Where that is a matter of training, refining or plans, a corrector
-executes 24 steps a plan without fallback, trained anew from the agent's data or, for refining and plans, the
-agent's own; where it is a matter of accepting, the agent's own executes 24 steps with fallback. In the world
-as it is, under pushes, and accepting also where everything is much heavier. The seeds are neither those of
-calibration nor those of the results. Writes
+Every experiment changes one thing. A corrector executes 24 steps a plan, refined. It is trained anew from the
+agent's data where training is what changes; elsewhere it is the agent's own. It falls back in the experiment
+on acceptance only. The worlds are the one as modelled and one with pushes, in that experiment also one where
+everything is much heavier. The seeds are neither those of calibration nor those of the results. Writes
 `results/experiments/TASK.csv`, a row an episode, and `TASK.json`, where the numbers come from. A run that is
 killed goes on with the variants that are missing.
 """
@@ -35,8 +34,8 @@ from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
-from tdmpc2.files import atomic_write, read_json, write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.files import atomic_write, in_order, read_json, write_json
+from tdmpc2.mismatch import calibrate_td_error, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.refine import offsets, refine
 from tdmpc2.teacher import Teacher, open_teacher
@@ -46,12 +45,14 @@ from tdmpc2.world_model.model import WorldModel
 
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
-QUANTILES = (0.8, EvaluationConfig.quantile)
+QUANTILES = (EvaluationConfig.quantile, 0.97)
+TD_QUANTILE = 0.9  # share of calibration episodes within the limit of TD errors
 LOSS_WORDS = {"mse": "squared distance", "l1": "L1 distance"}
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
 HEAVY = ("mass", 1.6)
-STANDARD = "mismatch"  # as every rule but the next one with a threshold for every step in plan
+STANDARD = "mismatch"  # thresholds for every step in plan, one rate of false alarms a plan
+PER_STEP = "mismatch, one rate of false alarms a step"
 ONE_FOR_ALL = "mismatch, one threshold for all steps"
 BUDGETS = (1, 2)  # iterations of MPPI, where the baseline's plans are made cheaper instead of fewer
 EXTENSIONS = {  # steps taken from a plan before the prior extends it, and the horizon that it is made with
@@ -195,7 +196,8 @@ def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
     """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
     assert agent.corrector is not None
     history, planned = would_see(agent, z)
-    return agent._refined(z, agent.corrector(history, planned), planned, agent.teacher.task)
+    action = agent.corrector(history, planned)
+    return agent._refined(z, action, planned, agent.teacher.task) if agent.config.refine_steps else action
 
 
 def error_estimate(
@@ -325,15 +327,16 @@ def main(config: ExperimentConfig) -> None:
         cheaper = partial(bench.rollout, replace(TEACHER, iterations=iterations), None, agent_type=Mean)
         bench.add("budget", f"the mean of a new plan at every step, iterations: {iterations}", cheaper)
 
-    unrefined = SpeculationConfig(LONG, corrector=config.architecture)
-    free, far = (replace(unrefined, refine_steps=n) for n in (1, teacher.planner.horizon))
+    free = SpeculationConfig(LONG, corrector=config.architecture, refine_steps=1)
+    unrefined, far = (replace(free, refine_steps=n) for n in (0, teacher.planner.horizon))
+    alone, prior = (replace(mode, refine_steps=1) for mode in (ALONE, PRIOR))
     refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector | None, type[SpeculativeAgent]]] = {
         "none": (unrefined, corrector, SpeculativeAgent),
         "of the corrected action": (free, corrector, SpeculativeAgent),
         "of the corrected action, as many steps ahead as plans have": (far, corrector, SpeculativeAgent),
         "none, of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
-        "of the distilled policy alone": (replace(ALONE, refine_steps=1), distilled, SpeculativeAgent),
-        "of the prior alone": (replace(PRIOR, refine_steps=1), None, RefinedPrior),
+        "of the distilled policy alone": (alone, distilled, SpeculativeAgent),
+        "of the prior alone": (prior, None, RefinedPrior),
     }
     for variant, (mode, network, kind) in refinements.items():
         bench.add("refinement", variant, partial(bench.rollout, mode, network, agent_type=kind))
@@ -355,6 +358,7 @@ def main(config: ExperimentConfig) -> None:
     head = error_estimate(teacher.model, corrector, data, config)
     rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
         STANDARD: SpeculativeAgent,
+        PER_STEP: SpeculativeAgent,
         ONE_FOR_ALL: SpeculativeAgent,
         "mismatch over last step": RelativeDrift,
         "action gap": ActionGap,
@@ -370,13 +374,34 @@ def main(config: ExperimentConfig) -> None:
     for rule, agent_type in rules.items():
         seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
         for quantile in QUANTILES:
-            threshold = calibrate_thresholds(seen, quantile, LONG)
-            if rule == ONE_FOR_ALL:
-                largest = seen[seen["k"] > 0].groupby((seen["k"] == 0).cumsum())["mismatch"].max()
-                threshold = (float(largest.quantile(quantile)),)
-            accepting(f"{rule}, quantile {quantile}", replace(free, threshold=threshold), agent_type)
+            mode = replace(free, threshold=thresholds(rule, seen, quantile))
+            accepting(f"{rule}, quantile {quantile}", mode, agent_type)
+            if rule == STANDARD:
+                limit, usual = calibrate_td_error(seen, TD_QUANTILE)
+                watching = replace(mode, min_td_error=limit, usual_td_error=usual)
+                accepting(f"{rule} or TD errors, quantile {quantile}", watching, agent_type)
     running_about.rename(about)
     running.rename(path)
+
+
+def thresholds(rule: str, steps: pd.DataFrame, quantile: float) -> tuple[float, ...]:
+    """A rule's thresholds for the steps in plan 1, 2, ...; one that holds for all steps by `ONE_FOR_ALL`.
+
+    Args:
+        rule: its name.
+        steps: columns `k, mismatch`, of calibration episodes without fallback.
+        quantile: share of the plans that stay below throughout, by `PER_STEP` share of the steps.
+    """
+    if rule == STANDARD:
+        return calibrate_thresholds(steps, quantile, LONG)
+    seen = steps.loc[steps["k"] > 0, "mismatch"]
+    plan, k = (steps["k"] == 0).cumsum(), steps["k"]
+    if rule == ONE_FOR_ALL:
+        return (float(seen.groupby(plan).max().quantile(quantile)),)
+    level = quantile  # at every step in plan
+    if rule != PER_STEP:  # by ranks: what other rules hold against thresholds may be negative
+        level = seen.groupby(k).rank(pct=True).groupby(plan).max().quantile(quantile)
+    return tuple(seen.groupby(k).quantile(level))
 
 
 def training(
@@ -399,10 +424,10 @@ def training(
         run("input", "the prior's action too", data, replace(config, architecture="two_tower"))
     for steps in UNROLLED:
         run("unrolled steps", str(steps), data, replace(config, rollout_steps=steps))
-    run("label", "the sampled action", data._replace(teacher_action=data.sampled), config)
+    run("label", "the action drawn", data._replace(teacher_action=data.drawn), config)
     several = data._replace(teacher_action=mean_label(data, teacher))
     run("label", f"mean over {DRAWS} plans", several, config)
-    shards = sorted(p for p in (folder / "data").iterdir() if p.is_dir())
+    shards = in_order(p for p in (folder / "data").iterdir() if p.is_dir())
     kept = torch.zeros(0, dtype=torch.long)
     for shard in sorted(shards, key=lambda p: p.name != "teacher")[:-1]:
         kept = torch.cat([kept, load_shards(shard, teacher.fingerprint).seed.unique()])
@@ -435,7 +460,7 @@ def with_a_round(
             episodes=config.round_episodes,
             seed=config.round_seed,
             num_envs=config.num_envs,
-            behaviours=[SpeculationConfig(LONG, corrector=config.architecture)],
+            behaviours=[SpeculationConfig(LONG, corrector=config.architecture, refine_steps=1)],
             correctors={config.architecture: corrector},
             bursts=bursts,
         )
@@ -447,7 +472,7 @@ def episodes(data: Recording, seeds: Tensor) -> Recording:
     rows = torch.isin(data.seed, seeds).nonzero().squeeze(1)
     moved = rows.new_full((len(data.seed),), -1)
     moved[rows] = torch.arange(len(rows))
-    columns = ("latent", "plan", "sampled", "teacher_action", "seed")
+    columns = ("latent", "plan", "drawn", "teacher_action", "seed")
     return data._replace(
         **{name: getattr(data, name)[rows] for name in columns},
         first=moved[data.first[rows]],

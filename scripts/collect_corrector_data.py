@@ -10,10 +10,15 @@ agent act while the teacher labels. Started again, it goes on with the first mis
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
+
 from tdmpc2.cli import run
 from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import load_corrector
+from tdmpc2.corrector import FILE, load_corrector
 from tdmpc2.distillation import collect
+from tdmpc2.errors import ConfigError
+from tdmpc2.evaluation.modes import DISTILLED
+from tdmpc2.progress import Progress
 from tdmpc2.teacher import open_teacher
 
 
@@ -37,18 +42,28 @@ def main(settings: Settings) -> None:
     teacher = open_teacher(s.task, s.checkpoint, s, s.device)
     behaviour, correctors = SpeculationConfig(execution_horizon=s.execution_horizon), {}
     if s.corrector:
-        name = Path(s.corrector).name
-        correctors[name] = load_corrector(s.corrector, teacher.fingerprint, s.device)
+        folder = Path(s.corrector)
+        if within := sorted(path.parent for path in folder.glob(f"*/{FILE}")):
+            raise ConfigError(
+                f"corrector={folder} holds correctors: give one of {', '.join(map(str, within))}"
+            )
+        corrector = load_corrector(folder, teacher.fingerprint, s.device)
+        name = corrector.config.architecture
+        if s.execution_horizon == 1 and name != DISTILLED:
+            raise ConfigError("execution_horizon=1: then nothing is corrected; give 3 or more")
+        correctors[name] = corrector
         behaviour = replace(behaviour, corrector=name)
-    paths = collect(
-        teacher,
-        s.out,
-        episodes=s.episodes,
-        seed=s.seed,
-        num_envs=s.num_envs,
-        behaviours=[behaviour],
-        correctors=correctors,
-    )
+    with Progress(Console()) as progress:
+        paths = collect(
+            teacher,
+            s.out,
+            episodes=s.episodes,
+            seed=s.seed,
+            num_envs=s.num_envs,
+            behaviours=[behaviour],
+            correctors=correctors,
+            progress=progress,
+        )
     print(f"{s.episodes} episodes in {len(paths)} shards in {s.out}")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from tdmpc2 import SpeculativeAgent
@@ -22,6 +21,7 @@ from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig, at_least
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, in_use, write_json
+from tdmpc2.progress import Progress
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model.checkpoint import saved_config
 
@@ -54,9 +54,9 @@ def evaluate(config: EvaluateConfig) -> None:
     name = BASELINE if mode == TEACHER else saved_config(config.checkpoint).get("mode", "speculative")
     agent = SpeculativeAgent(teacher.agent(config.episodes, config.seed), mode, corrector)
     seeds = range(config.seed, config.seed + config.episodes)
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(config.task, total=None)
-        result = rollout(agent, teacher.env, seeds, on_step=lambda done: progress.advance(bar))
+    console = Console()
+    with Progress(console) as progress, progress.add("evaluating", unit="steps") as stage:
+        result = rollout(agent, teacher.env, seeds, on_step=lambda done: stage.advance())
     episodes = result.episodes
     planner_calls = float(episodes["planner_calls"].sum() / episodes["length"].sum())
     returns = episodes["return"]
@@ -70,7 +70,6 @@ def evaluate(config: EvaluateConfig) -> None:
     table.add_section()
     table.add_row("mean", f"{returns.mean():.1f}", f"{episodes['length'].mean():.0f}", f"{planner_calls:.1%}")
     table.add_row("sd", f"{returns.std(ddof=0):.1f}", "", "")
-    console = Console()
     console.print(table)
     console.print(f"mode: {name} ({in_words(mode)})")
     console.print(

@@ -6,10 +6,13 @@
 
 from dataclasses import dataclass
 
+from rich.console import Console
+
 from tdmpc2 import load_world_model
 from tdmpc2.cli import run
 from tdmpc2.config import part
-from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
+from tdmpc2.distillation import CorrectorTrainConfig, error_table, load_shards, train_corrector
+from tdmpc2.progress import Progress
 from tdmpc2.world_model import fingerprint
 
 
@@ -26,7 +29,12 @@ class Settings(CorrectorTrainConfig):
 def main(settings: Settings) -> None:
     model = load_world_model(settings.checkpoint, settings.device)
     data = load_shards(settings.data, fingerprint(model)).to(settings.device)
-    train_corrector(model, data, part(CorrectorTrainConfig, settings), settings.out)
+    console = Console()
+    with Progress(console) as progress:
+        trained = train_corrector(
+            model, data, part(CorrectorTrainConfig, settings), settings.out, progress=progress
+        )
+    console.print(error_table(trained))
 
 
 if __name__ == "__main__":

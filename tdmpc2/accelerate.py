@@ -28,7 +28,7 @@ from rich.console import Console
 from .cli import provenance
 from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig, at_least
 from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
-from .distillation import CorrectorTrainConfig, check, collect, load_shards, train_corrector
+from .distillation import CorrectorTrainConfig, check, collect, error_table, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import (
     EvaluationConfig,
@@ -38,7 +38,8 @@ from .evaluation.evaluate import (
     evaluate,
 )
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
-from .files import atomic_write, difference, in_use, read_json, write_json
+from .files import atomic_write, difference, in_order, in_use, read_json, write_json
+from .progress import Progress
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
 
@@ -109,21 +110,26 @@ def _accelerate(config: AccelerateConfig, out: Path, console: Console) -> Path:
     ) -> None:
         if not any((out / "data" / folder).glob("shard-*")):
             write_json(out / "data" / folder / "provenance.json", made_by)
-        collect(
-            teacher,
-            out / "data" / folder,
-            episodes=episodes,
-            seed=first,
-            num_envs=c.num_envs,
-            behaviours=behaviours,
-            correctors=correctors,
-            bursts=correctors is not None,
-        )
+        with Progress(console) as progress:
+            collect(
+                teacher,
+                out / "data" / folder,
+                episodes=episodes,
+                seed=first,
+                num_envs=c.num_envs,
+                behaviours=behaviours,
+                correctors=correctors,
+                bursts=correctors is not None,
+                progress=progress,
+            )
 
     def train(folder: Path, initial: Mapping[str, BaseCorrector], updates: int) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
-            trained = train_corrector(teacher.model, data, replace(c, updates=updates), folder, initial)
+            how = replace(c, updates=updates)
+            with Progress(console) as progress:
+                trained = train_corrector(teacher.model, data, how, folder, initial, progress)
+            console.print(error_table(trained))
             write_json(folder / "provenance.json", made_by)
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
@@ -209,7 +215,7 @@ def _where_made(out: Path) -> str:
     paths = [
         path for part in ("data/*", "rounds/*", "correctors") for path in out.glob(f"{part}/provenance.json")
     ]
-    stages = map(read_json, sorted(paths))
+    stages = map(read_json, in_order(paths))
     return "; ".join(
         dict.fromkeys(f"commit {s['commit']}, {s['machine']}, device={s['device']}" for s in stages)
     )

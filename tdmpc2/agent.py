@@ -304,9 +304,10 @@ class SpeculativeAgent:
             return None
         due, replan, k, drift, step = self._last
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
-        first = Kind.PLANNED if self.plan_length else Kind.PRIOR
+        # Without plans there is none to make, whatever ended the last one.
+        first, again = (Kind.PLANNED, Kind.FALLBACK) if self.plan_length else (Kind.PRIOR, Kind.PRIOR)
         return StepInfo(
-            kind=torch.where(due, first, torch.where(replan, Kind.FALLBACK, later)),
+            kind=torch.where(due, first, torch.where(replan, again, later)),
             k=torch.where(due, 0, k),
             mismatch=drift.masked_fill(due, torch.nan),
             td_error=step.td_error,

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,13 @@ def in_use(folder: str | Path) -> Iterator[None]:
 def file_name(text: str) -> str:
     """`text` with a dash for every character that does not belong in a name, as the colon of a task's."""
     return re.sub(r"[^\w.-]", "-", text)
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Paths sorted as a reader counts: `round-2` before `round-10`."""
+    return sorted(
+        paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))]
+    )
 
 
 def read_bytes(path: str | Path) -> bytes:

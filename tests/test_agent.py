@@ -282,6 +282,16 @@ def test_prior_alone_never_plans(model, monkeypatch) -> None:
         assert agent.info.kind.tolist() == [Kind.PRIOR]
 
 
+def test_without_plans_giving_up_is_no_planner_call(model, monkeypatch) -> None:
+    agent = agent_of(model, execution_horizon=3, plan_length=0, threshold=(0.0,))
+    agent.reset()
+    monkeypatch.setattr(agent.teacher, "plan", lambda *a: pytest.fail("planned"))
+    for obs in observations(5, 1):
+        torch.testing.assert_close(agent.act(obs), model.pi(model.encode(obs)).mean)
+        assert agent.info.kind.tolist() == [Kind.PRIOR]
+    assert agent.info.mismatch.item() > 0, "the mismatch was too large"
+
+
 def test_past_the_horizon_the_prior_plans_and_prediction_follows_what_is_executed(model) -> None:
     corrector = noisy_corrector(model)
     agent = agent_of(model, corrector, execution_horizon=6, corrector="two_tower")

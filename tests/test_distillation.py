@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from tdmpc2 import load_world_model
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, TEACHER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, History, build_corrector, load_corrector, read_header
-from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
+from tdmpc2.distillation import CorrectorTrainConfig, collect, error_table, load_shards, train_corrector
 from tdmpc2.distillation.collect import BURST_EVERY, BURST_STEPS, Bursts
 from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts, write_shard
 from tdmpc2.distillation.losses import correction_loss, unroll
@@ -27,6 +30,7 @@ from tdmpc2.errors import ConfigError, DataError, TDMPC2Error
 from tdmpc2.evaluation.rollout import measure_latency, random_returns, rollout
 from tdmpc2.files import LOCK, in_use
 from tdmpc2.planner import Plan
+from tdmpc2.progress import Progress
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import WorldModel, fingerprint
 
@@ -105,7 +109,7 @@ def make_recording(
     recording = Recording(
         latent=latent,
         plan=plan,
-        sampled=torch.zeros(n, ACTION),
+        drawn=torch.zeros(n, ACTION),
         teacher_action=label,
         first=first,
         last=last,
@@ -149,10 +153,20 @@ def test_shards_hold_whole_episodes_with_labels(shards: Path, model: WorldModel)
         assert tensors["episode_end"].tolist() == ends
         torch.testing.assert_close(tensors["reward"], torch.tensor(rewards))
         torch.testing.assert_close(tensors["latent"], model.encode(torch.stack(latents)))
-        assert torch.equal(tensors["action"], tensors["sampled"])  # the teacher acted
+        assert torch.equal(tensors["action"], tensors["drawn"])  # the teacher acted
         assert not torch.equal(tensors["action"], tensors["plan"][:, 0])  # plans are the mean
         seen.update(ends)
     assert seen == {0, 1, 2}
+
+
+def test_progress_counts_the_steps_that_there_are(teacher: Drifting, shards: Path, tmp_path: Path) -> None:
+    """Those of shards that were there before, too; episodes may end before the limit."""
+    shutil.copy(shards / "shard-00000040.safetensors", tmp_path)
+    shown = Console(file=StringIO(), width=200)
+    with Progress(shown) as progress:
+        paths = collect(teacher, tmp_path, episodes=5, seed=40, num_envs=2, progress=progress)
+    steps = [len(read_shard(path)[0]["reward"]) for path in paths]
+    assert f"collecting: {sum(steps)} of {sum(steps)} steps" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_load_shards_reads_all_folders_within(shards: Path, model: WorldModel) -> None:
@@ -335,7 +349,7 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
     plans, action = tensors["plan"], tensors["action"]
     for i in range(len(first)):
         t, taught = i - int(first[i]), first[i] == 0
-        expected = tensors["sampled"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
+        expected = tensors["drawn"][i] if taught else plans[i, 0] if t % 2 == 0 else plans[i - 1, 1]
         assert torch.equal(action[i], expected)
 
 
@@ -357,7 +371,7 @@ def test_random_actions_are_executed_and_labelled(teacher: Drifting, tmp_path: P
     burst = Bursts(0)
     assert header["bursts"]
     assert torch.equal(tensors["action"], torch.stack([burst(a) for a in tensors["action"]]))
-    assert (tensors["action"] != tensors["sampled"]).all()
+    assert (tensors["action"] != tensors["drawn"]).all()
     assert tensors["plan"].abs().sum() > 0
 
 
@@ -584,14 +598,17 @@ def answer(latent: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
 def test_training_beats_the_plan_on_held_out_episodes(
-    model: WorldModel, architecture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: WorldModel, architecture: str, tmp_path: Path
 ) -> None:
     data, _ = make_recording(model, [40] * 12, answer)
     config = CorrectorTrainConfig(
         architecture=architecture, updates=60, batch_size=32, rollout_steps=3, width=32, window=3,
         num_heads=2, validate_every=20, lr=1e-2,
     )  # fmt: skip
-    trained = train_corrector(model, data, config, tmp_path)[architecture]
+    shown = Console(file=StringIO(), width=200)
+    with Progress(shown) as progress:
+        everything = train_corrector(model, data, config, tmp_path, progress=progress)
+    trained = everything[architecture]
     errors = trained.errors
     assert len(errors.corrector) == len(errors.plan) == len(errors.prior) == 3
     assert sum(errors.corrector) < 0.5 * sum(errors.plan)
@@ -603,7 +620,9 @@ def test_training_beats_the_plan_on_held_out_episodes(
     assert read_header(tmp_path / architecture)["errors"] == errors._asdict()
     with open(tmp_path / architecture / "train.csv") as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["20", "40", "60"]
-    printed = capsys.readouterr().out
+    shown.print(error_table(everything))
+    printed = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert f"training {architecture}: 60 of 60 updates, error " in printed
     assert f"{sum(errors.corrector) / 3:.4f}" in printed and "policy prior" in printed
 
 

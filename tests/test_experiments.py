@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -10,7 +12,6 @@ from benchmarks import experiments
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, build_corrector
-from tdmpc2.distillation import CorrectorTrainConfig
 from tdmpc2.distillation.dataset import Recording, episode_bounds
 from tdmpc2.evaluation.modes import PRIOR
 from tdmpc2.refine import offsets, refine
@@ -25,7 +26,7 @@ OBSERVATIONS = torch.randn(12, 1, 24, generator=GENERATOR)
 
 def drifts(agent_type, steps: int = 6, **arguments) -> torch.Tensor:
     """What is held against the threshold in the steps after the first of one long plan."""
-    agent = agent_type(TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.LONG), **arguments)
+    agent = agent_type(TDMPC2(MODEL, BUDGET), SpeculationConfig(100), **arguments)
     agent.reset()
     seen = []
     for obs in OBSERVATIONS[:steps]:
@@ -73,11 +74,15 @@ def corrector_of(architecture: str) -> BaseCorrector:
 
 
 @pytest.mark.parametrize("rule", ["ValueGap", "Disagreement"])
-def test_rules_judge_the_action_that_would_be_executed(rule: str) -> None:
+@pytest.mark.parametrize("refine_steps", [0, 1])
+def test_rules_judge_the_action_that_would_be_executed(rule: str, refine_steps: int) -> None:
     own, other = corrector_of("temporal"), corrector_of("two_tower")
     arguments = {"judge": other} if rule == "Disagreement" else {}
     agent = getattr(experiments, rule)(
-        TDMPC2(MODEL, BUDGET), SpeculationConfig(experiments.LONG, corrector="temporal"), own, **arguments
+        TDMPC2(MODEL, BUDGET),
+        SpeculationConfig(100, corrector="temporal", refine_steps=refine_steps),
+        own,
+        **arguments,
     )
     agent.reset()
     for t, obs in enumerate(OBSERVATIONS[:6]):  # past the plan's end too
@@ -105,7 +110,7 @@ def test_error_is_estimated_where_it_is() -> None:
     data.latent[60:120, 0] += 1.0
     corrector = build_corrector(CorrectorConfig(MODEL.config.latent_dim, 6, "two_tower", width=32)).eval()
     head = experiments.error_estimate(
-        MODEL, corrector.requires_grad_(False), data, CorrectorTrainConfig(rollout_steps=4)
+        MODEL, corrector.requires_grad_(False), data, experiments.CorrectorTrainConfig(rollout_steps=4)
     )
     agent = experiments.OwnError(
         TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, judge=head
@@ -134,7 +139,7 @@ def recording(lengths: list[int]) -> Recording:
     return Recording(
         latent=MODEL.encode(torch.randn(steps, 24, generator=GENERATOR)),
         plan=torch.zeros(steps, 3, 6),
-        sampled=torch.zeros(steps, 6),
+        drawn=torch.zeros(steps, 6),
         teacher_action=torch.zeros(steps, 6),
         first=first,
         last=last,
@@ -161,3 +166,66 @@ def test_episodes_are_cut_out_whole() -> None:
     kept = experiments.episodes(data, torch.tensor([7, 9]))
     torch.testing.assert_close(kept.latent, data.latent[[0, 1, 2, 3, 6, 7, 8]])
     assert kept.first.tolist() == [0] * 4 + [4] * 3 and kept.last.tolist() == [3] * 4 + [6] * 3
+
+
+def calibration_steps() -> pd.DataFrame:
+    """200 plans of 5 steps; mismatch grows with the step in plan."""
+    rng = np.random.default_rng(0)
+    k = np.tile(np.arange(5), 200)
+    mismatch = np.where(k > 0, k * rng.exponential(size=1000) - 0.1, np.nan)
+    return pd.DataFrame({"k": k, "mismatch": mismatch})
+
+
+@pytest.mark.parametrize(
+    ("rule", "shift"),
+    [
+        (experiments.STANDARD, 0.0),
+        (experiments.PER_STEP, 0.0),
+        (experiments.ONE_FOR_ALL, 0.0),
+        ("value gap", 0.0),
+        ("value gap", -5.0),
+    ],
+)
+def test_thresholds_of_rules_have_the_rate_of_false_alarms_that_was_asked_for(
+    rule: str, shift: float
+) -> None:
+    steps = calibration_steps()
+    steps["mismatch"] += shift
+    limits = experiments.thresholds(rule, steps, 0.9)
+    assert len(limits) == (1 if rule == experiments.ONE_FOR_ALL else 4)
+    later = steps[steps["k"] > 0]
+    above = later["mismatch"] > np.resize(limits, 4)[later["k"] - 1]
+    if rule == experiments.PER_STEP:
+        np.testing.assert_allclose(above.groupby(later["k"]).mean(), 0.1, atol=0.01)
+    else:
+        assert above.groupby((steps["k"] == 0).cumsum()).max().mean() == pytest.approx(0.1, abs=0.02)
+
+
+def test_trained_variants_change_one_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is a setting, so what chooses the best weights is the same; rounds are in order from 10 on."""
+    folders = {"teacher": [7], **{f"round-{i}": [7 + i] for i in range(1, 12)}}
+    for name in folders:
+        (tmp_path / "data" / name).mkdir(parents=True)
+    data = recording([2] * 12)
+    own = {name: experiments.episodes(data, torch.tensor(seeds)) for name, seeds in folders.items()}
+    monkeypatch.setattr(experiments, "load_shards", lambda folder, _: own[folder.name])
+    monkeypatch.setattr(experiments, "mean_label", lambda data, teacher: data.teacher_action)
+    teacher = Teacher("", MODEL, BUDGET, 0.99, "", None, EAGER)
+    config = experiments.ExperimentConfig(agent="", loss="l1")
+    runs = []
+    experiments.training(data, tmp_path, teacher, config, lambda *run: runs.append(run))
+    changed = {
+        (experiment, variant): {k: v for k, v in vars(settings).items() if v != getattr(config, k)}
+        for experiment, variant, _, settings in runs
+    }
+    assert changed["loss", "squared distance"] == {"loss": "mse"}
+    assert changed["unrolled steps", "6"] == {"rollout_steps": 6}
+    assert [e for e, _ in changed if e == "loss"] == ["loss"], "the other one only"
+    seen = [
+        (variant.split(":")[0], len(d.seed.unique()))
+        for experiment, variant, d, _ in runs
+        if experiment == "data"
+    ]
+    assert seen == [("up to teacher", 1), *((f"up to round-{i}", 1 + i) for i in range(1, 11))]
+    experiments.training(data, tmp_path, teacher, replace(config, loss="mse"), lambda *run: runs.append(run))
+    assert "L1 distance" in [variant for experiment, variant, *_ in runs if experiment == "loss"]

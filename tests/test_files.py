@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tdmpc2.errors import CheckpointError, DataError, FileError
-from tdmpc2.files import atomic_write, read_json, read_metadata, write_json
+from tdmpc2.files import atomic_write, in_order, read_json, read_metadata, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +105,8 @@ def test_metadata_of_this_format_alone_is_read(tmp_path):
             read_metadata(path, "key", "a-1", "make it again")
     save_file({}, path, metadata={"key": '{"format": "a-1", "n": 1}'})
     assert read_metadata(path, "key", "a-1", "make it again") == {"format": "a-1", "n": 1}
+
+
+def test_numbers_in_names_are_counted():
+    names = ["data/teacher", "data/round-1", "data/round-2", "data/round-10", "data/round-11/a"]
+    assert [str(p) for p in in_order(map(Path, sorted(names)))] == [*names[1:], names[0]]

@@ -213,3 +213,12 @@ def test_holds_up(sign: float) -> None:
         {"mode": list(modes), "kind": "planned", "k": 0, "delta_a": 0.0, "action_change": 0.0}
     )
     assert holds_up(summarise(episodes, steps, None), 0.98).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["fallback", "prior"])
+def test_what_begins_anew_counts_as_the_first_step(kind: str) -> None:
+    columns = {"mismatch": [np.nan, 2.0], "delta_a": 0.0, "reward": [1.0, 3.0], "teacher_distance": 0.0}
+    steps = pd.DataFrame({"mode": "m", "kind": ["planned", kind], "k": [0, 1], **columns})
+    table = by_step_in_plan(steps).set_index("k")
+    assert table["steps"].tolist() == [2, 0]
+    assert table.loc[0, "reward"] == 2.0 and table.loc[1, "mismatch"] == 2.0

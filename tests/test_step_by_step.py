@@ -123,7 +123,7 @@ def test_the_corrector_drove_the_second_collection(folder: Path) -> None:
     assert {name: described[name] for name in vars(behaviour)} == vars(behaviour)
     assert header["seeds"] == [3, 4, 5]
     assert torch.equal(tensors["action"][0], tensors["plan"][0, 0]), "a plan's first action, of its mean"
-    assert not torch.equal(tensors["action"], tensors["sampled"])
+    assert not torch.equal(tensors["action"], tensors["drawn"])
 
 
 def test_what_was_chosen_is_an_agent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +184,11 @@ def test_the_folder_of_correctors_is_said(run: Run) -> None:
     assert "give agent/correctors" in line
     line = run(eval_corrector, *evaluating, "correctors=data", fails=True)
     assert "train one with scripts/train_corrector.py" in line
+    collecting = [*TEACHING, "out=nothing", "episodes=1"]
+    line = run(collect_corrector_data, *collecting, "corrector=correctors", fails=True)
+    assert "give one of correctors/two_tower" in line
+    line = run(collect_corrector_data, *collecting, "corrector=correctors/two_tower", fails=True)
+    assert "execution_horizon=1: then nothing is corrected" in line
 
 
 def test_a_teacher_is_not_overwritten(folder: Path, run: Run) -> None:

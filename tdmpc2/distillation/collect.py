@@ -11,7 +11,6 @@ take an agent to where a push would: how to come back is in the labels too.
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -21,7 +20,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..agent import SpeculativeAgent
@@ -31,6 +29,7 @@ from ..envs import max_episode_steps
 from ..errors import ConfigError, DataError
 from ..files import difference, in_use
 from ..planner import Plan
+from ..progress import SILENT, Progress
 from ..teacher import Teacher
 from ..world_model.checkpoint import fingerprint
 from .dataset import read_shard, write_shard
@@ -50,6 +49,7 @@ def collect(
     behaviours: Sequence[SpeculationConfig] = (TEACHER,),
     correctors: Mapping[str, BaseCorrector] | None = None,
     bursts: bool = False,
+    progress: Progress = SILENT,
 ) -> list[Path]:
     """Collect episodes with the seeds `seed ... seed + episodes - 1` and return their shards.
 
@@ -62,6 +62,7 @@ def collect(
         behaviours: who acts; the episodes take them in turn.
         correctors: those that behaviours name.
         bursts: whether random actions are executed now and then.
+        progress: shows what is going on.
 
     Raises:
         ConfigError: a number is not positive, a behaviour names a corrector that is not there, or another
@@ -88,32 +89,26 @@ def collect(
     }
     header = json.loads(json.dumps(header))  # as it is read back, without tuples
     envs: list[gym.Env] = []
-    paths = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with (
-        in_use(out),
-        ExitStack() as to_close,
-        Progress(*columns, TextColumn("{task.fields[status]}")) as progress,
-    ):
-        bar = progress.add_task("collecting", total=None, status="")
+    paths, recorded = [], 0
+    with in_use(out), ExitStack() as to_close, progress.add("collecting", unit="steps") as stage:
         for first in range(seed, seed + episodes, num_envs):
             seeds = list(range(first, min(first + num_envs, seed + episodes)))
             path = Path(out) / f"shard-{first:08d}.safetensors"
             paths.append(path)
             expected = {**header, "seeds": seeds}
             if path.exists():
-                _check(path, expected)
+                recorded += _check(path, expected)
             else:
                 while len(envs) < len(seeds):
                     envs.append(to_close.enter_context(closing(teacher.env())))
-                limit = max_episode_steps(envs[0])
-                progress.update(bar, total=episodes * limit, completed=(first - seed) * limit)
-                tick = _ticker(progress, bar, len(seeds))
+                left = seed + episodes - first  # episodes
+                stage.at(recorded, total=recorded + left * max_episode_steps(envs[0]))
                 turn = (first - seed) % len(behaviours)
                 own = [*behaviours[turn:], *behaviours[:turn]]
-                tensors = _run(teacher, envs, seeds, own, correctors, bursts, tick)
+                tensors = _run(teacher, envs, seeds, own, correctors, bursts, stage.advance)
                 write_shard(path, tensors, expected)
-        progress.update(bar, total=1, completed=1)
+                recorded += len(tensors["reward"])
+        stage.at(recorded, total=recorded)
     return paths
 
 
@@ -124,9 +119,12 @@ def _run(
     behaviours: Sequence[SpeculationConfig],
     correctors: Mapping[str, BaseCorrector],
     bursts: bool,
-    tick: Callable[[], None],
+    advance: Callable[[float], None],
 ) -> dict[str, Tensor]:
-    """The tensors of one shard; rows whose episode has ended idle until the last one ends."""
+    """The tensors of one shard; rows whose episode has ended idle until the last one ends.
+
+    `advance` is called after each step with the number of episodes that were running.
+    """
     n = len(seeds)
     labeller = teacher.agent(n, seeds[0])
     groups = []  # agents and the rows that they act for
@@ -152,11 +150,12 @@ def _run(
         batch = {
             "latent": z,
             "plan": plan.mean,
-            "sampled": plan.actions[:, 0],
+            "drawn": plan.actions[:, 0],
             "action": action.clone(),
         }
         batch = {name: x.cpu() for name, x in batch.items()}
-        for i in np.flatnonzero(running).tolist():
+        acting = np.flatnonzero(running).tolist()
+        for i in acting:
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i].numpy())
             end = TERMINATED if terminated else TRUNCATED if truncated else 0
             step = {name: x[i] for name, x in batch.items()}
@@ -164,7 +163,7 @@ def _run(
             step["episode_end"] = torch.tensor(end, dtype=torch.uint8)
             recorded[i].append(step)
             running[i] = not end
-        tick()
+        advance(len(acting))
     steps = [step for episode in recorded for step in episode]
     return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
@@ -189,19 +188,9 @@ def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrect
     return {**asdict(behaviour), "weights": fingerprint(correctors[named]) if named else ""}
 
 
-def _check(path: Path, expected: Mapping[str, Any]) -> None:
-    _, header = read_shard(path)
+def _check(path: Path, expected: Mapping[str, Any]) -> int:
+    """The number of steps of a shard; DataError where it was collected otherwise."""
+    tensors, header = read_shard(path)
     if differs := difference({name: header[name] for name in expected}, expected):
         raise DataError(f"{path} was collected with {differs}: choose another folder or delete it")
-
-
-def _ticker(progress: Progress, bar: Any, rows: int) -> Callable[[], None]:
-    began, count = time.monotonic(), 0
-
-    def tick() -> None:
-        nonlocal count
-        count += rows
-        speed = count / (time.monotonic() - began)
-        progress.update(bar, advance=rows, status=f"{speed:.0f} steps/s")
-
-    return tick
+    return len(tensors["reward"])

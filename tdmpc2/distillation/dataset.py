@@ -6,7 +6,7 @@ A shard is a file of tensors, see `files.py`. Its steps stand one after another,
     episode_end     0    0    0         1    0    0           1: cut off, 2: terminated
     plan            the mean of the plan that the teacher made *from that very step*, at every step; its
                     first action is the teacher's answer there
-    sampled         the action that TD-MPC2 would have executed there
+    drawn           the action that TD-MPC2 would have executed there
     action          what was executed, by whatever behaviour drove the episode
 
 Every state carries its own plan and its own label, so a segment of any length can be cut out when the data is
@@ -29,7 +29,7 @@ FORMAT = "tdmpc2-corrector-data-3"
 TENSORS = {
     "latent": (torch.float32, "TL"),
     "plan": (torch.float32, "THA"),
-    "sampled": (torch.float32, "TA"),
+    "drawn": (torch.float32, "TA"),
     "action": (torch.float32, "TA"),
     "reward": (torch.float32, "T"),
     "episode_end": (torch.uint8, "T"),
@@ -54,7 +54,7 @@ class Recording(NamedTuple):
 
     latent: Tensor  # [N, L]
     plan: Tensor  # [N, H, A]
-    sampled: Tensor  # [N, A], what TD-MPC2 would have executed
+    drawn: Tensor  # [N, A], what TD-MPC2 would have executed
     teacher_action: Tensor  # [N, A], the mean plan's, which correctors are trained on
     first: Tensor  # [N] long, index of the first step of the step's episode
     last: Tensor  # [N] long, index of its last step
@@ -157,7 +157,7 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
     return Recording(
         latent=torch.cat([s["latent"] for s in shards]),
         plan=torch.cat([s["plan"] for s in shards]),
-        sampled=torch.cat([s["sampled"] for s in shards]),
+        drawn=torch.cat([s["drawn"] for s in shards]),
         teacher_action=torch.cat([s["plan"][:, 0] for s in shards]),
         first=first,
         last=last,

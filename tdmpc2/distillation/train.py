@@ -17,8 +17,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from ..config import CorrectorConfig, at_least
 from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corrector, save_corrector
 from ..errors import ConfigError, DataError, TDMPC2Error
 from ..files import in_use
+from ..progress import SILENT, Progress, Stage
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
 from .losses import LOSSES, Unrolled, correction_loss, distance, unroll
@@ -111,8 +110,9 @@ def train_corrector(
     config: CorrectorTrainConfig,
     out: str | Path,
     initial: Mapping[str, BaseCorrector] = MappingProxyType({}),
+    progress: Progress = SILENT,
 ) -> dict[str, Trained]:
-    """Train one corrector or all, print how good they are, and return them by architecture.
+    """Train one corrector or all, and return them by architecture; `error_table` says how good they are.
 
     Writes `out/ARCHITECTURE/corrector.safetensors` and beside it `train.csv`.
 
@@ -122,6 +122,7 @@ def train_corrector(
         config: how to train.
         out: folder, one folder for each architecture inside.
         initial: correctors that training goes on from, by architecture; others begin anew.
+        progress: shows what is going on.
 
     Raises:
         ConfigError: there is no such architecture, a setting cannot be, or another process is at work in
@@ -132,13 +133,11 @@ def train_corrector(
     """
     check(config)
     _check_fits(model, data)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with in_use(out), Progress(*columns, TextColumn("{task.fields[status]}")) as progress:
-        trained = {
-            name: _train(name, model, data, config, Path(out) / name, progress, initial.get(name))
-            for name in _names(config)
-        }
-    Console().print(error_table({name: t.errors for name, t in trained.items()}))
+    trained = {}
+    with in_use(out):
+        for name in _names(config):
+            with progress.add(f"training {name}", config.updates, unit="updates") as stage:
+                trained[name] = _train(name, model, data, config, Path(out) / name, stage, initial.get(name))
     return trained
 
 
@@ -150,8 +149,9 @@ def _check_fits(model: WorldModel, data: Recording) -> None:
         raise DataError("the episodes are of another model: collect them with this one")
 
 
-def error_table(errors: dict[str, Errors]) -> Table:
+def error_table(trained: Mapping[str, Trained]) -> Table:
     """The errors of correctors beside those of the plan and the policy prior."""
+    errors = {name: t.errors for name, t in trained.items()}
     table = Table(title="Mean L1 distance to the teacher's action, held-out episodes")
     some = next(iter(errors.values()))
     last = len(some.plan)
@@ -171,7 +171,7 @@ def _train(
     data: Recording,
     config: CorrectorTrainConfig,
     out: Path,
-    progress: Progress,
+    stage: Stage,
     initial: BaseCorrector | None,
 ) -> Trained:
     c, steps, device = config, config.rollout_steps, data.latent.device
@@ -191,7 +191,6 @@ def _train(
     best_error, plan_error = _mean(judge.error(corrector)), _mean(judge.plan)
     waited, began = 0, time.monotonic()
     total_loss = torch.zeros((), device=device)
-    bar = progress.add_task(name, total=c.updates, status="")
     with open(out / "train.csv", "w", newline="") as file:
         log = csv.writer(file)
         log.writerow(["update", "train_loss", "validation_error", "plan_error", "seconds"])
@@ -209,7 +208,7 @@ def _train(
             optimizer.step()
             schedule.step()
             total_loss += loss.detach()
-            progress.advance(bar)
+            stage.advance()
             if update % c.validate_every and update != c.updates:
                 continue
 
@@ -224,9 +223,9 @@ def _train(
             if error < best_error:
                 best_error, waited = error, 0
                 save_corrector(out, corrector, data.teacher)
-            progress.update(bar, status=f"error {best_error:.4f}, plan {plan_error:.4f}")
+            stage.note(f"error {best_error:.3f}, plan {plan_error:.3f}")
             if waited >= c.patience:
-                progress.update(bar, total=update)
+                stage.at(update, total=update)
                 break
     corrector = load_corrector(out, data.teacher, device)
     judge = _Judge(model, data, test, steps, corrector)

@@ -223,7 +223,7 @@ def by_step_in_plan(steps: pd.DataFrame) -> pd.DataFrame:
         `teacher_distance` the mean, the quartiles (`_q25`, `_q75`) and the number of values (`_n`);
         modes in the order of `steps`, k ascending.
     """
-    executed = steps.assign(k=steps["k"].mask(steps["kind"] == "fallback", 0))
+    executed = steps.assign(k=steps["k"].mask(steps["kind"].isin(["fallback", "prior"]), 0))
     table = steps.groupby(["mode", "k"], sort=False)[[]].first()
     table["steps"] = executed.groupby(["mode", "k"]).size()
     table["steps"] = table["steps"].fillna(0).astype(int)
