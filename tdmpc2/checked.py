@@ -12,6 +12,7 @@ from_json(PlannerConfig, {"horizon": "3"})        ConfigError: horizon='3': must
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import cache
@@ -44,10 +45,10 @@ def from_json(cls: type[T], settings: Any) -> T:
         ConfigError: a setting is unknown, missing, or has a value that it cannot have.
     """
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{_short(settings)} is no mapping of settings to values")
+        raise ConfigError(f"{reprlib.repr(settings)} is no mapping of settings to values")
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if unknown := [name for name in settings if name not in known]:
-        raise ConfigError(f"there is no setting {unknown[0]!r}")
+        raise ConfigError(f"there is no setting {reprlib.repr(unknown[0])}")
     required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in required if name not in settings]:
         raise ConfigError(f"{missing[0]} is missing")
@@ -58,7 +59,7 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """Raise ConfigError where the value of a setting is not of the type `hint`. NaN is no float here."""
     if not _fits(value, hint):
         expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
-        raise ConfigError(f"{name}={_short(value)}: must be of type {expected}")
+        raise ConfigError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -80,11 +81,6 @@ def _fits(value: Any, hint: Any) -> bool:
 def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
