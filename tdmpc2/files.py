@@ -18,10 +18,10 @@ from uuid import uuid4
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import CheckpointError, ConfigError, DataError, FileError, TDMPC2Error
+from .errors import ConfigError, DataError, FileError, TDMPC2Error
 
 LOCK = ".lock"
 ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed process left
@@ -246,26 +246,3 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
         # Bytes, for NumPy lacks some of the dtypes.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def read_metadata(path: str | Path, key: str, version: str, again: str) -> dict[str, Any]:
-    """The JSON that a safetensors file of ours has in its header.
-
-    Args:
-        path: the file.
-        key: under which it stands.
-        version: what its entry `format` has to be.
-        again: what the user can do where the file is of no use.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another format.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {})[key])
-        found = content["format"]
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged or something else: {again}") from e
-    if found != version:
-        raise CheckpointError(f"{path} has format {found!r}, expected is {version!r}: {again}")
-    return content
