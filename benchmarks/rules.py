@@ -4,8 +4,8 @@
         correctors=accelerated/walker-walk/correctors
 
 The corrector executes 24 steps of each plan, refined. Rules are calibrated on episodes without fallback. All
-rules and the baseline run the same episodes in every world. Writes `results/rules/TASK.csv`, a row an episode,
-and `TASK.json`, where the numbers come from.
+rules and the baseline run the same episodes in every world. Writes `results/rules/TASK.csv`, a row an
+episode, and `TASK.json`, where the numbers come from.
 """
 
 from dataclasses import asdict, dataclass, replace

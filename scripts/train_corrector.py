@@ -10,14 +10,19 @@ from rich.console import Console
 
 from tdmpc2 import load_world_model
 from tdmpc2.cli import run
+<<<<<<< HEAD
 from tdmpc2.config import part
 from tdmpc2.distillation import CorrectorTrainConfig, error_table, load_shards, train_corrector
 from tdmpc2.progress import Progress
+=======
+from tdmpc2.config import ModelOverride, part
+from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
+>>>>>>> 42021b0fd1e81eb8870334901d21659a3768c6f1
 from tdmpc2.world_model import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CorrectorTrainConfig):
+class Settings(ModelOverride, CorrectorTrainConfig):
     """How correctors are trained, for which teacher, on which data."""
 
     checkpoint: str  # of the teacher: an original .pt file or a folder of ours
@@ -27,7 +32,7 @@ class Settings(CorrectorTrainConfig):
 
 
 def main(settings: Settings) -> None:
-    model = load_world_model(settings.checkpoint, settings.device)
+    model = load_world_model(settings.checkpoint, settings.device, **settings.unsaid())
     data = load_shards(settings.data, fingerprint(model)).to(settings.device)
     console = Console()
     with Progress(console) as progress:

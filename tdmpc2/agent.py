@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, Unpack
 
 import numpy as np
 import torch
@@ -32,20 +32,27 @@ from .config import (
     ComputeConfig,
     PlannerConfig,
     SpeculationConfig,
+    Unsaid,
     discount_of,
     published_budget,
 )
-from .corrector import BaseCorrector, History, load_corrector
+from .corrector import ARCHITECTURES, BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import AheadOfTime, Compiled
 from .mismatch import TD_STEPS, mismatch
-from .planner import NoiseSource, Plan, Planner, check_budget, warm_start
+from .planner import NoiseSource, Plan, Planner, warm_start
 from .refine import refine
-from .world_model.checkpoint import fingerprint, load_world_model, saved_config
+from .world_model.checkpoint import (
+    fingerprint,
+    load_world_model,
+    published_task_index,
+    saved_as,
+    saved_config,
+    spelling,
+)
 from .world_model.model import WorldModel
 
 Array = TypeVar("Array", np.ndarray, Tensor)
-Config = TypeVar("Config", PlannerConfig, SpeculationConfig)
 
 
 class Kind(IntEnum):
@@ -213,7 +220,6 @@ class SpeculativeAgent:
         if config.iterations is not None:
             planner = teacher.planner
             planner.config = replace(planner.config, iterations=config.iterations)
-            check_budget(planner.config)
         self.teacher, self.config, self.corrector = teacher, config, corrector
         self._min_td_error = -math.inf if config.min_td_error is None else config.min_td_error
         n, model = teacher.num_envs, teacher.model
@@ -430,8 +436,9 @@ def load_teacher(
     device: str | torch.device = "cpu",
     num_envs: int = 1,
     seed: int = 0,
-    task: int | None = None,
+    task: int | str | None = None,
     compute: ComputeConfig | None = None,
+    **unsaid: Unpack[Unsaid],
 ) -> TDMPC2:
     """The teacher of a checkpoint: an original `.pt` file or a folder of ours.
 
@@ -440,26 +447,37 @@ def load_teacher(
         device: to act on.
         num_envs: rows of the batch.
         seed: of the planner's noise.
-        task: index of the task, for a multi-task model.
+        task: for a multi-task model, the name of a published task or the index of any; a folder of ours may
+            say it itself.
         compute: precision of planning, and whether to compile; None for compiled, in the precision that the
             folder's evaluation was made with, or float32.
+        unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, foreign or unsafe.
+        CheckpointError: the checkpoint is missing, damaged, foreign or unsafe, or was made for another task.
+        FileError: it may not be read.
+        ConfigError: a setting cannot be.
     """
-    model, planner, discount = read_teacher(path, device)
-    compute = compute or saved_compute(path)
-    return TDMPC2(model, planner, discount=discount, num_envs=num_envs, seed=seed, task=task, compute=compute)
+    model, planner, discount = read_teacher(path, device, **unsaid)
+    return TDMPC2(
+        model,
+        planner,
+        discount=discount,
+        num_envs=num_envs,
+        seed=seed,
+        task=_index_of(task, model.config.num_tasks, path),
+        compute=compute or saved_compute(path),
+    )
 
 
 def read_teacher(
-    path: str | Path, device: str | torch.device = "cpu"
+    path: str | Path, device: str | torch.device = "cpu", **unsaid: Unpack[Unsaid]
 ) -> tuple[WorldModel, PlannerConfig, float]:
     """The world model of a checkpoint, and the planning budget and discount that go with it.
 
     An original file does not say: it stands for the published budget and episodes of 500 steps.
     """
-    model = load_world_model(path, device)
+    model = load_world_model(path, device, **unsaid)
     saved = saved_config(path)
     planner = published_budget(model.config.action_dim)
     if "planner" in saved:
@@ -473,30 +491,24 @@ def saved_compute(path: str | Path) -> ComputeConfig:
     return replace(COMPILED, precision=saved.get("precision", COMPILED.precision))
 
 
-def saved_as(cls: type[Config], settings: Any, path: str | Path) -> Config:
-    """A config as a folder has it; CheckpointError where it has settings that there are not."""
-    try:
-        return cls(**settings)
-    except TypeError as e:
-        raise CheckpointError(f"{path}: its settings do not fit this version: {e}") from e
-
-
 def load_agent(
     path: str | Path,
     device: str | torch.device = "cpu",
     *,
     num_envs: int = 1,
     seed: int = 0,
-    task: int | None = None,
+    task: int | str | None = None,
     compute: ComputeConfig | None = None,
+    **unsaid: Unpack[Unsaid],
 ) -> "TDMPC2 | SpeculativeAgent":
     """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
 
     Args and raises as `load_teacher`.
     """
+    teacher = load_teacher(
+        path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute, **unsaid
+    )
     saved = saved_config(path)
-    task = saved.get("task_index") if task is None else task
-    teacher = load_teacher(path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute)
     if "speculation" not in saved:
         return teacher
     return SpeculativeAgent(teacher, *read_mode(path, teacher.model))
@@ -518,5 +530,28 @@ def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, B
     config = saved_as(SpeculationConfig, saved["speculation"], path)
     if not config.corrector:
         return config, None
+    if config.corrector not in ARCHITECTURES:  # nor a path to somewhere else
+        raise CheckpointError(f"{path} names a corrector {config.corrector!r}, which there is not")
     folder = Path(path) / "correctors" / config.corrector
     return config, load_corrector(folder, fingerprint(model), next(model.parameters()).device)
+
+
+def _index_of(task: int | str | None, num_tasks: int, path: str | Path) -> int | None:
+    """Index of the task that a checkpoint is opened for, in a multi-task model.
+
+    Raises:
+        CheckpointError: it was made for another task, or does not know the name.
+    """
+    saved = saved_config(path)
+    if isinstance(task, str) and not num_tasks:
+        if spelling(saved.get("task", task)) != spelling(task):
+            raise CheckpointError(f"{path} was made for {saved['task']}; {task} is another task")
+        return None
+    own = saved.get("task_index")
+    index = published_task_index(task, num_tasks) if isinstance(task, str) else task
+    if own is not None and index not in (None, own):
+        raise CheckpointError(
+            f"{path} was made for {saved.get('task')}, task {own}; task={task} is another one, for which "
+            "its correctors are not made: open the checkpoint that it was made from"
+        )
+    return own if index is None else index

@@ -6,15 +6,16 @@ unless a comment says otherwise. Scripts combine the parts by inheritance, so th
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
+from .checked import Checked, check_range, within
 from .errors import ConfigError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class WorldModelConfig:
+class WorldModelConfig(Checked):
     """Architecture of a world model; for a checkpoint it is read off the file's tensors."""
 
     obs_shape: tuple[int, ...]  # (obs_dim,) for states, (channels, 64, 64) for pixels
@@ -41,6 +42,40 @@ class WorldModelConfig:
     def pixels(self) -> bool:
         return len(self.obs_shape) == 3
 
+    def check_ranges(self) -> None:
+        if self.num_bins < 2:
+            raise ConfigError(
+                f"num_bins={self.num_bins}: must be at least 2; models that were trained by plain regression "
+                "(num_bins=0 or 1 in the original) are not supported"
+            )
+        pixels = self.pixels and self.obs_shape[1:] == (64, 64)
+        if not pixels and len(self.obs_shape) != 1:
+            raise ConfigError(f"obs_shape={self.obs_shape}: must be (obs_dim,) or (channels, 64, 64)")
+        for dim in self.obs_shape:
+            check_range("obs_shape", dim, 1, 100_000)
+        within(self, 1, 1000, "action_dim", "num_q")
+        within(self, 1, 100_000, "enc_dim", "num_channels", "mlp_dim", "latent_dim", "num_bins")
+        within(self, 1, 100, "num_enc_layers")
+        within(self, 0, 1000, "num_tasks", "task_dim")
+        within(self, 0, 0.999, "dropout")
+        within(self, -80, 80, "vmin", "vmax")  # beyond, symexp leaves float32
+        within(self, -100, 100, "log_std_min", "log_std_max")
+        for low, high in (("vmin", "vmax"), ("log_std_min", "log_std_max")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ConfigError(f"{low}={getattr(self, low)}: must be below {high}={getattr(self, high)}")
+        if self.simnorm_dim < 1 or self.latent_dim % self.simnorm_dim:
+            raise ConfigError(
+                f"simnorm_dim={self.simnorm_dim}: must divide latent_dim, {self.latent_dim}; give the "
+                "simnorm_dim of the training, which an original file does not say"
+            )
+        if bool(self.num_tasks) != bool(self.task_dim) or len(self.action_dims) != self.num_tasks:
+            raise ConfigError(
+                f"num_tasks={self.num_tasks}: does not fit to task_dim={self.task_dim} and "
+                f"{len(self.action_dims)} action_dims"
+            )
+        for dim in self.action_dims:
+            check_range("action_dims", dim, 1, self.action_dim)
+
 
 # Millions of parameters: the widths that the paper's model sizes stand for.
 MODEL_SIZES: dict[int, dict[str, int]] = {
@@ -53,7 +88,7 @@ MODEL_SIZES: dict[int, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class PlannerConfig:
+class PlannerConfig(Checked):
     """MPPI in latent space. The planning budget is samples x iterations x horizon."""
 
     horizon: int = 3  # steps
@@ -65,13 +100,33 @@ class PlannerConfig:
     min_std: float = 0.05  # of an action in [-1, 1]
     max_std: float = 2.0
 
+    def check_ranges(self) -> None:
+        within(self, 1, 100, "horizon")
+        within(self, 1, 1000, "iterations")
+        within(self, 1, 1_000_000, "num_samples")
+        for name, least in (("num_elites", 1), ("num_pi_trajs", 0)):
+            if not least <= getattr(self, name) <= self.num_samples:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}: must be from {least} to num_samples, {self.num_samples}"
+                )
+        within(self, 0, 1000, "temperature")
+        within(self, 0, 100, "max_std")
+        within(self, 0, self.max_std, "min_std")
+
+
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
-class ComputeConfig:
+class ComputeConfig(Checked):
     """How the planner computes, not what."""
 
     precision: str = "float32"  # of matrix products in planning, or "bfloat16"
     compile: bool = False  # takes tens of seconds once; acting starts quickly afterwards
+
+    def check_ranges(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision={self.precision}: must be one of {', '.join(PRECISIONS)}")
 
 
 EAGER = ComputeConfig()
@@ -81,8 +136,28 @@ ELSEWHERE = ("device", "compile")  # settings that a run may go on with other va
 COMPILED = ComputeConfig(compile=True)
 
 
+class Unsaid(TypedDict, total=False):
+    """What the file of an original checkpoint does not say of its model; None or nothing: as published."""
+
+    vmin: float | None
+    vmax: float | None
+    simnorm_dim: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
-class BudgetOverride:
+class ModelOverride:
+    """What a script's user says of an original checkpoint's model, because its file does not."""
+
+    vmin: float | None = None  # of the bins, in symlog units; None: the published -10
+    vmax: float | None = None  # None: the published 10
+    simnorm_dim: int | None = None  # entries per simplex; None: the published 8
+
+    def unsaid(self) -> Unsaid:
+        return Unsaid(vmin=self.vmin, vmax=self.vmax, simnorm_dim=self.simnorm_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOverride(ModelOverride):
     """What a script's user changes of how a checkpoint is planned with; None leaves it."""
 
     num_samples: int | None = None
@@ -99,7 +174,7 @@ class BudgetOverride:
 
 
 @dataclass(frozen=True)
-class UpdateConfig:
+class UpdateConfig(Checked):
     """One gradient step on the world model and the policy prior."""
 
     batch_size: int = 256
@@ -114,9 +189,18 @@ class UpdateConfig:
     termination_coef: float = 1.0
     entropy_coef: float = 1e-4
 
+    def check_ranges(self) -> None:
+        within(self, 1, 1_000_000, "batch_size")
+        within(self, 1e-12, 1, "lr", "tau")
+        within(self, 0, 1, "rho")
+        within(self, 0, 1000, "enc_lr_scale")
+        within(self, 1e-12, 1e12, "grad_clip_norm")
+        coefs = (f.name for f in fields(UpdateConfig) if f.name.endswith("_coef"))
+        within(self, 0, 1e12, *coefs)
+
 
 @dataclass(frozen=True)
-class SpeculationConfig:
+class SpeculationConfig(Checked):
     """How a plan is executed. A mode of execution is one value of this class.
 
     Naive open loop: `execution_horizon=3`. The policy prior alone: `execution_horizon=1, plan_length=0`, for
@@ -135,15 +219,16 @@ class SpeculationConfig:
     iterations: int | None = None  # of the planner; None: the teacher's
 
     def __post_init__(self) -> None:
-        if self.threshold is not None:  # JSON makes lists of tuples
+        if isinstance(self.threshold, list):  # which JSON makes of tuples
             object.__setattr__(self, "threshold", tuple(self.threshold))
+        super().__post_init__()
 
 
 TEACHER = SpeculationConfig(execution_horizon=1)  # TD-MPC2 itself: it replans at every step
 
 
 @dataclass(frozen=True)
-class CorrectorConfig:
+class CorrectorConfig(Checked):
     """Architecture of a corrector."""
 
     latent_dim: int
@@ -154,6 +239,16 @@ class CorrectorConfig:
     num_layers: int = 2  # of the temporal corrector
     num_heads: int = 4
     max_k: int = 64  # steps in plan with an embedding of their own
+
+    def check_ranges(self) -> None:
+        within(self, 1, 100_000, "latent_dim", "max_k")
+        within(self, 1, 1000, "action_dim", "window", "num_heads")
+        within(self, 1, 100, "num_layers")
+        within(self, 8, 100_000, "width")
+        if self.width % (2 * self.num_heads):
+            raise ConfigError(
+                f"width={self.width}: must be a multiple of twice the number of heads, {self.num_heads}"
+            )
 
 
 def published_budget(action_dim: int) -> PlannerConfig:

@@ -10,11 +10,10 @@ Where the plan is of no use the gate lets go of it, which a residual alone would
 starts at zero: untrained, a corrector executes the plan as it is. It embeds a step when it happens and
 remembers the embedding only.
 
-A trained corrector is one file, `corrector.safetensors`, in a folder of its own: weights, and in
-its header the configuration as JSON with the fingerprint of the teacher that it belongs to.
+A trained corrector is one file, `corrector.safetensors`, in a folder of its own: weights, and in its header
+the configuration and the fingerprint of the teacher that it belongs to.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,19 +21,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checked import from_json
 from .config import CorrectorConfig
 from .errors import CheckpointError, ConfigError
-from .files import atomic_write, read_metadata
+from .files import exists, read_tensors, write_tensors
 from .refine import offsets
-from .world_model.checkpoint import fingerprint
+from .world_model.checkpoint import fill
 from .world_model.layers import NormedLinear, mlp
 
 FILE = "corrector.safetensors"
-FORMAT = "tdmpc2-corrector-1"
+FORMAT = "tdmpc2-corrector-2"
 
 
 class History(NamedTuple):
@@ -226,18 +224,11 @@ def build_corrector(config: CorrectorConfig) -> BaseCorrector:
     """An untrained corrector.
 
     Raises:
-        ConfigError: there is no such architecture, or its sizes do not fit together.
+        ConfigError: there is no such architecture.
     """
     if config.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"architecture={config.architecture!r}: choose one of {known}")
-    sizes = (config.width, config.window, config.num_layers, config.num_heads, config.max_k)
-    if min(sizes) < 1 or config.width % (2 * config.num_heads) or config.width < 8:
-        raise ConfigError(
-            f"width={config.width}, window={config.window}, num_layers={config.num_layers}, "
-            f"num_heads={config.num_heads}, max_k={config.max_k}: all must be positive, "
-            "and the width at least 8 and a multiple of twice the heads"
-        )
     return ARCHITECTURES[config.architecture](config)
 
 
@@ -250,18 +241,8 @@ def save_corrector(folder: str | Path, corrector: BaseCorrector, teacher: str, *
         teacher: fingerprint of the world model that it was distilled from.
         entries: JSON values that join the header, for the record.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().cpu().contiguous() for name, t in corrector.state_dict().items()}
-    header = {
-        "format": FORMAT,
-        "teacher": teacher,
-        "config": asdict(corrector.config),
-        "weights": fingerprint(corrector),
-        **entries,
-    }
-    with atomic_write(folder / FILE) as tmp:
-        save_file(state, tmp, metadata={"tdmpc2": json.dumps(header)})
+    header = {"format": FORMAT, "teacher": teacher, "config": asdict(corrector.config), **entries}
+    write_tensors(Path(folder) / FILE, corrector.state_dict(), header)
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:
@@ -269,11 +250,9 @@ def read_header(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing, damaged, or no corrector.
+        FileError: it may not be read.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise CheckpointError(f"no corrector at {path}: train one with scripts/train_corrector.py")
-    return read_metadata(path, "tdmpc2", FORMAT, "train it again")
+    return _read(Path(folder) / FILE)[1]
 
 
 def load_corrector(
@@ -288,21 +267,27 @@ def load_corrector(
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another teacher.
+        FileError: it may not be read.
     """
-    path, header = Path(folder) / FILE, read_header(folder)
+    path = Path(folder) / FILE
+    state, header = _read(path)
     if teacher is not None and header.get("teacher") != teacher:
         raise CheckpointError(
             f"{path} was distilled from teacher {header.get('teacher')}, this one is {teacher}: "
             "train a corrector for it"
         )
     try:
-        corrector = build_corrector(CorrectorConfig(**header["config"]))
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        corrector.load_state_dict(state)
-        whole = fingerprint(corrector) == header["weights"]
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, ConfigError) as e:
-        raise CheckpointError(f"{path} is damaged, its parts do not fit: train it again") from e
-    if not whole:
-        raise CheckpointError(f"{path} is damaged, its weights have changed: train it again")
+        config = from_json(CorrectorConfig, header.get("config"))
+        with torch.device("meta"):
+            corrector = build_corrector(config)
+    except ConfigError as e:
+        raise CheckpointError(f"{path} does not fit this version ({e}): train it again") from e
+    fill(corrector, state, path)
     return corrector.to(device).eval().requires_grad_(False)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a corrector's file."""
+    if not exists(path):
+        raise CheckpointError(f"no corrector at {path}: train one with scripts/train_corrector.py")
+    return read_tensors(path, FORMAT, "train it again", CheckpointError)

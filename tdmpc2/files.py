@@ -12,16 +12,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import CheckpointError, ConfigError, DataError, FileError, TDMPC2Error
+from .errors import ConfigError, DataError, FileError, TDMPC2Error
 
 LOCK = ".lock"
 ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed process left
@@ -91,6 +91,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)
 
 
+<<<<<<< HEAD
 def in_order(paths: Iterable[Path]) -> list[Path]:
     """Paths sorted as a reader counts: `round-2` before `round-10`."""
     return sorted(
@@ -100,17 +101,49 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
 
 def read_bytes(path: str | Path) -> bytes:
     """The content of a file.
+=======
+def exists(path: str | Path) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+        FileError: nobody can tell, because a folder above it may not be entered.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as e:
+        raise _unreadable(path, e) from e
+    return True
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading.
+>>>>>>> 42021b0fd1e81eb8870334901d21659a3768c6f1
 
     Raises:
         FileError: there is none, it is no regular file, or it may not be read.
     """
-    path = Path(path)
+    if exists(path) and not os.path.isfile(path):  # reading a pipe would never end
+        raise FileError(f"{path} is no regular file: name another one")
     try:
-        if path.exists() and not path.is_file():
-            raise FileError(f"{path} is no regular file: name another one")
-        return path.read_bytes()
+        return open(path, "rb")
     except OSError as e:
-        raise FileError(f"{path} cannot be read: {e.strerror or e}") from e
+        raise _unreadable(path, e) from e
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file; raises as `open_file`."""
+    try:
+        with open_file(path) as file:
+            return file.read()
+    except OSError as e:
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: str | Path, error: OSError | ValueError) -> FileError:
+    """What to tell of an error of the system's; of a ValueError where a name has a null character."""
+    return FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -161,15 +194,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
     Raises:
         FileError: the file cannot be written.
     """
+    header = json.loads(json.dumps(about))  # as it will be read: keys are strings then
     own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = json.dumps({**about, "digest": _digest(own, about)})
+    header["digest"] = _digest(own, header)
     with atomic_write(path) as tmp:
         # One entry, for safetensors writes several in an order of its own: equal data, equal files.
-        safetensors.torch.save_file(own, tmp, metadata={"tdmpc2": header})
+        safetensors.torch.save_file(own, tmp, metadata={"tdmpc2": json.dumps(header)})
 
 
 def read_tensors(
-    path: str | Path, kind: str, again: str, error: type[TDMPC2Error]
+    path: str | Path, kind: str, again: str, error: type[TDMPC2Error], *, bare: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a file of tensors, as `write_tensors` was given them.
 
@@ -178,18 +212,19 @@ def read_tensors(
         kind: the `format` that its header has to have.
         again: what the user can do where the file is of no use.
         error: raised where the file is damaged or of another format.
+        bare: files without our header are read too, unchecked; their header is empty.
 
     Raises:
         FileError: the file is missing or may not be read.
     """
     raw = read_bytes(path)
-    about = _header(raw, path, kind, again, error)
-    digest = about.pop("digest", None)
+    about = _header(raw, path, kind, again, error, bare)
     try:
         tensors = safetensors.torch.load(raw)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as e:
-        raise error(f"{path} is damaged ({e}): {again}") from e
-    if digest != _digest(tensors, about):
+        changed = bool(about) and about.pop("digest", None) != _digest(tensors, about)
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as e:
+        raise error(f"{path} is damaged ({' '.join(str(e).split()):.120}): {again}") from e
+    if changed:
         raise error(f"{path} is damaged, its contents have changed: {again}")
     return tensors, about
 
@@ -199,9 +234,13 @@ def read_about(path: str | Path, kind: str, again: str, error: type[TDMPC2Error]
     return _header(read_bytes(path), path, kind, again, error)
 
 
-def _header(raw: bytes, path: str | Path, kind: str, again: str, error: type[TDMPC2Error]) -> dict[str, Any]:
+def _header(
+    raw: bytes, path: str | Path, kind: str, again: str, error: type[TDMPC2Error], bare: bool = False
+) -> dict[str, Any]:
     try:
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        if bare and "__metadata__" not in header:
+            return {}
         about = json.loads(header["__metadata__"]["tdmpc2"])
         found = about["format"]
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
@@ -219,26 +258,3 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
         # Bytes, for NumPy lacks some of the dtypes.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def read_metadata(path: str | Path, key: str, version: str, again: str) -> dict[str, Any]:
-    """The JSON that a safetensors file of ours has in its header.
-
-    Args:
-        path: the file.
-        key: under which it stands.
-        version: what its entry `format` has to be.
-        again: what the user can do where the file is of no use.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another format.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            content = json.loads((file.metadata() or {})[key])
-        found = content["format"]
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
-        raise CheckpointError(f"{path} is damaged or something else: {again}") from e
-    if found != version:
-        raise CheckpointError(f"{path} has format {found!r}, expected is {version!r}: {again}")
-    return content

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig
-from .errors import ConfigError
 from .inference import AheadOfTime, Compiled, FastModel, Origin, Weights, dtype_of
 from .world_model.model import WorldModel
 
@@ -56,18 +55,6 @@ def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
     return moved * (index < horizon)[..., None]
 
 
-def check_budget(config: PlannerConfig) -> None:
-    """Raise ConfigError for a planning budget that cannot be."""
-    for name in ("horizon", "iterations", "num_samples", "num_elites"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name}={getattr(config, name)}: must be at least 1")
-    for name in ("num_elites", "num_pi_trajs"):
-        if not 0 <= getattr(config, name) <= config.num_samples:
-            raise ConfigError(
-                f"{name}={getattr(config, name)}: must be from 0 to num_samples, {config.num_samples}"
-            )
-
-
 class Search(NamedTuple):
     """Where the search for a plan stands after an iteration."""
 
@@ -86,9 +73,6 @@ class Iteration:
         config: the planning budget and MPPI's constants.
         discount: per agent step.
         compute: precision, and whether to compile.
-
-    Raises:
-        ConfigError: there is no such precision.
     """
 
     def __init__(self, model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig):
@@ -174,7 +158,6 @@ class Planner:
         noise: NoiseSource,
         compute: ComputeConfig = EAGER,
     ):
-        check_budget(config)
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
         self.compute = compute
         self.iteration = shared_iteration(model, replace(config, iterations=1), discount, compute)

@@ -16,7 +16,7 @@ STD = 0.15  # of an entry of the samples
 
 def offsets(action_dim: int) -> Tensor:
     """What is added to an action to get samples `[N, A]`: always the same, each with its opposite."""
-    half = torch.randn(SAMPLES // 2, action_dim, generator=torch.Generator().manual_seed(0))
+    half = torch.randn(SAMPLES // 2, action_dim, generator=torch.Generator().manual_seed(0), device="cpu")
     return STD * torch.cat([half, -half])
 
 

@@ -10,7 +10,7 @@ from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .envs.guard import closed_on_error
-from .errors import CheckpointError
+from .errors import CheckpointError, TaskError
 from .world_model import WorldModel, fingerprint
 from .world_model.checkpoint import published_task_index, saved_config
 
@@ -75,14 +75,25 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
     Raises:
         CheckpointError: the checkpoint cannot be used, was made for other observations or actions, or says
             that it was made for another task.
+        FileError: it may not be read.
+        ConfigError: a setting of `budget` cannot be.
         TaskError: there is no such task.
     """
-    model, planner, _ = read_teacher(checkpoint, device)
+    model, planner, _ = read_teacher(checkpoint, device, **budget.unsaid())
     precision = budget.precision or saved_compute(checkpoint).precision
     compute = ComputeConfig(precision=precision, compile=budget.compile)
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
-    with closing(make_env(task, obs="rgb" if config.pixels else "state")) as env:
+    try:
+        env = make_env(task, obs="rgb" if config.pixels else "state")
+    except TaskError as e:
+        if index is None:
+            raise
+        raise TaskError(
+            f"{checkpoint} knows {task}, but no environment here does: make one of your own, and an agent "
+            f"for it by load_agent(..., task={task!r})"
+        ) from e
+    with closing(env):
         obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
         discount = discount_of(max_episode_steps(env))
     made_for = saved_config(checkpoint).get("task", task)

@@ -14,14 +14,13 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from ..agent import saved_as
 from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
 from ..teacher import Teacher, open_teacher
-from ..world_model.checkpoint import read_config
+from ..world_model.checkpoint import read_config, saved_as
 from .evaluate import (
     EpisodesConfig,
     EvaluationConfig,

@@ -11,7 +11,6 @@ from rich.console import Console
 from torch.utils._pytree import tree_map
 
 from ..config import ComputeConfig
-from ..errors import ConfigError
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_wrapper": True,  # what calls the kernels is compiled as well
@@ -21,14 +20,11 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 32,  # else what lies between a norm and its activation is written to memory
 }
 PATIENCE = 4.0  # seconds of compiling before it is mentioned
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(compute: ComputeConfig) -> torch.dtype:
-    """The dtype that matrix products are computed in; ConfigError where there is no such precision."""
-    if compute.precision not in PRECISIONS:
-        raise ConfigError(f"precision={compute.precision}: must be one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[compute.precision]
+    """The dtype that matrix products are computed in."""
+    return getattr(torch, compute.precision)
 
 
 @contextlib.contextmanager

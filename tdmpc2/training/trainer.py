@@ -114,7 +114,6 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig):
-        config.check_ranges()
         check_device(config.device)
         self.config = config
         self.folder = Path(config.work_dir or f"runs/{file_name(config.task)}/{config.seed}")

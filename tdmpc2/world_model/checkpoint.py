@@ -1,34 +1,40 @@
-"""World models on disk: the original's `.pt` files of both formats, and folders of ours.
+"""World models on disk: the original's `.pt` files, and folders of ours.
 
 A folder holds `model.safetensors` and `config.json`; other parts (training, correctors) add files and
-entries of their own. An original file is a state dict; its architecture is read off the tensors' shapes:
+entries of their own. An original file is a state dict; its architecture is read off the tensors' shapes.
+Three namings were published:
 
-    _encoder.state.0.weight [enc_dim, obs_dim + task_dim]   new and old format
-    _Qs.params.0.weight     [num_q, mlp_dim, ...]           new format, heads by name
-    _Qs.params.0 ... 9                                      old format, heads by number
+    _dynamics.0.weight, .0.ln.weight      _Qs.params.0.weight    new: Q heads by name, [num_q, mlp_dim, ...]
+    _dynamics.0.weight, .0.ln.weight      _Qs.params.0 ... 9     old: Q heads by number
+    _dynamics.0.0.weight, .0.1.weight     _Qs.params.0 ... 9     oldest: Linear and LayerNorm as two layers
 """
 
 import hashlib
+import os
 import re
+import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import WorldModelConfig
-from ..errors import CheckpointError, ConfigError, DataError
-from ..files import atomic_write, read_json, write_json
+from ..checked import check_range, check_type, from_json
+from ..config import ComputeConfig, WorldModelConfig
+from ..errors import CheckpointError, ConfigError, DataError, TDMPC2Error
+from ..files import exists, open_file, read_json, read_tensors, write_json, write_tensors
 from .model import WorldModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "tdmpc2-world-model-1"
+T = TypeVar("T")
+# Entries of config.json that loading depends on, where they are there.
+ENTRIES = {"task": str, "discount": float, "precision": str, "task_index": int | None, "weights": str}
 
 # The published 30-task set in its order, with each task's action dimensions; the 80-task set begins with
-# it and goes on with 50 Meta-World tasks of four. Files in the old format do not carry the masks.
+# it and goes on with 50 tasks of Meta-World. Files in the old formats do not carry the masks.
 MT30 = {
     "walker-stand": 6,
     "walker-walk": 6,
@@ -61,9 +67,18 @@ MT30 = {
     "cup-spin": 2,
     "pendulum-spin": 1,
 }
-PUBLISHED_ACTION_DIMS = {30: tuple(MT30.values()), 80: (*MT30.values(), *(4,) * 50)}
+META_WORLD = """
+    assembly basketball button-press-topdown button-press-topdown-wall button-press button-press-wall
+    coffee-button coffee-pull coffee-push dial-turn disassemble door-open door-close drawer-close
+    drawer-open faucet-open faucet-close hammer handle-press-side handle-press handle-pull-side
+    handle-pull lever-pull peg-insert-side peg-unplug-side pick-out-of-hole pick-place pick-place-wall
+    plate-slide plate-slide-side plate-slide-back plate-slide-back-side push-back push push-wall reach
+    reach-wall shelf-place soccer stick-push stick-pull sweep-into sweep window-open window-close
+    bin-picking box-close door-lock door-unlock hand-insert
+""".split()  # noqa: SIM905
+PUBLISHED = {30: MT30, 80: MT30 | {f"mw-{name}": 4 for name in META_WORLD}}  # by the number of tasks
 
-# The published names of our modules, in either format.
+# The published names of our modules.
 PARTS = {
     "_encoder.state": "encoder",
     "_dynamics": "dynamics",
@@ -73,12 +88,18 @@ PARTS = {
     "_Qs.params": "q",
     "_target_Qs_params": "target_q",
 }
-# The order in which the old format numbers the parameters of a three-layer MLP.
+# The order in which the old formats number the parameters of a three-layer MLP.
 NUMBERED = [
     f"{i}.{name}"
     for i, names in enumerate([["weight", "bias", "ln.weight", "ln.bias"]] * 2 + [["weight", "bias"]])
     for name in names
 ]
+WRAPPERS = ("model", "state_dict")  # keys that a state dict may lie under
+# What compiling, parallel training and users' own modules put in front of a published name.
+IN_FRONT = re.compile(
+    r"^(?:\w+\.)*?(?=(?:_encoder|_dynamics|_reward|_termination|_pi|_Qs|_target_Qs|_target_Qs_params"
+    r"|_task_emb|_action_masks|log_std_min|log_std_dif)(?:\.|$))"
+)
 
 
 def our_name(name: str) -> str | None:
@@ -97,18 +118,52 @@ def our_name(name: str) -> str | None:
     return None
 
 
-def load_world_model(path: str | Path, device: str | torch.device = "cpu") -> WorldModel:
+def fused_name(name: str) -> str:
+    """The old format's name of a parameter that the oldest one has as a Linear's or a LayerNorm's.
+
+    There a hidden layer is a Linear, a LayerNorm and an activation, so every third layer is a Linear. The
+    encoder has one more in front, and the last norm of the dynamics stands outside: `_dynamics.1`.
+    """
+    found = re.fullmatch(r"(_encoder\.state|_dynamics\.0|_dynamics|_reward|_pi)\.(\d+)\.(weight|bias)", name)
+    if found is None:
+        return name
+    part, index = found[1], int(found[2])
+    if part == "_encoder.state":
+        index -= 1
+    elif part == "_dynamics":
+        index += 6
+    return f"{part.removesuffix('.0')}.{index // 3}.{'ln.' * (index % 3)}{found[3]}"
+
+
+def load_world_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    simnorm_dim: int | None = None,
+) -> WorldModel:
     """Load an original checkpoint file or a folder of ours, in evaluation mode.
+
+    Args:
+        path: the file or folder.
+        device: to compute on.
+        vmin, vmax: first and last bin of rewards and values, in symlog units; an original file does not say
+            them. None for the published -10 and 10.
+        simnorm_dim: entries per simplex of the latent, likewise; None for the published 8.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, or a pickle that carries code.
-        ConfigError: there is no such device here.
+        FileError: it may not be read.
+        ConfigError: there is no such device here, or a folder says something else than `vmin`, ...
     """
     check_device(device)
     path = Path(path)
-    if not path.exists():
+    given = {"vmin": vmin, "vmax": vmax, "simnorm_dim": simnorm_dim}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not exists(path):
         raise CheckpointError(f"no checkpoint at {path}: give a .pt file or a folder with {CONFIG}")
-    model = _load_folder(path) if path.is_dir() else _load_original(path)
+    model = _load_folder(path, given) if path.is_dir() else _load_original(path, given)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -123,49 +178,74 @@ def check_device(device: str | torch.device) -> None:
 def save_world_model(folder: str | Path, model: WorldModel, **entries: Any) -> None:
     """Write `model` as a folder of ours; `entries` (JSON values) join its config.json."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    with atomic_write(folder / WEIGHTS) as tmp:
-        save_file(state, tmp)
-    write_json(folder / CONFIG, {"format": FORMAT, "world_model": asdict(model.config), **entries})
+    write_tensors(folder / WEIGHTS, model.state_dict(), {"format": FORMAT})
+    config = {"format": FORMAT, "world_model": asdict(model.config), "weights": fingerprint(model)}
+    write_json(folder / CONFIG, config | entries)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder of ours.
+    """The config.json of a folder of ours; the types of `ENTRIES` are checked.
 
     Raises:
         CheckpointError: it is missing, damaged, or not ours.
+        FileError: it may not be read.
     """
     path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG}: it is not a folder written by this package")
+    if not exists(path):
+        raise CheckpointError(_instead(Path(folder)))
     try:
         config = read_json(path)
-        known = config["format"] == FORMAT
+        found = config["format"]
     except (DataError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path} is damaged: restore it from where it came") from e
-    if not known:
-        raise CheckpointError(f"{path} has format {config['format']!r}, this package reads {FORMAT!r}")
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}, this package reads {FORMAT!r}")
+    try:
+        for name, hint in ENTRIES.items():
+            if name in config:
+                check_type(name, config[name], hint)
+        check_range("discount", config.get("discount", 1), 0, 1)
+        ComputeConfig(config.get("precision", ComputeConfig.precision))
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: {e}; restore it from where it came") from e
     return config
 
 
 def saved_config(path: str | Path) -> dict[str, Any]:
     """`read_config` of a folder of ours; empty for an original file, which says nothing."""
-    return read_config(path) if Path(path).is_dir() else {}
+    return read_config(path) if os.path.isdir(path) else {}
+
+
+def saved_as(cls: type[T], settings: Any, path: str | Path) -> T:
+    """A config as a folder of ours has it; CheckpointError where it does not fit."""
+    try:
+        return from_json(cls, settings)
+    except ConfigError as e:
+        raise CheckpointError(f"{path} has settings that do not fit this version: {e}") from e
+
+
+def spelling(task: str) -> str:
+    """One of the spellings of a task's name: dm_control's and TD-MPC2's differ."""
+    return task.lower().replace("_", "-").replace("ball-in-cup", "cup").replace("point-mass", "pointmass")
 
 
 def published_task_index(task: str, num_tasks: int) -> int:
-    """Index of a task in a published multi-task model.
+    """Index of a task in a published multi-task model; any spelling of its name will do.
 
     Raises:
-        CheckpointError: the model is none of the published ones, or does not know the task.
+        CheckpointError: the model is none of the published ones, or was not trained on the task.
     """
-    if num_tasks not in PUBLISHED_ACTION_DIMS or task not in MT30:
+    if num_tasks not in PUBLISHED:
         raise CheckpointError(
             f"a multi-task checkpoint of {num_tasks} tasks does not say which of them is {task}: only the "
-            f"published 30- and 80-task models are known by name ({', '.join(MT30)})"
+            "published 30- and 80-task models are known by name, for others give the task's index"
         )
-    return list(MT30).index(task)
+    names = list(PUBLISHED[num_tasks])
+    if spelling(task) not in names:
+        raise CheckpointError(
+            f"the published {num_tasks}-task models were not trained on {task}, but on {', '.join(names)}"
+        )
+    return names.index(spelling(task))
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -177,50 +257,137 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_folder(folder: Path) -> WorldModel:
-    try:
-        entries = dict(read_config(folder)["world_model"])
-        for name in ("obs_shape", "action_dims"):
-            entries[name] = tuple(entries[name])
-        config = WorldModelConfig(**entries)
-        state = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
-        raise CheckpointError(f"{folder} is damaged ({_line(e)}): restore it from where it came") from e
-    return _build(config, state, folder)
+def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give a module that was made on the meta device its tensors, all of which are checked.
 
+    Args:
+        module: of float32.
+        state: as `module.state_dict()`.
+        path: where they come from.
 
-def _load_original(path: Path) -> WorldModel:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        if "Weights only load failed" in str(e) or "Unsupported" in str(e):
+    Raises:
+        CheckpointError: a tensor is missing or unknown, or has another shape, another dtype, or values that
+            are not finite.
+    """
+    expected = {name: f"{tuple(t.shape)}" for name, t in module.state_dict().items()}
+    found = {name: f"{tuple(t.shape)}" for name, t in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
             raise CheckpointError(
-                f"{path} is refused: it is not a plain file of tensors but a pickle that carries code or "
-                "foreign objects; save its state dict with torch.save and load that"
-            ) from e
-        raise CheckpointError(
-            f"{path} cannot be read ({_line(e)}): it is truncated or no PyTorch file; download it again"
-        ) from e
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
+                f"{path} is damaged or incomplete: {name} should have shape "
+                f"{expected.get(name, 'none (unknown)')} and has {found.get(name, 'none (missing)')}"
+            )
+        if state[name].dtype != torch.float32:
+            raise CheckpointError(f"{path} is damaged: {name} is of {state[name].dtype}, not torch.float32")
+        if not torch.stack(state[name].aminmax()).isfinite().all():
+            raise CheckpointError(f"{path} is damaged: {name} holds values that are not finite")
+    # Copies, so that no tensor is a part of a larger piece of memory.
+    module.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
+
+
+def _load_folder(folder: Path, given: Mapping[str, Any]) -> WorldModel:
+    saved = read_config(folder)
+    config = saved_as(WorldModelConfig, saved.get("world_model"), folder / CONFIG)
+    for name, value in given.items():
+        if value != getattr(config, name):
+            raise ConfigError(f"{name}={value}: {folder} says itself that it is {getattr(config, name)}")
+    path, again = folder / WEIGHTS, "restore it from where it came"
+    # Files that earlier versions wrote have no header.
+    state, _ = read_tensors(path, FORMAT, again, CheckpointError, bare=True)
+    model = _empty(config)
+    fill(model, state, path)
+    if "weights" in saved and saved["weights"] != fingerprint(model):
+        raise CheckpointError(f"{path} holds other weights than {CONFIG} beside it says: restore both")
+    return model
+
+
+def _load_original(path: Path, given: Mapping[str, Any]) -> WorldModel:
+    if path.suffix in (".safetensors", ".json"):
+        raise CheckpointError(_instead(path))
+    content = _read_pickle(path)
+    for _ in WRAPPERS:
+        if isinstance(content, dict):
+            content = next((content[key] for key in WRAPPERS if key in content), content)
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a TD-MPC2 checkpoint: it holds a {type(content).__name__}")
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
+    original: dict[str, Any] = {}
+    for name, value in content.items():
         # Tensors on the meta device only describe an uninitialised copy.
-        carries = isinstance(name, str) and isinstance(value, Tensor) and value.device.type != "meta"
-        if carries and (ours := our_name(name)):
-            renamed[ours] = value.float()
+        if isinstance(name, str) and not (isinstance(value, Tensor) and value.is_meta):
+            plain = IN_FRONT.sub("", name.replace("_orig_mod.", ""))
+            if plain in original:
+                raise CheckpointError(f"{path} holds more than one model: {plain} is there twice")
+            original[plain] = value
+    oldest = "_dynamics.0.0.weight" in original
+    state: dict[str, Tensor] = {}
+    for name, value in original.items():
+        if isinstance(value, Tensor) and (ours := our_name(fused_name(name) if oldest else name)):
+            state[ours] = _checked(value, name, path)
+    if sum(t.numel() * t.element_size() for t in state.values()) > path.stat().st_size:
+        raise CheckpointError(f"{path} is refused: its tensors claim to be larger than the file")
+    state = {name: t.float() for name, t in state.items()}
+    if not any(name.startswith("target_q.") for name in state):  # acting needs none
+        state |= {f"target_{name}": t for name, t in state.items() if name.startswith("q.")}
     try:
-        config = _read_architecture(state, renamed)
-    except (KeyError, IndexError, ValueError) as e:
+        config = _read_architecture(original, state, given)
+    except ConfigError as e:
+        raise CheckpointError(f"{path} cannot be used: {e}") from e
+    except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as e:
         raise CheckpointError(
             f"{path} is not a TD-MPC2 checkpoint: cannot read the architecture off its tensors ({_line(e)})"
         ) from e
-    return _build(config, renamed, path)
+    model = _empty(config)
+    fill(model, state, path)
+    return model
 
 
-def _read_architecture(original: dict[str, Any], state: dict[str, Tensor]) -> WorldModelConfig:
-    """The architecture that has these tensors; KeyError or ValueError where none has."""
+def _read_pickle(path: Path) -> Any:
+    """What torch.save wrote, its checksums verified; no code in it is run."""
+    with open_file(path) as file:
+        size = path.stat().st_size
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+                if not stored or sum(entry.file_size for entry in entries) > size:
+                    raise CheckpointError(f"{path} is refused: it unpacks to more than its {size:,} bytes")
+                if damaged := archive.testzip():
+                    raise CheckpointError(
+                        f"{path} is damaged: the checksum of {damaged} is wrong; download it again"
+                    )
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except TDMPC2Error:
+            raise
+        except Exception as e:
+            if "Weights only load failed" in str(e) or "Unsupported" in str(e):
+                raise CheckpointError(
+                    f"{path} is refused: it is not a plain file of tensors but a pickle that carries code or "
+                    "foreign objects; save its state dict with torch.save and load that"
+                ) from e
+            raise CheckpointError(
+                f"{path} cannot be read ({_line(e)}): it is truncated or no PyTorch file; download it again"
+            ) from e
+
+
+def _checked(value: Tensor, name: str, path: Path) -> Tensor:
+    """A tensor of an original file, if it is one of plain numbers."""
+    dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
+    if not (dense and value.is_floating_point()):
+        raise CheckpointError(f"{path} is refused: {name} is no dense tensor of floats")
+    return value.detach()
+
+
+def _read_architecture(
+    original: Mapping[str, Any], state: Mapping[str, Tensor], given: Mapping[str, Any]
+) -> WorldModelConfig:
+    """The architecture that has these tensors; an error that says why where none has.
+
+    Args:
+        original: entries by their published names.
+        state: tensors by our names.
+        given: settings that a file does not show.
+    """
     num_q, mlp_dim, za_dim = state["q.0.weight"].shape
     num_bins = state["q.2.weight"].shape[1]
     action_dim = state["policy.2.weight"].shape[0] // 2
@@ -233,9 +400,11 @@ def _read_architecture(original: dict[str, Any], state: dict[str, Tensor]) -> Wo
     if num_tasks:
         masks = original.get("_action_masks")
         if masks is not None:
+            if not isinstance(masks, Tensor) or masks.shape != (num_tasks, action_dim):
+                raise ValueError(f"_action_masks are not of shape {(num_tasks, action_dim)}")
             action_dims = tuple(int(n) for n in masks.sum(-1))
-        elif num_tasks in PUBLISHED_ACTION_DIMS:
-            action_dims = PUBLISHED_ACTION_DIMS[num_tasks]
+        elif num_tasks in PUBLISHED:
+            action_dims = tuple(PUBLISHED[num_tasks].values())
         else:
             raise ValueError(f"{num_tasks} tasks, no action masks, and not a published task set")
     log_std_min = float(original.get("log_std_min", -10.0))
@@ -255,29 +424,36 @@ def _read_architecture(original: dict[str, Any], state: dict[str, Tensor]) -> Wo
         num_tasks=num_tasks,
         task_dim=task_dim,
         action_dims=action_dims,
+        **given,
     )
 
 
-def _build(config: WorldModelConfig, state: dict[str, Tensor], path: Path) -> WorldModel:
-    """A model of that architecture with these weights, every name and shape checked."""
-    try:
-        with torch.device("meta"):
-            model = WorldModel(config)
-    except Exception as e:
-        raise CheckpointError(f"{path} describes a model that cannot be built ({_line(e)})") from e
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"{path} is not a complete TD-MPC2 checkpoint: {name} should have shape "
-                f"{expected.get(name, 'none (unknown)')} and has {found.get(name, 'none (missing)')}"
-            )
-    if broken := [name for name, t in state.items() if not torch.stack(t.aminmax()).isfinite().all()]:
-        raise CheckpointError(f"{path} is damaged: {broken[0]} holds values that are not finite")
-    # Copies, for what safetensors gives is the file itself: who writes to it would change the model.
-    model.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
-    return model
+def _empty(config: WorldModelConfig) -> WorldModel:
+    """A model without weights."""
+    with torch.device("meta"):
+        return WorldModel(config)
+
+
+def _instead(path: Path) -> str:
+    """What to give instead of `path`, a file of ours or a folder without `CONFIG`."""
+    folder = path if path.is_dir() else path.parent
+    if path != folder and (folder / CONFIG).exists():
+        return f"{path} is a part of a folder: give that, {folder}"
+    if (folder / "teacher").is_dir():
+        return f"{path} belongs to a training run: give its teacher, {folder / 'teacher'}"
+    if (folder / "train_config.json").exists():
+        return f"{path} belongs to a training run without a teacher: its first evaluation will make one"
+    if (folder / "settings.json").exists() and (folder / "data").is_dir():
+        return f"{path} belongs to an unfinished run of scripts/accelerate.py: start that again"
+    if (folder / "corrector.safetensors").exists():
+        return f"{path} is a corrector: give the teacher that it belongs to, or the agent"
+    if path == folder and (found := sorted(folder.glob(f"*/{CONFIG}"))):
+        return f"{path} holds no {CONFIG}, but folders that do: give one of them, e.g. {found[0].parent}"
+    if path == folder:
+        return f"{path} holds no {CONFIG}: it is not a folder written by this package"
+    return (
+        f"{path} alone is no checkpoint: give an original .pt file, or a folder with {CONFIG} and {WEIGHTS}"
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -1,0 +1,95 @@
+"""Settings that are checked where they are made, whoever makes them: a user, a script, or a file.
+
+@dataclass(frozen=True)
+class PlannerConfig(Checked):
+    horizon: int = 3
+
+    def check_ranges(self) -> None:
+        within(self, 1, 100, "horizon")
+
+PlannerConfig(horizon=0)                          ConfigError: horizon=0: must be from 1 to 100
+from_json(PlannerConfig, {"horizon": "3"})        ConfigError: horizon='3': must be of type int
+"""
+
+import math
+import reprlib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from numbers import Integral, Real
+from os import PathLike
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Checked:
+    """Base of the configs that refuse values of a wrong type or out of range with a ConfigError."""
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
+            check_type(name, getattr(self, name), hint)
+        for part in cls.__mro__:  # a script's config has the ranges of all its parts
+            if check := vars(part).get("check_ranges"):
+                check(self)
+
+
+def from_json(cls: type[T], settings: Any) -> T:
+    """A config from the JSON that it was saved as.
+
+    Raises:
+        ConfigError: a setting is unknown, missing, or has a value that it cannot have.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{reprlib.repr(settings)} is no mapping of settings to values")
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    if unknown := [name for name in settings if name not in known]:
+        raise ConfigError(f"there is no setting {reprlib.repr(unknown[0])}")
+    required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in settings]:
+        raise ConfigError(f"{missing[0]} is missing")
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError where the value of a setting is not of the type `hint`. NaN is no float here."""
+    if not _fits(value, hint):
+        expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+        raise ConfigError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
+    if hint is float:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and (isinstance(value, float) or abs(value) < 1e300) and not math.isnan(value)
+    if hint is str:
+        return isinstance(value, str | PathLike)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def within(config: Any, low: float, high: float, *names: str) -> None:
+    """Raise ConfigError where one of these numbers of a config is not from `low` to `high`."""
+    for name in names:
+        check_range(name, getattr(config, name), low, high)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError where the value of a setting is not from `low` to `high`."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value}: must be from {low} to {high}")
