@@ -10,14 +10,9 @@ from rich.console import Console
 
 from tdmpc2 import load_world_model
 from tdmpc2.cli import run
-<<<<<<< HEAD
-from tdmpc2.config import part
+from tdmpc2.config import ModelOverride, part
 from tdmpc2.distillation import CorrectorTrainConfig, error_table, load_shards, train_corrector
 from tdmpc2.progress import Progress
-=======
-from tdmpc2.config import ModelOverride, part
-from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
->>>>>>> 42021b0fd1e81eb8870334901d21659a3768c6f1
 from tdmpc2.world_model import fingerprint
 
 

@@ -91,7 +91,6 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)
 
 
-<<<<<<< HEAD
 def in_order(paths: Iterable[Path]) -> list[Path]:
     """Paths sorted as a reader counts: `round-2` before `round-10`."""
     return sorted(
@@ -99,9 +98,6 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
     )
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """The content of a file.
-=======
 def exists(path: str | Path) -> bool:
     """Whether there is such a file or folder.
 
@@ -119,7 +115,6 @@ def exists(path: str | Path) -> bool:
 
 def open_file(path: str | Path) -> BinaryIO:
     """Open a file for reading.
->>>>>>> 42021b0fd1e81eb8870334901d21659a3768c6f1
 
     Raises:
         FileError: there is none, it is no regular file, or it may not be read.

@@ -15,14 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-<<<<<<< HEAD
-from tdmpc2.errors import CheckpointError, DataError, FileError
-from tdmpc2.files import atomic_write, in_order, read_json, read_metadata, write_json
-=======
 from tdmpc2.errors import ConfigError, DataError, FileError
 from tdmpc2.files import (
     atomic_write,
     exists,
+    in_order,
     in_use,
     read_about,
     read_bytes,
@@ -31,7 +28,6 @@ from tdmpc2.files import (
     write_json,
     write_tensors,
 )
->>>>>>> 42021b0fd1e81eb8870334901d21659a3768c6f1
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,18 +205,6 @@ def test_files_of_other_formats_and_without_a_header(tmp_path: Path) -> None:
         ('{"format": "a-1", "digest": "0"}', "contents have changed"),
         (f'{{"format": "a-1", "deep": {deep}}}', "damaged"),
     ):
-<<<<<<< HEAD
-        save_file({}, path, metadata={"key": content})
-        with pytest.raises(CheckpointError, match=message):
-            read_metadata(path, "key", "a-1", "make it again")
-    save_file({}, path, metadata={"key": '{"format": "a-1", "n": 1}'})
-    assert read_metadata(path, "key", "a-1", "make it again") == {"format": "a-1", "n": 1}
-
-
-def test_numbers_in_names_are_counted():
-    names = ["data/teacher", "data/round-1", "data/round-2", "data/round-10", "data/round-11/a"]
-    assert [str(p) for p in in_order(map(Path, sorted(names)))] == [*names[1:], names[0]]
-=======
         save_file({}, path, metadata={"tdmpc2": content})
         for bare in (False, True):
             with pytest.raises(DataError, match=message):
@@ -265,4 +249,8 @@ def test_one_process_at_a_time_is_in_a_folder(tmp_path: Path) -> None:
     status(holder)
     with in_use(folder):  # a killed process leaves nothing that is in the way
         pass
->>>>>>> 42021b0fd1e81eb8870334901d21659a3768c6f1
+
+
+def test_numbers_in_names_are_counted():
+    names = ["data/teacher", "data/round-1", "data/round-2", "data/round-10", "data/round-11/a"]
+    assert [str(p) for p in in_order(map(Path, sorted(names)))] == [*names[1:], names[0]]
