@@ -81,6 +81,24 @@ distilled policy` and `estimate of the corrector's own error`, all at quantile 0
 So few episodes on two tasks do not rank them.
 
 """
+PUBLISHED_MODES = """# The published modes, and what refining adds
+
+The published system corrects plans and does not refine. Here are its modes with either loss, `mse` (the
+published squared distance) and `l1`, beside the same modes refined. All correctors were trained on the same
+data, equally long. Ratios are to replanning at every step on the same seeds. Correction is the mean norm of
+executed minus planned action after a plan's first step. Action change is the mean norm of an action minus the
+one before.
+
+"""
+RULES = """# Rules that give plans up
+
+A two-tower corrector executes 24 steps of each plan, refined three steps ahead. `per step 0.97` is the first
+edition's threshold: the 0.97 quantile of the mismatches at every step in plan. `per plan q` is one rate of
+false alarms a plan: a share q of the calibration plans stays below all thresholds. `or TD errors` also gives
+a plan up while the running mean of TD errors is below its 0.9 quantile over calibration episodes. Ratios are
+to replanning at every step in the same world on the same seeds.
+
+"""
 BUDGET = "budget"  # the experiment whose reference is of another one
 FULL_BUDGET = ("executed", "the mean, 1 step")
 
@@ -113,6 +131,10 @@ def main(settings: Settings) -> None:
     if measured := [Experiments(path) for path in sorted((results / "experiments").glob("*.csv"))]:
         together = all_experiments(measured) if len(measured) > 1 else ""
         pages["experiments"] = EXPERIMENTS + together + "".join(map(experiments, measured))
+    if published := sorted(p.parent for p in results.glob("paper/*/summary.csv")):
+        pages["published-modes"] = PUBLISHED_MODES + "".join(map(published_modes, published))
+    if compared_rules := sorted(results.glob("rules/*.csv")):
+        pages["rules"] = RULES + "".join(map(rules, compared_rules))
     for name, text in pages.items():
         with atomic_write(docs / f"{name}.md") as tmp:
             tmp.write_text(text)
@@ -517,7 +539,7 @@ def section(folder: Path, results: TaskResults) -> str:
         cells = [name, f"{row.return_mean:.1f}", interval(row), f"{100 * row.planner_calls:.1f} %"]
         cells += [f"{row.act_ms_median:.2f} ms", f"{row.act_ms_mean:.2f} ms"]
         lines.append(line(cells))
-    lines += ["", f"`{about['command']}` at commit {about['commit']}, {about['machine']}."]
+    lines += ["", made_by(about)]
     if "trained" in about:
         lines.append(f"Data and correctors: {about['trained']}.")
     return "\n".join([*lines, "", ""])
@@ -609,6 +631,49 @@ def all_experiments(measured: list[Experiments]) -> str:
         lines.append(line(cells))
     words = "Means over the tasks of the return ratios to the reference of each experiment."
     return "\n".join([*lines, "", words, "", ""])
+
+
+def published_modes(folder: Path) -> str:
+    """One task's published modes, with either loss, not refined and refined, in Markdown."""
+    summary, about = pd.read_csv(folder / "summary.csv"), read_json(folder / "provenance.json")
+    lines = [f"## {folder.name}", ""]
+    lines += header(
+        ["mode", "loss", "return, ratio [95 %]", "planner calls", "correction", "action change"], 2
+    )
+    for row in summary.itertuples():
+        mode, _, loss = row.mode.partition(", ")
+        correction = "" if isnan(row.delta_a) or not loss else f"{row.delta_a:.3f}"
+        cells = [mode, loss, interval(row), f"{100 * row.planner_calls:.1f} %", correction]
+        lines.append(line([*cells, f"{row.action_change:.3f}"]))
+    lines += ["", f"{summary['episodes'].iloc[0]} episodes a mode. {made_by(about)}", "", ""]
+    return "\n".join(lines)
+
+
+def rules(path: Path) -> str:
+    """One task's comparison of rules in Markdown, a row a rule, two columns a world."""
+    episodes, about = pd.read_csv(path), read_json(path.with_suffix(".json"))
+    worlds = list(dict.fromkeys(episodes["world"]))
+    lines = [f"## {path.stem}", ""]
+    lines += header(["rule", *(f"{w}: {what}" for w in worlds for what in ("ratio [95 %]", "planner calls"))])
+    for rule in dict.fromkeys(episodes["rule"]):
+        cells = [rule]
+        for world in worlds:
+            own, base = (
+                episodes[(episodes["world"] == world) & (episodes["rule"] == r)] for r in (rule, BASELINE)
+            )
+            ratio = paired_ratio(own["return"].to_numpy(), base["return"].to_numpy())
+            cells += [
+                with_interval(*ratio),
+                f"{100 * own['planner_calls'].sum() / own['length'].sum():.1f} %",
+            ]
+        lines.append(line(cells))
+    lines += ["", f"{len(own)} episodes a cell. {made_by(about)}", "", ""]
+    return "\n".join(lines)
+
+
+def made_by(about: Mapping[str, str]) -> str:
+    """Where numbers come from, in one sentence."""
+    return f"`{about['command']}` at commit {about['commit']}, {about['machine']}."
 
 
 def draw(tasks: Mapping[str, TaskResults], path: Path) -> None:
