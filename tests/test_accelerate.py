@@ -25,7 +25,7 @@ from tdmpc2.agent import Kind, load_teacher
 from tdmpc2.config import EAGER, ELSEWHERE, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard, write_shard
-from tdmpc2.envs import dmc
+from tdmpc2.envs import dmc, import_module
 from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed, evaluate
 from tdmpc2.evaluation.metrics import act_columns, act_times
@@ -212,6 +212,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     What it computed on before does not matter.
     """
     monkeypatch.syspath_prepend(workdir)
+    import_module("short_task:Short-v0")
     less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 2, "latency_steps": 4}
     settings = {**OmegaConf.from_dotlist(SMALL), **less}
     job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)

@@ -90,10 +90,21 @@ def test_a_push_ends() -> None:
 def test_wrong_use() -> None:
     with pytest.raises(ConfigError, match="push"):
         Disturbed(make_env("cup-catch"), "pusch", 1.0)
-    with pytest.raises(ConfigError, match="at least 0"):
-        Disturbed(make_env("cup-catch"), next(iter(KINDS)), -1.0)
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="at least 0"):
+            Disturbed(make_env("cup-catch"), next(iter(KINDS)), strength)
+    with pytest.raises(ConfigError, match="above 0"):
+        Disturbed(make_env("cup-catch"), "mass", 0.0)
     with pytest.raises(TaskError, match="MuJoCo"):
         Disturbed(make_env("BipedalWalker-v3"), "mass", 2.0)
+    env = make_env("BipedalWalker-v3")
+    env.unwrapped.model, env.unwrapped.data = "a policy", "its data"
+    with pytest.raises(TaskError, match="MuJoCo"):
+        Disturbed(env, "mass", 2.0)
+    env = make_env("cartpole-swingup")
+    env.unwrapped.physics.model.body_mass[:] = 0.0
+    with pytest.raises(TaskError, match="nothing there can be pushed"):
+        Disturbed(env, "push", 1.0)
 
 
 @pytest.mark.parametrize(
