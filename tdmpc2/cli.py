@@ -119,7 +119,7 @@ def usage(config_type: type[Config]) -> str:
         for field in own:
             lines.append(f"  {_default(field):32} {comments.get(field.name, '')}".rstrip())
     lines += ["", "A sweep: --multirun key=1,2", "Hydra's own options: --hydra-help"]
-    return "\n".join(lines)
+    return re.sub(r"\bNone\b", "null", "\n".join(lines))  # which is Python's word for it, and not Hydra's
 
 
 def save_config(path: str | Path, config: "DataclassInstance") -> None:
@@ -196,7 +196,9 @@ def _read(config_type: type[Config], main: Callable[[Config], Any], arguments: S
     _check_names(config_type, arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall hand errors on, not print them itself
     typed = sys.argv
-    sys.argv = [typed[0], *(_for_hydra(config_type, argument, sweep) for argument in arguments)]
+    given = [_for_hydra(config_type, argument, sweep) for argument in arguments]
+    # Options first: argparse takes no settings after one that stands between settings.
+    sys.argv = [typed[0], *sorted(given, key=lambda a: "=" in a and not a.startswith("-"))]
     try:
         with tempfile.TemporaryDirectory() as litter:
             _register(config_type, litter)
@@ -251,9 +253,11 @@ def _for_hydra(config_type: type[Config], argument: str, sweep: bool) -> str:
         own = [item if item == "null" and kind is not str else _quoted(item) for item in items]
         return f"{name}={','.join(own)}"
     try:
-        OverridesParser.create().parse_override(argument)
+        override = OverridesParser.create().parse_override(argument)
     except HydraException as e:
         raise ConfigError(f"{argument}: this value cannot be read; `--help` shows how it is written") from e
+    if override.is_sweep_override() and not sweep:
+        raise ConfigError(f"{argument}: several values make a sweep, with --multirun, or a list, as [1,2]")
     return argument
 
 
