@@ -82,12 +82,12 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
     one line and 128 plus the signal's number.
     """
     arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(usage(config_type))
-        return
-    _commit()  # of the code that is loaded, whatever is committed while it runs
     stopped: list[signal.Signals] = []
     try:
+        if "--help" in arguments or "-h" in arguments:
+            print(usage(config_type), flush=True)
+            return
+        _commit()  # of the code that is loaded, whatever is committed while it runs
         with _signals_raise(stopped):
             configs = _read(config_type, main, arguments)
             if len(configs) > 1:
@@ -101,6 +101,9 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
             _exit(ended, 128 + stopped[0])
         if isinstance(e, KeyboardInterrupt):
             _exit("interrupted: what was written so far stays", 128 + signal.SIGINT)
+        if isinstance(e, BrokenPipeError):  # nobody reads on, as after `| head`
+            sys.stdout = None  # type: ignore[assignment]  # what is left in it is not written
+            sys.exit(128 + signal.SIGPIPE)
         if (line := _mistake(e)) is None:
             raise
         _exit(f"error: {line}", 1)
@@ -221,7 +224,7 @@ def _sweep(
         try:
             _start(config, main)
         except Exception as e:
-            if stopped:
+            if stopped or isinstance(e, BrokenPipeError):
                 raise
             failed += 1
             if (line := _mistake(e)) is None:

@@ -533,14 +533,16 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_line(script("eval_disturbed", workdir, "agent=done", "compile=false"), "Short-v0", "MuJoCo")
+    own = script("eval_disturbed", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
+    one_line(own, "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())
     with pytest.raises(ConfigError, match="storm"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())
     with pytest.raises(ConfigError, match="num_envs=0"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), Console())
-    monkeypatch.syspath_prepend(workdir)  # where its task is
+    monkeypatch.syspath_prepend(workdir)
+    import_module("short_task:Short-v0")
     calibrated = disturbed.DisturbedConfig(agent=str(finished), eval_seed=10_001)
     with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
         disturbed.evaluate_disturbed(calibrated, Console())

@@ -437,6 +437,16 @@ def test_nohup_is_heeded(start, handlers):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_nobody_reads_on(start, capsys, monkeypatch):
+    """As after `| head`: it ends silently, as programs do that SIGPIPE ends."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to be there again afterwards
+    for arguments in (["task=a"], ["--multirun", "task=a,b"]):
+        with pytest.raises(SystemExit) as e:
+            start(*arguments, main=raiser(BrokenPipeError(32, "Broken pipe")))
+        assert e.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
 def test_outside_the_main_thread(start):
     seen = []
     thread = threading.Thread(target=lambda: start("task=a", main=seen.append))
