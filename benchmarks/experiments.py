@@ -74,6 +74,7 @@ class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     """Which agent the experiments are made on, and how correctors are trained."""
 
     agent: str  # a folder that scripts/accelerate.py made
+    task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
     architecture: str = "two_tower"
     eval_seed: int = 40_000
     round_episodes: int = 8  # collected for the experiment on bursts
@@ -290,7 +291,7 @@ def main(config: ExperimentConfig) -> None:
     folder = Path(config.agent)
     check_evaluation(config)
     saved = read_config(folder)
-    teacher = open_teacher(saved["task"], str(folder), config)
+    teacher = open_teacher(config.task or saved["task"], str(folder), config)
     data = load_shards(folder / "data", teacher.fingerprint)
     used = {*data.seed.tolist(), *range(config.round_seed, config.round_seed + config.round_episodes)}
     if used & {*config.eval_seeds, *config.calibration_seeds}:

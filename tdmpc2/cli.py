@@ -13,78 +13,100 @@
     python scripts/train.py --help                                 all settings
 
 Fields are flat. Their types: bool, int, float, str, Enum, `T | None`, and `tuple[T, ...]`, which a user
-writes as `[1,2]`. Hydra itself writes nothing; a launcher that needs a folder, such as Slurm's, is given
-one with `hydra.sweep.dir=FOLDER`.
+writes as `[1,2]`. Text is taken as it is, whatever characters it has: `checkpoint=models/José (1),v=2.pt`.
+Only a `~` in front becomes the user's home, and quotes around it go. In a sweep commas separate, except
+within quotes.
+
+The module that a setting `task` names, as in `my_package:MyEnv-v0`, is imported; no other module is by name.
+
+Hydra itself writes nothing; a launcher that needs a folder, such as Slurm's, is given one with
+`hydra.sweep.dir=FOLDER`.
 """
 
 import inspect
 import json
+import math
 import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, asdict, fields
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError, TDMPC2Error
+from .errors import ConfigError, Stopped, TDMPC2Error
 from .files import write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+TEXT = (str, str | None)  # types of settings that are taken as they are written
+# One of the values of such a setting in a sweep, in quotes or up to the comma that ends it.
+ITEM = re.compile(r"""('[^']*'|"[^"]*"|[^,]*),""")
+# Windows lacks SIGHUP.
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+TOO_LARGE = 2**63  # whole numbers from here on fit nowhere
 
 
 def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
     """Read the command line as a `config_type` and hand that to `main`, once for each run of a sweep.
 
-    A `TDMPC2Error`, from here or from `main`, ends the script with one line and status 1.
+    What the user can mend ends the script with one line and status 1: a `TDMPC2Error`, a file that cannot be
+    read or written, too little memory. In a sweep the other runs go on. Ctrl-C raises `KeyboardInterrupt`,
+    SIGTERM and SIGHUP raise `Stopped`: after `finally` and `with` have done their work, the script ends with
+    one line and 128 plus the signal's number.
     """
     arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(usage(config_type))
-        return
-    _commit()  # of the code that is loaded, whatever is committed while it runs
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall hand errors on, not print them itself
-    single: list[DictConfig] = []  # of a sweep, Hydra's launcher runs each; one run is ours
-
-    def job(settings: DictConfig) -> None:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            main(_build(config_type, settings))
-        else:
-            single.append(settings)
-
+    stopped: list[signal.Signals] = []
     try:
-        _check_names(config_type, arguments)
-        with tempfile.TemporaryDirectory() as litter:
-            _register(config_type, litter)
-            hydra.main(version_base=None, config_path=None, config_name="start")(job)()
-        for settings in single:
-            main(_build(config_type, settings))
-    except TDMPC2Error as e:
-        _exit(f"error: {_one_line(e)}", 1)
-    except (HydraException, OmegaConfBaseException) as e:
-        _exit(f"error: {_reason(e)}", 1)
-    except KeyboardInterrupt:
-        _exit("interrupted: what was written so far stays", 130)
+        if "--help" in arguments or "-h" in arguments:
+            print(usage(config_type), flush=True)
+            return
+        _commit()  # of the code that is loaded, whatever is committed while it runs
+        with _signals_raise(stopped):
+            configs = _read(config_type, main, arguments)
+            if len(configs) > 1:
+                _sweep(configs, main, stopped)
+            elif configs:
+                _start(configs[0], main)
+    except BaseException as e:
+        # A signal first: where the terminal is gone, another error follows from it.
+        if stopped:
+            ended = f"stopped by {stopped[0].name}: what was written so far stays; run it again to go on"
+            _exit(ended, 128 + stopped[0])
+        if isinstance(e, KeyboardInterrupt):
+            _exit("interrupted: what was written so far stays", 128 + signal.SIGINT)
+        if isinstance(e, BrokenPipeError):  # nobody reads on, as after `| head`
+            sys.stdout = None  # type: ignore[assignment]  # what is left in it is not written
+            sys.exit(128 + signal.SIGPIPE)
+        if (line := _mistake(e)) is None:
+            raise
+        _exit(f"error: {line}", 1)
 
 
 def usage(config_type: type[Config]) -> str:
@@ -100,7 +122,7 @@ def usage(config_type: type[Config]) -> str:
         for field in own:
             lines.append(f"  {_default(field):32} {comments.get(field.name, '')}".rstrip())
     lines += ["", "A sweep: --multirun key=1,2", "Hydra's own options: --hydra-help"]
-    return "\n".join(lines)
+    return re.sub(r"\bNone\b", "null", "\n".join(lines))  # which is Python's word for it, and not Hydra's
 
 
 def save_config(path: str | Path, config: "DataclassInstance") -> None:
@@ -138,7 +160,120 @@ def provenance() -> dict[str, str]:
     }
 
 
-def _check_names(config_type: type[Config], arguments: list[str]) -> None:
+@contextmanager
+def _signals_raise(stopped: list[signal.Signals]) -> Iterator[None]:
+    """The first SIGTERM or SIGHUP raises `Stopped`, and is put into `stopped`; later ones do nothing.
+
+    A terminal that is closed sends two, and the second must not disturb the saving that the first one began.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not stopped:
+            stopped.append(signal.Signals(number))
+            raise Stopped(stopped[0].name)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other can set handlers
+        for s in STOPPING:
+            if signal.getsignal(s) != signal.SIG_IGN:  # as nohup sets it
+                before[s] = signal.signal(s, stop)
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler or signal.SIG_DFL)
+
+
+def _read(config_type: type[Config], main: Callable[[Config], Any], arguments: Sequence[str]) -> list[Config]:
+    """The configs that are to be run here: one, those of a sweep, or none where another launcher ran them."""
+    sweep = "--multirun" in arguments or "-m" in arguments or "hydra.mode=MULTIRUN" in arguments
+    read: list[DictConfig] = []
+
+    def job(settings: DictConfig) -> None:
+        about = HydraConfig.get()
+        if about.mode == RunMode.MULTIRUN and about.runtime.choices["hydra/launcher"] != "basic":
+            _start(_build(config_type, settings), main)  # in whatever process and machine this is
+        else:
+            read.append(settings)
+
+    _check_names(config_type, arguments)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall hand errors on, not print them itself
+    typed = sys.argv
+    given = [_for_hydra(config_type, argument, sweep) for argument in arguments]
+    # Options first: argparse takes no settings after one that stands between settings.
+    sys.argv = [typed[0], *sorted(given, key=lambda a: "=" in a and not a.startswith("-"))]
+    try:
+        with tempfile.TemporaryDirectory() as litter:
+            _register(config_type, litter)
+            hydra.main(version_base=None, config_path=None, config_name="start")(job)()
+        return [_build(config_type, settings) for settings in read]
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError(_reason(e)) from e
+    finally:
+        sys.argv = typed
+
+
+def _sweep(
+    configs: Sequence[Config], main: Callable[[Config], Any], stopped: Sequence[signal.Signals]
+) -> None:
+    """Run one after the other; say of each that fails which one it is and why, and go on."""
+    values = [{f.name: getattr(config, f.name) for f in fields(config)} for config in configs]
+    names = [name for name in values[0] if any(v[name] != values[0][name] for v in values)]
+    failed = 0
+    for config in configs:
+        try:
+            _start(config, main)
+        except Exception as e:
+            if stopped or isinstance(e, BrokenPipeError):
+                raise
+            failed += 1
+            if (line := _mistake(e)) is None:
+                traceback.print_exc()
+            which = " ".join(f"{name}={getattr(config, name)}" for name in names)
+            print(f"error: {which}: {line or 'see above'}", file=sys.stderr)
+    if failed:
+        raise TDMPC2Error(f"{failed} of {len(configs)} runs failed")
+
+
+def _start(config: Config, main: Callable[[Config], Any]) -> None:
+    """Import the module that the user's task names, if it does, and run `main`."""
+    task = getattr(config, "task", None)
+    if task and ":" in task:
+        from .envs import import_module
+
+        import_module(task)
+    main(config)
+
+
+def _for_hydra(config_type: type[Config], argument: str, sweep: bool) -> str:
+    """An argument in Hydra's grammar, where many characters mean something."""
+    name, equals, value = argument.partition("=")
+    kind = get_type_hints(config_type).get(name)
+    if not equals or kind is None:  # one of Hydra's own
+        return argument
+    if kind in TEXT:
+        items = [match[1] for match in ITEM.finditer(value + ",")] if sweep else [value]
+        own = [item if item == "null" and kind is not str else _quoted(item) for item in items]
+        return f"{name}={','.join(own)}"
+    try:
+        override = OverridesParser.create().parse_override(argument)
+    except HydraException as e:
+        raise ConfigError(f"{argument}: this value cannot be read; `--help` shows how it is written") from e
+    if override.is_sweep_override() and not sweep:
+        raise ConfigError(f"{argument}: several values make a sweep, with --multirun, or a list, as [1,2]")
+    return argument
+
+
+def _quoted(text: str) -> str:
+    """What Hydra reads as `text`, without quotes around it and with the user's home for a `~` in front."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    text = os.path.expanduser(text)
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # which would stand for another setting
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
     """Refuse what is no setting, before Hydra does so in more words."""
     names = [field.name for field in fields(config_type)]
     for before, argument in zip(["", *arguments], arguments, strict=False):
@@ -149,7 +284,9 @@ def _check_names(config_type: type[Config], arguments: list[str]) -> None:
         elif before in ("--cfg", "-c", "--info", "-i", "--package", "-p"):
             continue  # the value of one of Hydra's own options
         elif not equals:
-            raise ConfigError(f"{argument!r} is no setting: write key=value, e.g. {names[0]}=...")
+            raise ConfigError(
+                f"{argument!r} is no setting: write key=value, e.g. {names[0]}=..., quoted if it has spaces"
+            )
         elif name not in names and not name.startswith(("hydra.", "hydra/", "+hydra.")):
             near = get_close_matches(name, names, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
@@ -172,7 +309,14 @@ def _build(config_type: type[Config], settings: DictConfig) -> Config:
     if missing:
         raise ConfigError(f"{'=... '.join(missing)}=... is required; `--help` lists all settings")
     values = {str(name): settings[name] for name in settings}
-    return config_type(**{name: tuple(v) if isinstance(v, ListConfig) else v for name, v in values.items()})
+    values = {name: tuple(v) if isinstance(v, ListConfig) else v for name, v in values.items()}
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, float) and math.isnan(number):
+                raise ConfigError(f"{name}={number}: must be a number")
+            if isinstance(number, int) and abs(number) >= TOO_LARGE:
+                raise ConfigError(f"{name}={number}: is too large")
+    return config_type(**values)
 
 
 def _default(field: "Field[Any]") -> str:
@@ -208,10 +352,24 @@ def _reason(error: HydraException | OmegaConfBaseException) -> str:
     return _one_line(error)
 
 
+def _mistake(error: BaseException) -> str | None:
+    """What to tell the user of an error that he can mend; None where it is a fault of ours."""
+    if isinstance(error, TDMPC2Error):
+        return _one_line(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else _one_line(error)
+    # PyTorch says it of the CPU's in a plain RuntimeError.
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out of memory: lower what runs at once, the batch, the buffer or the model's size"
+    return None
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
 def _exit(message: str, status: int) -> None:
-    print(message, file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print(message, file=sys.stderr)
     sys.exit(status)

@@ -31,3 +31,7 @@ class EnvironmentFailure(TDMPC2Error):
 
 class FileError(TDMPC2Error):
     """A file or folder that cannot be read or written: missing, no permission, a full disk."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP came, which ask a script to end; raised where it is, as Ctrl-C is."""

@@ -25,7 +25,7 @@ from tdmpc2.agent import Kind, load_teacher
 from tdmpc2.config import EAGER, ELSEWHERE, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard, write_shard
-from tdmpc2.envs import dmc
+from tdmpc2.envs import dmc, import_module
 from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed, evaluate
 from tdmpc2.evaluation.metrics import act_columns, act_times
@@ -212,6 +212,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     What it computed on before does not matter.
     """
     monkeypatch.syspath_prepend(workdir)
+    import_module("short_task:Short-v0")
     less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 2, "latency_steps": 4}
     settings = {**OmegaConf.from_dotlist(SMALL), **less}
     job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)
@@ -532,14 +533,16 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one_line(script("eval_disturbed", workdir, "agent=done", "compile=false"), "Short-v0", "MuJoCo")
+    own = script("eval_disturbed", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
+    one_line(own, "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())
     with pytest.raises(ConfigError, match="storm"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())
     with pytest.raises(ConfigError, match="num_envs=0"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), Console())
-    monkeypatch.syspath_prepend(workdir)  # where its task is
+    monkeypatch.syspath_prepend(workdir)
+    import_module("short_task:Short-v0")
     calibrated = disturbed.DisturbedConfig(agent=str(finished), eval_seed=10_001)
     with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
         disturbed.evaluate_disturbed(calibrated, Console())

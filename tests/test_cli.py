@@ -2,17 +2,28 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, dataclass
+import threading
+from dataclasses import FrozenInstanceError, astuple, dataclass, make_dataclass
 from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from tdmpc2 import cli
 from tdmpc2.config import PlannerConfig
-from tdmpc2.errors import ConfigError
+from tdmpc2.errors import ConfigError, Stopped
 from tdmpc2.files import read_json
 
 ROOT = Path(__file__).parents[1]
@@ -62,10 +73,7 @@ def start(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fails(start, capsys):
-    """Start a script that must fail with one line on stderr; return that line.
-
-    Before it, where a run of a sweep fails, Hydra prints which one.
-    """
+    """Start a script that must fail with one line on stderr; return that line."""
 
     def fails(*arguments, status=1, **how):
         with pytest.raises(SystemExit) as e:
@@ -73,19 +81,17 @@ def fails(start, capsys):
         assert e.value.code == status
         out, err = capsys.readouterr()
         assert out == ""
-        *before, line = err.splitlines()
-        assert all(w.startswith("Error executing job with overrides: [") for w in before)
-        assert not before or arguments[0] == "--multirun"
+        (line,) = err.splitlines()
         return line
 
     return fails
 
 
 def test_main_receives_the_dataclass_itself(start):
-    arguments = ["task=my_package:MyEnv-v0", "rate=1e-2", "sizes=[3,4]", "resume=true", "seed=7"]
+    arguments = ["task=walker-walk", "rate=1e-2", "sizes=[3,4]", "resume=true", "seed=7"]
     (config,) = start(*arguments, "colour=blue", "note=a b")
     assert config == Config(
-        task="my_package:MyEnv-v0",
+        task="walker-walk",
         rate=0.01,
         sizes=(3, 4),
         resume=True,
@@ -115,7 +121,7 @@ def test_parts_of_the_package_can_be_inherited_from(start):
 
 
 def test_multirun_visits_every_combination(start):
-    configs = start("--multirun", "task=a,b", "seed=1,2")
+    configs = start("task=a,b", "--multirun", "seed=1,2")
     assert [(c.task, c.seed) for c in configs] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert all(type(c) is Config for c in configs)
 
@@ -151,8 +157,16 @@ def test_required_settings(fails):
         ("resume=perhaps", "error: resume: Value 'perhaps' is not a valid bool"),
         ("colour=green", "error: colour: Invalid value 'green', expected one of [red, blue]"),
         ("sizes=[1,x]", "error: sizes"),
-        ("seed=1,2", "error: Ambiguous value for argument 'seed=1,2'"),
-        ("task=a(", "error: "),
+        ("seed=1,2", "error: seed=1,2: several values make a sweep, with --multirun"),
+        ("seed=range(3)", "error: seed=range(3): several values make a sweep, with --multirun"),
+        ("seed=1é", "error: seed=1é: this value cannot be read"),
+        ("sizes=[1,2", "error: sizes=[1,2: this value cannot be read"),
+        ("sizes=3", "error: sizes"),
+        ("seed=None", "error: seed: Value 'None' of type 'str' could not be converted to Integer"),
+        ("seed=9223372036854775808", "error: seed=9223372036854775808: is too large"),
+        ("sizes=[1,-9223372036854775808]", "error: sizes=-9223372036854775808: is too large"),
+        ("rate=nan", "error: rate=nan: must be a number"),
+        ("rate=", "error: rate: Value '' of type 'str' could not be converted to Float"),
         ("walker-walk", "error: 'walker-walk' is no setting: write key=value"),
         ("--task=a", "error: --task=a: settings are written without dashes"),
     ],
@@ -168,10 +182,27 @@ def raiser(error):
     return main
 
 
-def test_errors_of_main_are_one_line(fails):
-    main = raiser(ConfigError("the sky\n  is falling"))
-    assert fails("task=a", main=main) == "error: the sky is falling"
-    assert fails("--multirun", "task=a,b", main=main) == "error: the sky is falling"
+OUT_OF_MEMORY = "error: out of memory: lower what runs at once, the batch, the buffer or the model's size"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("the sky\n  is falling"), "error: the sky is falling"),
+        (FileExistsError(17, "File exists", "/a/b"), "error: /a/b: File exists"),
+        (OSError(28, "No space left on device", "/a", None, "/b"), "error: /a: No space left on device"),
+        (OSError("cannot find\nan empty port"), "error: cannot find an empty port"),
+        (MemoryError(), OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory."), OUT_OF_MEMORY),
+    ],
+)
+def test_errors_of_main_are_one_line(fails, error, line):
+    assert fails("task=a", main=raiser(error)) == line
+
+
+def test_more_memory_than_there_is(fails):
+    assert fails("task=a", main=lambda _: torch.empty(2**60)) == OUT_OF_MEMORY
+    assert fails("task=a", main=lambda _: np.empty(2**58)) == OUT_OF_MEMORY
 
 
 def test_a_failed_run_does_not_stop_the_sweep(start, capsys):
@@ -179,14 +210,162 @@ def test_a_failed_run_does_not_stop_the_sweep(start, capsys):
 
     def main(config):
         seen.append(config.task)
-        if config.task == "b":
-            raise ConfigError("b is bad")
+        if config.task == "a":
+            raise ConfigError("a is bad")
+        if config.rate == 2:
+            raise FileNotFoundError(2, "No such file", "b.pt")
+
+    with pytest.raises(SystemExit) as e:
+        start("--multirun", "task=a,b", "seed=1", "rate=1,2", main=main)
+    assert e.value.code == 1
+    assert seen == ["a", "a", "b", "b"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: rate=1.0 task=a: a is bad",
+        "error: rate=2.0 task=a: a is bad",
+        "error: rate=2.0 task=b: b.pt: No such file",
+        "error: 3 of 4 runs failed",
+    ]
+
+
+def test_a_fault_of_ours_has_its_traceback_and_does_not_stop_the_sweep(start, capsys):
+    def main(config):
+        1 / (config.seed - 1)
 
     with pytest.raises(SystemExit):
-        start("--multirun", "task=a,b,c", main=main)
-    assert seen == ["a", "b", "c"]
-    expected = ["Error executing job with overrides: ['task=b']", "error: b is bad"]
-    assert capsys.readouterr().err.splitlines() == expected
+        start("--multirun", "task=a", "seed=1,2", main=main)
+    first, *_, cause, which, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Traceback") and cause.startswith("ZeroDivisionError")
+    assert (which, last) == ("error: seed=1: see above", "error: 1 of 2 runs failed")
+
+
+def test_values_that_cannot_be_are_found_before_the_sweep_begins(fails):
+    seen = []
+    line = fails("--multirun", "task=a", "rate=1,nan", main=seen.append)
+    assert line == "error: rate=nan: must be a number"
+    assert not seen
+
+
+def test_other_launchers_run_the_sweep_themselves(start, capsys):
+    ConfigStore.instance().store(group="hydra/launcher", name="elsewhere", node=BasicLauncherConf)
+    arguments = ("--multirun", "task=a,b", "hydra/launcher=elsewhere")
+    assert [c.task for c in start(*arguments)] == ["a", "b"]
+    with pytest.raises(SystemExit) as e:
+        start(*arguments, main=raiser(ConfigError("the sky is falling")))
+    assert e.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the sky is falling"
+
+
+NASTY = [
+    *("José", "seed=1", "model (1)", "a,b", "it's", "#3", "R&D", "!", "{", "}", "[", "]", "(", ":", "%", "@"),
+    *(
+        'say "hi"',
+        "a\\",
+        "\\'",
+        "${task}",
+        "\\${task}",
+        "$(ls)",
+        "a~",
+        "1e3",
+        "007",
+        "true",
+        "null",
+        "a\nb",
+        " a ",
+    ),
+    *("/with space/", "'half", '"', "*", "a;b", "-1", "", "日本", "\udc80"),
+]
+
+
+def test_text_is_taken_as_it_is(start):
+    names = [f"text_{i}" for i in range(len(NASTY))]
+    texts = make_dataclass("Texts", [(name, str, "default") for name in names], frozen=True)
+    (config,) = start(*(f"{name}={text}" for name, text in zip(names, NASTY, strict=True)), config=texts)
+    assert list(astuple(config)) == NASTY
+    own = ("models/José (1)", "${task}", "\\'", "seed=1")
+    assert [c.note for c in start("--multirun", "task=a", f"note={','.join(own)}")] == list(own)
+
+
+def as_hydra_reads(config, argument: str, sweep: bool = False) -> list[str | None]:
+    """The values of a text setting, by Hydra's grammar and OmegaConf's interpolation."""
+    value = OverridesParser.create().parse_override(cli._for_hydra(config, argument, sweep)).value()
+    values = value.list if isinstance(value, ChoiceSweep) else [value]
+    values = [v.text if isinstance(v, QuotedString) else v for v in values]
+    name = argument.partition("=")[0]
+    return [OmegaConf.create({name: v})[name] for v in values]
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=())))
+def test_any_text_is_read_as_it_is(text):
+    """But for the home, quotes around it, and OmegaConf's word for a value that is missing."""
+    assume(not text.startswith("~") and text[:1] + text[1:][-1:] not in ("''", '""') and text != "???")
+    assert as_hydra_reads(Config, f"note={text}") == [text]
+
+
+@pytest.mark.parametrize(
+    ("written", "texts"),
+    [
+        ("a,b", ["a", "b"]),
+        ("'a,b',c", ["a,b", "c"]),
+        ('"a,b",c', ["a,b", "c"]),
+        ("it's,b", ["it's", "b"]),
+        ("'a,b", ["'a", "b"]),
+        ("'a'b,c", ["'a'b", "c"]),
+        ("'it's,x',b", ["'it's", "x'", "b"]),
+        ("x(1,2)", ["x(1", "2)"]),
+        (",a", ["", "a"]),
+        ("a,", ["a", ""]),
+        ("a", ["a"]),
+        ("", [""]),
+    ],
+)
+def test_in_a_sweep_commas_separate_but_within_quotes(written, texts):
+    assert as_hydra_reads(Config, f"note={written}", sweep=True) == texts
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [("'a,b'", "a,b"), ('"it\'s"', "it's"), ("\"'a'\"", "'a'"), ("''", ""), ("'", "'"), ("'a", "'a")],
+)
+def test_quotes_around_a_value_go(written, text):
+    assert as_hydra_reads(Config, f"note={written}") == [text]
+
+
+def test_a_tilde_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me, myself")
+    values = {
+        "~": "/home/me, myself",
+        "~/a b": "/home/me, myself/a b",
+        "./~": "./~",
+        "~no such user/x": "~no such user/x",
+    }
+    for written, text in values.items():
+        assert as_hydra_reads(Config, f"note={written}") == [text]
+    assert as_hydra_reads(Config, "note=~/a,b", sweep=True) == ["/home/me, myself/a", "b"]
+
+
+def test_null_is_nothing_only_where_there_may_be_nothing():
+    @dataclass(frozen=True)
+    class Texts:
+        must: str = ""
+        may: str | None = ""
+
+    assert as_hydra_reads(Texts, "must=null") == ["null"]
+    assert as_hydra_reads(Texts, "may=null") == [None]
+    assert as_hydra_reads(Texts, "may=null,a,'null'", sweep=True) == [None, "a", "null"]
+
+
+def test_the_module_of_a_task_is_imported(start, fails, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_robots.py").write_text("open('imported', 'w')")
+    assert start("task=my_robots:Arm-v0")[0].task == "my_robots:Arm-v0"
+    assert (tmp_path / "imported").exists()
+    assert "cannot import 'no_robots'" in fails("task=no_robots:Arm-v0")
+
+
+def test_nothing_else_is_imported(start, tmp_path):
+    (tmp_path / "evil.py").write_text("open('imported', 'w')")
+    start("task=a", "note=evil:Arm-v0")
+    assert not (tmp_path / "imported").exists()
 
 
 def test_other_errors_keep_their_traceback(start):
@@ -194,9 +373,86 @@ def test_other_errors_keep_their_traceback(start):
         start("task=a", main=raiser(ZeroDivisionError()))
 
 
+INTERRUPTED = "interrupted: what was written so far stays"
+
+
 def test_interrupt(fails):
-    line = fails("task=a", main=raiser(KeyboardInterrupt()), status=130)
-    assert line == "interrupted: what was written so far stays"
+    assert fails("task=a", main=raiser(KeyboardInterrupt()), status=130) == INTERRUPTED
+    assert fails("-m", "task=a,b", main=raiser(KeyboardInterrupt()), status=130) == INTERRUPTED
+
+
+@pytest.fixture
+def handlers():
+    """Those of the process, which must be the same afterwards."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+def stopped(by: str) -> str:
+    return f"stopped by {by}: what was written so far stays; run it again to go on"
+
+
+@pytest.mark.parametrize("arguments", [["task=a"], ["--multirun", "task=a,b"]])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_end_a_script_after_its_finally_blocks(fails, handlers, name, arguments):
+    number, log = getattr(signal, name), []
+
+    def main(config):
+        try:
+            os.kill(os.getpid(), number)
+            log.append("not reached")
+        except Exception:
+            log.append("an error, which it is not")
+        except Stopped:
+            log.append("stopped")
+            raise
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # another one does not disturb what is being saved
+            os.kill(os.getpid(), signal.SIGHUP)
+            log.append("saved")
+
+    assert fails(*arguments, main=main, status=128 + number) == stopped(name)
+    assert log == ["stopped", "saved"]
+
+
+@pytest.mark.parametrize("arguments", [["task=a"], ["--multirun", "task=a,b"]])
+def test_a_terminal_that_is_gone_hides_no_signal(fails, handlers, arguments):
+    def main(config):
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            raise OSError(5, "Input/output error")
+
+    assert fails(*arguments, main=main, status=129) == stopped("SIGHUP")
+
+
+def test_nohup_is_heeded(start, handlers):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        seen = []
+        start("task=a", main=lambda config: (os.kill(os.getpid(), signal.SIGHUP), seen.append(config)))
+        assert seen
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_nobody_reads_on(start, capsys, monkeypatch):
+    """As after `| head`: it ends silently, as programs do that SIGPIPE ends."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to be there again afterwards
+    for arguments in (["task=a"], ["--multirun", "task=a,b"]):
+        with pytest.raises(SystemExit) as e:
+            start(*arguments, main=raiser(BrokenPipeError(32, "Broken pipe")))
+        assert e.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_outside_the_main_thread(start):
+    seen = []
+    thread = threading.Thread(target=lambda: start("task=a", main=seen.append))
+    thread.start()
+    thread.join()
+    assert [config.task for config in seen] == ["a"]
 
 
 def test_help(start, capsys):
@@ -207,7 +463,7 @@ def test_help(start, capsys):
     assert lines.index("What this script alone has.") < lines.index("What several scripts share.")
     for line in (
         "task=... (required)",
-        "seed=null None: a random one",
+        "seed=null null: a random one",
         "sizes=[1, 2]",
         'note="" free text',
         "colour=red",
@@ -216,7 +472,7 @@ def test_help(start, capsys):
         "rate=0.0003",
     ):
         assert lines.count(line) == 1, line
-    assert "More words" not in out
+    assert "More words" not in out and "None" not in out
 
 
 def test_save_config(tmp_path):
@@ -246,8 +502,8 @@ class Config:
     task: str  # what to do
 
 def main(config: Config) -> None:
-    if config.task == "interrupt":
-        os.kill(os.getpid(), signal.SIGINT)
+    if config.task.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, config.task))
     print("did", config.task, flush=True)
 
 if __name__ == "__main__":
@@ -265,12 +521,13 @@ def test_a_real_script(tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
         return result.returncode, result.stdout, result.stderr
 
     assert script("-m", "task=a,b") == (0, "did a\ndid b\n", "")
-    assert script("task=interrupt") == (130, "", "interrupted: what was written so far stays\n")
+    assert script("task=SIGINT") == (130, "", f"{INTERRUPTED}\n")
+    assert script("-m", "task=a,SIGTERM,b") == (143, "did a\n", f"{stopped('SIGTERM')}\n")
     status, out, _ = script("--help")
     assert status == 0
     assert re.search(r"task=\.\.\.  \(required\) +what to do", out)

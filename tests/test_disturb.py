@@ -1,18 +1,24 @@
 """Disturbed environments: they disturb, alike for everyone, and leave nothing behind."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from tdmpc2 import make_env
-from tdmpc2.config import BudgetOverride
+from benchmarks import experiments
+from tdmpc2 import load_agent, load_world_model, make_env
+from tdmpc2.config import EAGER, BudgetOverride
 from tdmpc2.envs.disturb import KINDS, Disturbed
 from tdmpc2.envs.dmc import DmControl
 from tdmpc2.errors import CheckpointError, ConfigError, TaskError
+from tdmpc2.evaluation.disturbed import DisturbedConfig, evaluate_disturbed
+from tdmpc2.files import write_json
 from tdmpc2.teacher import Teacher, open_teacher
+from tdmpc2.world_model import save_world_model
 
 TEACHER = str(Path(__file__).parent / "fixtures/official/state_small.pt")
 
@@ -90,10 +96,21 @@ def test_a_push_ends() -> None:
 def test_wrong_use() -> None:
     with pytest.raises(ConfigError, match="push"):
         Disturbed(make_env("cup-catch"), "pusch", 1.0)
-    with pytest.raises(ConfigError, match="at least 0"):
-        Disturbed(make_env("cup-catch"), next(iter(KINDS)), -1.0)
+    for strength in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="at least 0"):
+            Disturbed(make_env("cup-catch"), next(iter(KINDS)), strength)
+    with pytest.raises(ConfigError, match="above 0"):
+        Disturbed(make_env("cup-catch"), "mass", 0.0)
     with pytest.raises(TaskError, match="MuJoCo"):
         Disturbed(make_env("BipedalWalker-v3"), "mass", 2.0)
+    env = make_env("BipedalWalker-v3")
+    env.unwrapped.model, env.unwrapped.data = "a policy", "its data"
+    with pytest.raises(TaskError, match="MuJoCo"):
+        Disturbed(env, "mass", 2.0)
+    env = make_env("cartpole-swingup")
+    env.unwrapped.physics.model.body_mass[:] = 0.0
+    with pytest.raises(TaskError, match="nothing there can be pushed"):
+        Disturbed(env, "push", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +134,25 @@ def test_a_refused_environment_is_closed(
     with pytest.raises(error):
         refused(teacher)
     assert len(made) == 2 and closed == made
+
+
+def test_a_downloaded_folder_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config.json names a module, which comes with it or with this machine; it is never imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('evil-was-here', 'w')")
+    model = load_world_model(TEACHER)
+    save_world_model(tmp_path, model, task="evil:Evil-v0")
+    write_json(tmp_path / "evaluation/provenance.json", {})
+    for evaluates in (
+        lambda: evaluate_disturbed(DisturbedConfig(agent=".", compile=False), Console()),
+        lambda: experiments.main(experiments.ExperimentConfig(agent=".", compile=False)),
+    ):
+        with pytest.raises(
+            TaskError, match=r"'evil' is not imported, .*: give task=\.\.\. on the command line"
+        ):
+            evaluates()
+    with pytest.raises(CheckpointError, match="was made for evil:Evil-v0"):
+        open_teacher("walker-walk", ".", BudgetOverride(compile=False))
+    load_agent(".", compute=EAGER)
+    assert "evil" not in sys.modules and not (tmp_path / "evil-was-here").exists()

@@ -6,13 +6,23 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from tdmpc2.envs import dmc, is_episodic, list_tasks, make_env, max_episode_steps
+from tdmpc2.envs import (
+    PadForModel,
+    dmc,
+    import_module,
+    is_episodic,
+    list_tasks,
+    make_env,
+    max_episode_steps,
+    same_task,
+)
 from tdmpc2.errors import ConfigError, EnvironmentFailure, ObservationError, TaskError
 
 suite = dmc.suite()
@@ -234,11 +244,14 @@ def test_a_wrong_name_gets_the_nearest_right_ones(wrong: str, right: str) -> Non
         ("CarRacing-v3", "state", TaskError, "images"),
         ("CartPole-v1", "state", TaskError, "Discrete actions; supported are"),
         ("FrozenLake-v1", "state", TaskError, "Discrete observations; supported are"),
-        ("no_such_module:X-v0", "state", TaskError, "cannot import 'no_such_module'"),
+        ("no_such_module:X-v0", "state", TaskError, "not imported.* task=... on the command line"),
+        ("gymnasium:no_such_module:X-v0", "state", TaskError, "'gymnasium:no_such_module' is not imported"),
+        ("gymnasium:", "state", EnvironmentFailure, "Malformed environment ID"),
+        (None, "state", TaskError, "a task is a name"),
         ("gymnasium:NoSuch-v0", "state", TaskError, "NoSuch"),
     ],
 )
-def test_what_does_not_fit_is_refused(task: str, obs: str, error: type[Exception], message: str) -> None:
+def test_what_does_not_fit_is_refused(task: Any, obs: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         make_env(task, obs=obs)
     assert "\n" not in str(caught.value)
@@ -274,7 +287,7 @@ class MyEnv(gymnasium.Env):
 
 @pytest.fixture
 def user_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Writes a module with an environment, changed by `body`, to the working directory."""
+    """Writes a module with an environment, changed by `body`, to the working directory, and imports it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
@@ -284,6 +297,7 @@ def user_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     def write(body: str = "", limit: str = ", max_episode_steps=10") -> str:
         register = f"gymnasium.register('MyEnv-v0', MyEnv{limit})\n"
         (tmp_path / "my_robot.py").write_text(MODULE + textwrap.dedent(body) + "\n" + register)
+        import_module("my_robot:MyEnv-v0")
         return "my_robot:MyEnv-v0"
 
     return write
@@ -312,11 +326,26 @@ def test_a_user_s_own_environment(user_env: Callable[..., str]) -> None:
         ("MyEnv.at_step_3 = lambda s, o: o[:1]", ObservationError, r"\[2\], expected .*\[4\]"),
         ("MyEnv.reward = float('nan')", EnvironmentFailure, "reward at step 1 is nan"),
         ("MyEnv.reward = None", EnvironmentFailure, "at step 1: TypeError"),
+        ("MyEnv.reward = np.ones(2)", EnvironmentFailure, "at step 1: ValueError"),
+        ("MyEnv.reward = 'much'", EnvironmentFailure, "at step 1: ValueError"),
+        ("MyEnv.at_step_3 = lambda s, o: None", ObservationError, r"\[1\], expected .*\[4\]"),
+        ("MyEnv.at_step_3 = lambda s, o: {'a': o}", EnvironmentFailure, "at step 3: TypeError"),
+        ("MyEnv.at_step_3 = lambda s, o: o + 1e300", ObservationError, "step 3 is inf"),
+        ("MyEnv.at_step_3 = lambda s, o: exit(0)", EnvironmentFailure, "at step 3: SystemExit"),
+        ("MyEnv.step = lambda s, a: (s.obs, 1.0, False, {})", EnvironmentFailure, "step .*truncated, info"),
+        ("MyEnv.step = lambda s, a: (s.obs, 1.0, s.obs, False, {})", EnvironmentFailure, "at step 1: Val"),
+        ("MyEnv.reset = lambda *a, **k: np.ones((2, 2))", ObservationError, "at step 0"),
+        ("MyEnv.reset = lambda s, **k: None", EnvironmentFailure, "at reset: TypeError"),
+        ("MyEnv.close = lambda s: 1 / 0", EnvironmentFailure, "at close: ZeroDivision"),
         ("MyEnv.reset = lambda *a, **k: 1 / 0", EnvironmentFailure, "at reset: ZeroDivision"),
         ("MyEnv.__init__ = lambda s: 1 / 0", EnvironmentFailure, "cannot be built: ZeroDivision"),
+        ("MyEnv.__init__ = lambda s: exit()", EnvironmentFailure, "cannot be built: SystemExit"),
         ("MyEnv.action_space = Box(-np.inf, 1, (2,))", TaskError, "no finite bounds; supported"),
+        ("MyEnv.action_space = Box(-1, 1, (2,), np.int64)", TaskError, "int64 actions; supported"),
+        ("MyEnv.action_space = Dict(a=Box(0, 1))", TaskError, "Dict actions; supported"),
+        ("MyEnv.action_space = Box(-1, 1, (0,))", TaskError, "one is empty"),
         ("MyEnv.observation_space = Dict(a=Box(0, 1))", TaskError, "Dict observations; supported"),
-        ("raise SystemError('bad\\nimport')", TaskError, "cannot import 'my_robot' .*bad import"),
+        ("del MyEnv.observation_space", TaskError, "NoneType observations; supported"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -329,7 +358,68 @@ def test_what_goes_wrong_inside_comes_out_as_one_named_line(
         env.reset()
         for _ in range(7):
             env.step(env.action_space.sample())
+        env.close()
     assert task in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["raise SystemError('bad\\nimport')", "exit('bad import')"])
+def test_a_module_that_cannot_be_imported(user_env: Callable[..., str], body: str) -> None:
+    with pytest.raises(TaskError, match=r"cannot import 'my_robot' .*bad import") as caught:
+        user_env(body)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no_such_module:X", "my_robot.py:X", ":X", "..a:X", "a b:X", "a:b:X"])
+def test_names_of_modules_that_there_are_not(user_env: Callable[..., str], name: str) -> None:
+    user_env()
+    with pytest.raises(TaskError, match="cannot import"):
+        import_module(name)
+
+
+def test_a_module_is_not_imported_by_the_name_of_a_task(user_env: Callable[..., str]) -> None:
+    """A task may come out of a file that somebody else wrote."""
+    task = user_env()
+    for name in ("evil", "my_robot.evil"):
+        Path("evil.py").write_text("open('evil-was-here', 'w')")
+        with pytest.raises(TaskError, match=f"'{name}' is not imported"):
+            make_env(f"{name}:MyEnv-v0")
+        assert not same_task(f"{name}:MyEnv-v0", task)
+    assert not Path("evil-was-here").exists()
+
+
+@pytest.mark.parametrize("dtype", ["np.float64", "np.float32", "np.int16", "np.uint8"])
+def test_observations_and_rewards_of_other_types_are_numbers_too(
+    user_env: Callable[..., str], dtype: str
+) -> None:
+    space = f"MyEnv.observation_space = Box(0, 9, (2, 2), {dtype})"
+    step = f"MyEnv.step = lambda s, a: ([[1, 2], [3, 4]], np.ones(1, {dtype}), np.array([True]), 0, {{}})"
+    env = make_env(user_env(f"{space}\n{step}"))
+    env.reset()
+    obs, reward, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
+    assert obs.dtype == np.float32 and obs.tolist() == [1, 2, 3, 4]
+    assert (reward, terminated, truncated) == (1.0, True, False)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "x"])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    with pytest.raises(ConfigError, match=f"seed={seed}"):
+        make_env("walker-walk", seed=seed)
+
+
+# In the shapes of a multi-task model
+
+
+def test_padding_adds_zeros_to_observations_and_ignores_what_an_action_has_too_much() -> None:
+    plain, padded = make_env("cartpole-swingup"), PadForModel(make_env("cartpole-swingup"), 8, 3)
+    assert padded.observation_space.shape == (8,) and padded.action_space.shape == (3,)
+    assert max_episode_steps(padded) == 500
+    own, obs = plain.reset(seed=1)[0], padded.reset(seed=1)[0]
+    for extra in ([0.0, 0.0], [-1.0, 1.0]):
+        assert obs.dtype == np.float32 and padded.observation_space.contains(obs)
+        np.testing.assert_array_equal(obs, [*own, 0, 0, 0])
+        own, reward, *_ = plain.step(np.array([0.5], np.float32))
+        obs, padded_reward, *_ = padded.step(np.array([0.5, *extra], np.float32))
+        assert padded_reward == reward
 
 
 def test_a_user_s_environment_needs_a_time_limit(

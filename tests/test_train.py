@@ -16,7 +16,7 @@ import tdmpc2
 from tdmpc2 import cli
 from tdmpc2 import config as tdmpc2_config
 from tdmpc2.config import PlannerConfig
-from tdmpc2.envs import dmc
+from tdmpc2.envs import dmc, import_module
 from tdmpc2.errors import CheckpointError, ConfigError, TaskError, TDMPC2Error
 from tdmpc2.files import read_json
 from tdmpc2.training.trainer import TrainConfig, Trainer
@@ -127,6 +127,7 @@ def test_kill_9_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "short_hopper.py").write_text(SHORT_HOPPER)
     monkeypatch.syspath_prepend(tmp_path)
     task = "short_hopper:Short-v0"
+    import_module(task)
     Trainer(tiny_config(tmp_path / "whole", task=task)).run()
     rows = table(tmp_path / "whole/train.csv")
     assert any(float(row["termination_loss"] or 0) > 0 for row in rows)

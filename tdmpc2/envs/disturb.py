@@ -32,29 +32,33 @@ class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
         strength: in the units that KINDS gives.
 
     Raises:
-        ConfigError: there is no such kind, or the strength is negative.
-        TaskError: the environment is not one of MuJoCo's, observes pixels, or is without contacts where
-            friction is to change.
+        ConfigError: there is no such kind, or the strength cannot be.
+        TaskError: the environment is not one of MuJoCo's, observes pixels, is without contacts where
+            friction is to change, or has nothing that a force could move.
     """
 
     def __init__(self, env: Env, kind: str, strength: float) -> None:
         super().__init__(env)
-        if kind not in KINDS or strength < 0:
+        if kind not in KINDS or not 0 <= strength < np.inf:
             raise ConfigError(f"disturbance {kind} {strength}: choose one of {', '.join(KINDS)}, at least 0")
+        if kind == "mass" and not strength:
+            raise ConfigError(f"disturbance {kind} {strength}: must be above 0")
         if env.observation_space.dtype != np.float32:
             raise TaskError("disturbances exist for states, not for pixels")
         base: Any = env.unwrapped
         simulation = getattr(base, "physics", base)
-        if not (hasattr(simulation, "model") and hasattr(simulation, "data")):
+        parts: list[Any] = [getattr(simulation, name, None) for name in ("model", "data")]
+        model, data = (getattr(part, "ptr", part) for part in parts)  # without dm_control's wrapping
+        if not (isinstance(model, mujoco.MjModel) and isinstance(data, mujoco.MjData)):
             raise TaskError(f"{env.get_wrapper_attr('task')}: only MuJoCo tasks can be disturbed")
-        self._model, self._data = simulation.model, simulation.data
+        self._model, self._data = parts
         self.kind, self.strength = kind, strength
         if kind == "mass":
             self._model.body_mass[:] *= strength
             self._model.body_inertia[:] *= strength
             # What MuJoCo derives from masses, as the mass that a subtree's velocity, which some tasks reward,
-            # is an average by. dm_control wraps both structs.
-            mujoco.mj_setConst(*(getattr(x, "ptr", x) for x in (self._model, self._data)))
+            # is an average by.
+            mujoco.mj_setConst(model, data)
         elif kind == "friction":
             if self._model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONTACT:
                 raise TaskError(f"{env.get_wrapper_attr('task')}: nothing touches there, so nothing rubs")
@@ -62,6 +66,8 @@ class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
         # Bodies without mass and the world itself cannot be pushed.
         masses, joints = np.array(self._model.body_mass), np.array(self._model.body_dofnum)
         self._bodies = np.flatnonzero((masses > 0) & (joints > 0))
+        if kind == "push" and not self._bodies.size:
+            raise TaskError(f"{env.get_wrapper_attr('task')}: nothing there can be pushed")
         self._weight = GRAVITY * masses[self._bodies].sum()
         self._rng = np.random.default_rng(0)
         self._push_ends = 0  # steps that the running push still lasts

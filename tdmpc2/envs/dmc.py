@@ -95,9 +95,9 @@ def tasks() -> dict[str, tuple[str, str]]:
     return names
 
 
-def find(name: str) -> tuple[str, str] | None:
-    """Domain and task of a name, or None where the suite has no such task."""
-    return _normalised().get(_normalise(name))
+def find(name: object) -> tuple[str, str] | None:
+    """Domain and task of a name, or None where the suite has no such task, as for what is no text."""
+    return _normalised().get(_normalise(name)) if isinstance(name, str) else None
 
 
 @cache

@@ -30,9 +30,9 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs
     """Outermost wrapper: checks what comes out, names what goes wrong, knows the task.
 
     The first `reset()` without a seed takes the constructor's. Observations are the caller's to
-    keep. Raises `EnvironmentFailure` where the environment raises, returns a reward that is not
-    finite, or is stepped outside an episode; `ObservationError` for an observation that is not
-    finite or not of the observation space's shape and dtype.
+    keep. Raises `EnvironmentFailure` where the environment raises, ends the process by `sys.exit`,
+    returns a reward that is no finite number, or is stepped outside an episode; `ObservationError`
+    for an observation that is not finite or not of the observation space's shape and dtype.
     """
 
     def __init__(self, env: Env, task: str, seed: int, steps: int, episodic: bool) -> None:
@@ -53,7 +53,7 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs
         self._step = None
         try:
             obs, info = self.env.reset(seed=seed, options=options)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._failure("reset", error) from error
         self._step = 0
         return self._checked(obs), info
@@ -64,15 +64,22 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs
         self._step += 1
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-            reward = float(reward)
-        except Exception as error:
+            reward = float(np.asarray(reward).item())  # an array of one entry is a number too
+            terminated, truncated = bool(terminated), bool(truncated)
+        except (Exception, SystemExit) as error:
             raise self._failure(f"step {self._step}", error) from error
         if not math.isfinite(reward):
             raise EnvironmentFailure(f"{self.task}: the reward at step {self._step} is {reward}")
         obs = self._checked(obs)
         if terminated or truncated:
             self._step = None
-        return obs, reward, bool(terminated), bool(truncated), info
+        return obs, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        try:
+            self.env.close()
+        except (Exception, SystemExit) as error:
+            raise self._failure("close", error) from error
 
     def _checked(self, obs: Array) -> Array:
         obs = np.array(obs)  # a copy: some environments write every observation into one buffer
@@ -89,9 +96,11 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs
             )
         return obs
 
-    def _failure(self, where: str, error: Exception) -> TDMPC2Error:
+    def _failure(self, where: str, error: BaseException) -> TDMPC2Error:
         self._step = None
         if isinstance(error, TDMPC2Error):
             return type(error)(f"{self.task}: {error}")
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if "values to unpack" in reason:
+            reason += "; reset returns (obs, info), step (obs, reward, terminated, truncated, info)"
         return EnvironmentFailure(f"{self.task}: the environment failed at {where}: {reason}")

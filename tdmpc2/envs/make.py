@@ -33,11 +33,19 @@ def make_env(task: str, seed: int = 0, obs: str = "state") -> Env:
     action for two control steps, sum the rewards, and last 500 agent steps.
 
     `seed` is that of the first `reset()`; `reset(seed=s)` makes an episode depend on `s` alone, and
-    `reset()` goes on from there. Raises `TaskError` for an unknown or unfit task, and while running
-    what `Guard` says.
+    `reset()` goes on from there. `my_package` must have been imported.
+
+    Raises:
+        TaskError: the task is unknown or does not fit, or its module is not imported.
+        EnvironmentFailure: the environment cannot be built; while running, what `Guard` raises.
+        ConfigError: `obs` or `seed` cannot be.
     """
     if obs not in ("state", "rgb"):
         raise ConfigError(f"obs={obs!r}: choose 'state' or 'rgb'")
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise ConfigError(f"seed={seed}: must be a whole number, at least 0")
+    if not isinstance(task, str):
+        raise TaskError(f"unknown task {task!r}; a task is a name, such as walker-walk")
     if found := dmc.find(task):
         return _make_dm_control(task, *found, seed, obs)
     if not gymnasium_tasks.is_registered(task):

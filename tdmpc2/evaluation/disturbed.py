@@ -48,6 +48,7 @@ class DisturbedConfig(BudgetOverride, EpisodesConfig):
     """What is evaluated under disturbance."""
 
     agent: str  # a folder that scripts/accelerate.py made
+    task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
     out: str = ""  # folder for the results; default: disturbed/ in the agent's
     device: str = "cpu"
     kinds: tuple[str, ...] = tuple(STRENGTHS)
@@ -72,7 +73,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     folder = Path(config.agent)
     if not (folder / "evaluation" / "provenance.json").exists():
         raise CheckpointError(f"{folder} holds no finished run of scripts/accelerate.py")
-    teacher = open_teacher(read_config(folder)["task"], str(folder), config, config.device)
+    task = config.task or read_config(folder)["task"]
+    teacher = open_teacher(task, str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
     check_unseen(config.eval_seeds, paths.values())
