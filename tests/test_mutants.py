@@ -18,7 +18,7 @@ def test_every_mutant_fits_its_file() -> None:
 
 
 def test_outcomes_are_those_of_the_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small package with one test, which notices one change, survives another and hangs with the third."""
+    """A small package with one test, which notices one change and not another."""
     for folder in ("package", "tests"):
         (tmp_path / folder).mkdir()
     (tmp_path / "package/code.py").write_text("def double(x):\n    return 2 * x\n")
@@ -27,12 +27,12 @@ def test_outcomes_are_those_of_the_tests(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(mutants, "COPIED", ("package", "tests"))
 
-    def mutant(new: str, tests: str = "tests") -> mutants.Mutant:
-        return mutants.Mutant("package/code.py", "2 * x", new, f"{new}!", [tests])
+    def mutant(new: str) -> mutants.Mutant:
+        return mutants.Mutant("package/code.py", "2 * x", new, f"{new}!", ["tests"])
 
-    results = list(mutants.run([mutant("3 * x"), mutant("x * 2"), mutant("-x")]))
-    assert [r.outcome for r in results] == ["killed", "survived", "killed"]
-    assert results[0].by == "test_double" and mutants.score(results) == "2 of 3 (67 %)"
+    results = list(mutants.run([mutant("3 * x"), mutant("x * 2")]))
+    assert [r.outcome for r in results] == ["killed", "survived"]
+    assert results[0].by == "test_double" and mutants.score(results) == "1 of 2 (50 %)"
     assert "| 3 * x! | `test_double` |\n| x * 2! | survived |" in mutants.page(results)
     with pytest.raises(RuntimeError, match="no test ran"):
         next(mutants.run([mutant("None\nraise ValueError  # ")]))
@@ -41,5 +41,5 @@ def test_outcomes_are_those_of_the_tests(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_page_is_of_this_list() -> None:
     written = (ROOT / "docs/mutation.md").read_text()
-    rows = [line for line in written.splitlines() if line.startswith("| ") and "`" in line]
-    assert [row.split(" | ")[0][2:] for row in rows] == [m.why for m in MUTANTS], "run tests/mutants.py"
+    rows = [line[2:].split(" | ")[0] for line in written.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row not in ("change", "---")] == [m.why for m in MUTANTS], "run tests/mutants.py"

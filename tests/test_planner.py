@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import BUDGET, DISCOUNT, KINDS, latents, random_model
+from stand_ins import BUDGET, DISCOUNT, KINDS, latents, random_model
 from torch import Tensor
 
 from tdmpc2.config import ComputeConfig

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from random_models import DISCOUNT, KINDS, random_model
+from stand_ins import DISCOUNT, KINDS, random_model
 
 from tdmpc2.refine import ELITES, SAMPLES, STD, offsets, refine
 

@@ -1,4 +1,4 @@
-"""World models of every kind, small and with random weights."""
+"""What tests put in the place of trained models and of noise."""
 
 import torch
 from torch import Tensor
@@ -42,3 +42,17 @@ def latents(
     obs = torch.randn(batch, *model.config.obs_shape, generator=generator)
     mean = torch.rand(batch, horizon, model.config.action_dim, generator=generator) - 0.5
     return model.encode(obs, task), task, mean
+
+
+class Silence:
+    """A noise source without noise: every row then plans the same whoever is beside it."""
+
+    def normal(self, *shape: int) -> Tensor:
+        pattern = torch.linspace(-1, 1, shape[-1] * shape[-2]).reshape(shape[-2:])
+        return pattern.expand(shape)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        return torch.zeros(shape)
+
+    def two_heads(self, num_q: int) -> Tensor:
+        return torch.arange(2)
