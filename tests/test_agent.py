@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from stand_ins import Silence
 
 from tdmpc2.agent import TDMPC2, Kind, SpeculativeAgent
 from tdmpc2.config import (
@@ -164,20 +165,6 @@ def test_rows_have_clocks_of_their_own(model) -> None:
     assert agent.info.k.tolist() == [1, 0]
     agent.act(obs[2])
     assert agent.info.k.tolist() == [2, 1]
-
-
-class Silence:
-    """A noise source without noise: every row then plans the same whoever is beside it."""
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        pattern = torch.linspace(-1, 1, shape[-1] * shape[-2]).reshape(shape[-2:])
-        return pattern.expand(shape)
-
-    def gumbel(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape)
-
-    def two_heads(self, num_q: int) -> torch.Tensor:
-        return torch.arange(2)
 
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])

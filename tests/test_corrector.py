@@ -168,3 +168,41 @@ def test_impossible_architectures_are_named() -> None:
         build_corrector(CorrectorConfig(16, 3, "three_tower"))
     with pytest.raises(ConfigError, match="multiple"):
         build_corrector(CorrectorConfig(16, 3, "temporal", width=36, num_heads=4))
+
+
+def test_a_history_moves_on_by_a_step() -> None:
+    corrector = make("temporal")
+    history = corrector.no_history(2)
+    assert not history.valid.any() and (history.steps == 0).all()
+    for step in (1.0, 2.0, 3.0, 4.0, 5.0):
+        history = history.then(torch.full((2, corrector.embedding_dim), step))
+        filled = min(int(step), 4)
+        assert history.valid.tolist() == [[False] * (4 - filled) + [True] * filled] * 2
+    assert history.steps[..., 0].tolist() == [[2.0, 3.0, 4.0, 5.0]] * 2, "the newest is the last"
+
+
+def test_the_order_of_earlier_steps_counts() -> None:
+    corrector, x = make("temporal"), random_input()
+    torch.nn.init.normal_(corrector.position, std=0.5)  # type: ignore[arg-type]
+    swapped = Steps(*(part[:, [1, 0, 2, 3]] for part in x))
+    assert not torch.allclose(act(corrector, swapped), act(corrector, x), atol=1e-3)
+
+
+@BOTH
+def test_every_step_in_plan_up_to_the_last_has_an_embedding(architecture: str) -> None:
+    corrector, x = make(architecture), random_input()
+    torch.nn.init.normal_(corrector.step.weight)  # type: ignore[union-attr, arg-type]
+    answers = [act(corrector, x._replace(k=torch.full_like(x.k, k))) for k in range(8)]
+    assert len({tuple(answer.flatten().tolist()) for answer in answers}) == 8
+
+
+def test_the_distilled_policy_sees_the_real_latent_alone() -> None:
+    corrector, x = make("distilled"), random_input()
+    expected = act(corrector, x)
+    for changed in (
+        x._replace(z_pred=x.z_pred + 0.5),
+        x._replace(planned=x.planned * 0.5),
+        x._replace(k=x.k + 1),
+    ):
+        torch.testing.assert_close(act(corrector, changed), expected)
+    assert not torch.allclose(act(corrector, x._replace(z=x.z + 0.5)), expected)

@@ -14,6 +14,7 @@ from tdmpc2.evaluation.metrics import (
     mean_interval,
     paired_ratio,
     summarise,
+    with_interval,
 )
 
 
@@ -222,3 +223,45 @@ def test_what_begins_anew_counts_as_the_first_step(kind: str) -> None:
     table = by_step_in_plan(steps).set_index("k")
     assert table["steps"].tolist() == [2, 0]
     assert table.loc[0, "reward"] == 2.0 and table.loc[1, "mismatch"] == 2.0
+
+
+def test_planner_calls_are_a_share_of_all_steps() -> None:
+    """Not a mean over episodes: one that ends early counts as long as it lasted."""
+    episodes = episodes_of(baseline=[1.0, 1.0], fast=[1.0, 1.0])
+    of_fast = episodes["mode"] == "fast"
+    episodes.loc[of_fast, ["length", "planner_calls", "fallbacks"]] = [[90, 9, 0], [10, 5, 4]]
+    episodes.loc[of_fast, "terminated"] = [False, True]
+    fast = summarise(episodes, STEPS, None).set_index("mode").loc["fast"]
+    assert (fast.planner_calls, fast.fallbacks) == pytest.approx((0.14, 0.04))
+    assert fast.termination_rate == 0.5
+
+
+def test_difference_to_the_baseline_is_paired() -> None:
+    episodes = episodes_of(baseline=[1.0, 50.0, 100.0], fast=[0.0, 49.0, 99.0])
+    fast = summarise(episodes, STEPS, None).set_index("mode").loc["fast"]
+    assert fast.return_difference_low == pytest.approx(-1.0)
+
+
+def test_means_and_quartiles_by_step_in_plan() -> None:
+    values = [1.0, 2.0, 3.0, 4.0, 10.0]
+    steps = pd.DataFrame({"mode": "fast", "kind": "corrected", "k": 1, "mismatch": values, "delta_a": values})
+    steps = pd.concat([STEPS.assign(mode="zero"), steps.assign(reward=values, teacher_distance=values)])
+    table = by_step_in_plan(steps)
+    assert list(dict.fromkeys(table["mode"])) == ["zero", "fast"], "in the order of the steps"
+    row = table.set_index(["mode", "k"]).loc[("fast", 1)]
+    for name in ("mismatch", "delta_a", "reward", "teacher_distance"):
+        assert row[[name, f"{name}_q25", f"{name}_q75", f"{name}_n"]].tolist() == [4.0, 2.0, 4.0, 5]
+
+
+def test_what_is_uncertain_does_not_hold_up_and_the_baseline_always_does() -> None:
+    baseline = [100.0, 100.0, 100.0, 100.0]
+    episodes = episodes_of(baseline=baseline, sure=[99.0] * 4, unsure=[60.0, 140.0, 80.0, 120.0])
+    steps = pd.DataFrame({"mode": ["baseline", "sure", "unsure"], "kind": "planned", "k": 0, "delta_a": 0.0})
+    assert holds_up(summarise(episodes, steps, None), 0.98).tolist() == [True, True, False]
+    one = episodes[episodes["seed"] == 100]  # an episode each, so no interval
+    assert holds_up(summarise(one, steps, None), 0.5).tolist() == [True, False, False]
+
+
+def test_a_ratio_as_text() -> None:
+    assert with_interval(0.98765, 0.9, 1.05) == "0.988 [0.900, 1.050]"
+    assert with_interval(0.98765, np.nan, np.nan) == "0.988"

@@ -1,33 +1,24 @@
 """The planner against the plain reference planner, with the same noise; compiled and bfloat16 against it."""
 
-import math
 import sys
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import BUDGET, DISCOUNT, KINDS, latents, random_model
 from torch import Tensor
 
-from tdmpc2.config import ComputeConfig, PlannerConfig, WorldModelConfig
+from tdmpc2.config import ComputeConfig
 from tdmpc2.errors import ConfigError
 from tdmpc2.inference import FastModel
-from tdmpc2.planner import NoiseSource, Plan, Planner
-from tdmpc2.refine import ELITES, SAMPLES, offsets, refine
+from tdmpc2.planner import NoiseSource, Plan, Planner, warm_start
 from tdmpc2.world_model import WorldModel, load_world_model
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from reference import reference_plan
-
-DISCOUNT = 0.97
-BUDGET = PlannerConfig(horizon=2, iterations=3, num_samples=40, num_elites=6, num_pi_trajs=5)
-SMALL = dict(enc_dim=16, mlp_dim=24, latent_dim=32, num_q=5, num_bins=21)
-KINDS = {
-    "plain": WorldModelConfig((5,), 3, **SMALL),
-    "episodic": WorldModelConfig((5,), 3, **SMALL, episodic=True),
-    "multi-task": WorldModelConfig((5,), 3, **SMALL, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
-    "both": WorldModelConfig((5,), 3, **SMALL, episodic=True, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
-}
 
 
 class RecordedNoise:
@@ -69,41 +60,16 @@ class Replayed:
         return self.drawn.pop(0)
 
 
-def random_model(kind: str) -> WorldModel:
-    """Weights of such a size that values differ, and that about half of all latents are terminal."""
-    torch.manual_seed(1)
-    model = WorldModel(KINDS[kind]).eval().requires_grad_(False)
-    for name, p in model.named_parameters():
-        if "ln." not in name:
-            p.normal_(0, 0.3)
-    for network in (model.reward_head, model.q):
-        network[-1].weight.normal_(0, 0.05)
-    if model.config.episodic:
-        z, task, _ = latents(model, 99)
-        logits = model.termination_logits(z, task)
-        model.termination_head[-1].bias.sub_(logits.median())
-    return model
-
-
-def latents(model: WorldModel, batch: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Latents, tasks and a warm start."""
-    generator = torch.Generator().manual_seed(batch)
-    task = torch.arange(batch) % model.config.num_tasks if model.config.num_tasks else None
-    obs = torch.randn(batch, *model.config.obs_shape, generator=generator)
-    mean = torch.rand(batch, BUDGET.horizon, model.config.action_dim, generator=generator) - 0.5
-    return model.encode(obs, task), task, mean
-
-
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "horizon"), [(1, 2), (3, 3)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_reference_planner_row_by_row(kind: str, batch: int) -> None:
-    model, noise = random_model(kind), RecordedNoise(seed=2)
-    z, task, mean = latents(model, batch)
-    plan = Planner(model, BUDGET, DISCOUNT, noise).plan(z, mean, task=task)  # type: ignore[arg-type]
+def test_equals_the_reference_planner_row_by_row(kind: str, batch: int, horizon: int) -> None:
+    model, noise, budget = random_model(kind), RecordedNoise(seed=2), replace(BUDGET, horizon=horizon)
+    z, task, mean = latents(model, batch, horizon)
+    plan = Planner(model, budget, DISCOUNT, noise).plan(z, mean, task=task)  # type: ignore[arg-type]
     for b in range(batch):
         replayed = noise.row(b)
         expected = reference_plan(
-            model, BUDGET, DISCOUNT, replayed, z[b], mean[b], None if task is None else task[b]
+            model, budget, DISCOUNT, replayed, z[b], mean[b], None if task is None else task[b]
         )
         assert not replayed.drawn, "noise was left over"
         got = (plan.actions[b], plan.mean[b], plan.std[b], plan.value[b])
@@ -121,17 +87,96 @@ def test_termination_matters_in_the_episodic_test_model() -> None:
     assert 0.1 < ended.float().mean() < 0.9
 
 
-def test_exploration_moves_the_first_action_alone() -> None:
+@pytest.mark.parametrize("kind", ["plain", "multi-task"])
+def test_exploration_moves_the_first_action_alone_as_far_as_the_search_is_wide(kind: str) -> None:
+    model, noise = random_model(kind), RecordedNoise(3)
+    z, task, mean = latents(model, 3)
+    still, explored = (
+        Planner(model, BUDGET, DISCOUNT, source).plan(z, mean, eval_mode=source is not noise, task=task)  # type: ignore[arg-type]
+        for source in (NoiseSource(3), noise)
+    )
+    moved = still.actions[:, 0] + still.std[:, 0] * noise.drawn[-1][0]
+    assert (moved.abs() > 1).any() and (still.std[:, 0] != still.std[:, 1]).any()
+    torch.testing.assert_close(explored.actions[:, 0], moved.clamp(-1, 1))
+    assert torch.equal(still.actions[:, 1:], explored.actions[:, 1:])
+    assert torch.equal(still.mean, explored.mean)
+    if task is not None:
+        assert (explored.actions.masked_select(model.action_masks[task][:, None] == 0) == 0).all()
+
+
+def test_an_elite_that_is_far_better_is_drawn_always() -> None:
+    model = random_model("plain")
+    z, _, mean = latents(model, 8)
+    plan = Planner(model, replace(BUDGET, temperature=1e5), DISCOUNT, NoiseSource(0)).plan(z, mean)
+    torch.testing.assert_close(plan.actions, plan.mean)
+
+
+def test_the_search_never_narrows_to_a_point() -> None:
     model = random_model("plain")
     z, _, mean = latents(model, 2)
-    plans = [
-        Planner(model, BUDGET, DISCOUNT, NoiseSource(3)).plan(z, mean, eval_mode=eval_mode)
-        for eval_mode in (True, False)
-    ]
-    assert not torch.equal(plans[0].actions[:, 0], plans[1].actions[:, 0])
-    assert torch.equal(plans[0].actions[:, 1:], plans[1].actions[:, 1:])
-    assert (plans[1].actions.abs() <= 1).all()
-    assert torch.equal(plans[0].mean, plans[1].mean)
+    one_elite = replace(BUDGET, num_elites=1, min_std=0.3)
+    plan = Planner(model, one_elite, DISCOUNT, NoiseSource(0)).plan(z, mean)
+    torch.testing.assert_close(plan.std, torch.full_like(plan.std, 0.3))
+
+
+def test_a_sample_whose_value_is_no_number_is_never_followed() -> None:
+    model = random_model("plain")
+    z, _, mean = latents(model, 2)
+    planner = Planner(model, replace(BUDGET, iterations=1), DISCOUNT, NoiseSource(0))
+    score, samples = planner.iteration.fast.score, []
+
+    def broken(at: object, actions: Tensor, *rest: object) -> Tensor:
+        samples.append(actions)
+        values = score(at, actions, *rest).abs() + 1.0  # type: ignore[arg-type]
+        return values.index_fill(1, torch.arange(30), torch.nan)
+
+    planner.iteration.fast.score = broken  # type: ignore[method-assign]
+    plan = planner.plan(z, mean)
+    assert plan.value.isfinite().all() and plan.mean.isfinite().all()
+    followed = (plan.actions[:, :, None] == samples[0]).all(-1).all(1)  # [B, N]
+    assert followed[:, 30:].any(1).all() and not followed[:, :30].any()
+
+
+def test_warm_start_moves_on_and_ends_in_zeros() -> None:
+    mean = torch.arange(1.0, 7.0).view(1, 3, 2).repeat(4, 1, 1)
+    moved = warm_start(mean, torch.tensor([0, 1, 2, 7]))
+    assert moved[..., 0].tolist() == [[1, 3, 5], [3, 5, 0], [5, 0, 0], [0, 0, 0]]
+    assert moved[..., 1].tolist() == [[2, 4, 6], [4, 6, 0], [6, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        dict(horizon=0),
+        dict(iterations=0),
+        dict(num_samples=0),
+        dict(num_elites=0),
+        dict(num_elites=41),
+        dict(num_pi_trajs=41),
+        dict(num_pi_trajs=-1),
+    ],
+)
+def test_a_budget_that_cannot_be_is_named(budget: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(budget))):
+        Planner(random_model("plain"), replace(BUDGET, **budget), DISCOUNT, NoiseSource(0))
+
+
+def test_noise_is_that_of_its_seed() -> None:
+    for draw in (lambda s: s.normal(2, 3), lambda s: s.gumbel(4), lambda s: s.two_heads(1000)):
+        first, again, other = (draw(NoiseSource(seed)) for seed in (5, 5, 6))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_elites_are_drawn_by_their_scores() -> None:
+    score = torch.tensor([0.6, 0.3, 0.1])
+    drawn = (score.log() + NoiseSource(0).gumbel(20_000, 3)).argmax(1)
+    torch.testing.assert_close(drawn.bincount() / len(drawn), score, atol=0.02, rtol=0.0)
+
+
+def test_any_two_q_heads_judge() -> None:
+    noise = NoiseSource(0)
+    pairs = {tuple(sorted(noise.two_heads(4).tolist())) for _ in range(100)}
+    assert pairs == set(combinations(range(4), 2))
 
 
 def test_compiled_equals_eager_and_compiles_twice_whatever_the_batch(monkeypatch, capsys, tmp_path) -> None:
@@ -192,37 +237,3 @@ def test_planning_follows_the_weights_of_a_model_in_training(dtype: torch.dtype)
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32"):
         Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float16"))
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_refined_action_is_the_mean_of_elites_by_hand(kind: str, steps: int) -> None:
-    model, batch, around = random_model(kind), 4, offsets(3)
-    assert around.shape == (SAMPLES, 3) and around.sum(0).abs().max() < 1e-6, "each with its opposite"
-    task = torch.arange(batch) % 3 if model.config.num_tasks else None
-    generator = torch.Generator().manual_seed(2)
-    z = model.encode(torch.randn(batch, 5, generator=generator), task)
-    action, planned = 2 * torch.rand(2, batch, 3, generator=generator) - 1
-    refined = refine(model, z, action, planned, around, task, steps=steps, discount=DISCOUNT, temperature=0.7)
-    used = torch.zeros(2)  # how often the action and the planned one are among the elites
-    for row in range(batch):
-        own = None if task is None else task[row]
-        mask = torch.ones(3) if own is None else model.action_masks[own]
-        samples = [action[row], planned[row]]
-        samples = [mask * x for x in [*samples, *(action[row] + around).clamp(-1, 1)]]
-        values = []
-        for x in samples:
-            at, total, later = z[row], 0.0, 1.0
-            for _ in range(steps):
-                total += later * float(model.reward(at, x, own))
-                at = model.next(at, x, own)
-                later *= DISCOUNT * (not (model.config.episodic and float(model.termination(at, own)) > 0.5))
-                x = model.prior(at, own)
-            values.append(total + later * float(model.value(at, x, own).mean()))
-        elites = sorted(range(len(samples)), key=lambda i: -values[i])[:ELITES]
-        weights = [math.exp(0.7 * (values[i] - values[elites[0]])) for i in elites]
-        expected = sum(w * samples[i] for w, i in zip(weights, elites, strict=True)) / sum(weights)
-        torch.testing.assert_close(refined[row], expected, atol=1e-4, rtol=1e-4)
-        used[[i for i in elites if i < 2]] += 1
-    assert used.sum() > 0

@@ -1,0 +1,58 @@
+"""What tests put in the place of trained models and of noise."""
+
+import torch
+from torch import Tensor
+
+from tdmpc2.config import PlannerConfig, WorldModelConfig
+from tdmpc2.world_model import WorldModel
+
+DISCOUNT = 0.97
+BUDGET = PlannerConfig(horizon=2, iterations=3, num_samples=40, num_elites=6, num_pi_trajs=5)
+SMALL = dict(enc_dim=16, mlp_dim=24, latent_dim=32, num_q=5, num_bins=21)
+KINDS = {
+    "plain": WorldModelConfig((5,), 3, **SMALL),
+    "episodic": WorldModelConfig((5,), 3, **SMALL, episodic=True),
+    "multi-task": WorldModelConfig((5,), 3, **SMALL, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
+    "both": WorldModelConfig((5,), 3, **SMALL, episodic=True, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
+}
+
+
+def random_model(kind: str) -> WorldModel:
+    """Weights of such a size that values differ, and that about half of all latents are terminal."""
+    torch.manual_seed(1)
+    model = WorldModel(KINDS[kind]).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "ln." not in name:
+            p.normal_(0, 0.3)
+    for network in (model.reward_head, model.q):
+        network[-1].weight.normal_(0, 0.05)
+    if model.config.episodic:
+        z, task, _ = latents(model, 99)
+        logits = model.termination_logits(z, task)
+        model.termination_head[-1].bias.sub_(logits.median())
+    return model
+
+
+def latents(
+    model: WorldModel, batch: int, horizon: int = BUDGET.horizon
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Latents, tasks and a warm start."""
+    generator = torch.Generator().manual_seed(batch)
+    task = torch.arange(batch) % model.config.num_tasks if model.config.num_tasks else None
+    obs = torch.randn(batch, *model.config.obs_shape, generator=generator)
+    mean = torch.rand(batch, horizon, model.config.action_dim, generator=generator) - 0.5
+    return model.encode(obs, task), task, mean
+
+
+class Silence:
+    """A noise source without noise: every row then plans the same whoever is beside it."""
+
+    def normal(self, *shape: int) -> Tensor:
+        pattern = torch.linspace(-1, 1, shape[-1] * shape[-2]).reshape(shape[-2:])
+        return pattern.expand(shape)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        return torch.zeros(shape)
+
+    def two_heads(self, num_q: int) -> Tensor:
+        return torch.arange(2)

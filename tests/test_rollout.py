@@ -1,0 +1,183 @@
+"""Episodes as they are always run, more seeds than environments; and the time of single steps."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from stand_ins import Silence
+
+from tdmpc2.agent import TDMPC2, SpeculativeAgent
+from tdmpc2.config import TEACHER, CorrectorConfig, PlannerConfig, SpeculationConfig
+from tdmpc2.corrector import build_corrector
+from tdmpc2.evaluation.rollout import Rollout, measure_latency, rollout
+from tdmpc2.world_model import WorldModel, load_world_model
+
+BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
+SEEDS = [7, 3, 4, 6, 5]
+NAIVE = SpeculationConfig(execution_horizon=2)
+
+
+class Seeded(gym.Env[np.ndarray, np.ndarray]):
+    """An episode with an even seed terminates, one with an odd seed is cut off, after 3 to 7 steps."""
+
+    observation_space = Box(-np.inf, np.inf, (24,), np.float32)
+    action_space = Box(-1, 1, (6,), np.float32)
+
+    def __init__(self) -> None:
+        self.seeds: list[int | None] = []  # of all resets
+        self.steps: list[tuple[np.ndarray, np.ndarray]] = []  # observations and actions
+        self.closed = False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        self.seed, self.t = -1 if seed is None else seed, 0
+        self.x = self.np_random.normal(size=24).astype(np.float32)
+        return self.x.copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps.append((self.x, np.array(action)))
+        self.t += 1
+        self.x = (0.9 * self.x + np.resize(action, 24)).astype(np.float32)
+        ended, even = self.t == length(self.seed), self.seed % 2 == 0
+        return self.x.copy(), float(action[0]), ended and even, ended and not even, {}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def length(seed: int) -> int:
+    return 3 + seed % 5
+
+
+class Environments(list[Seeded]):
+    """Makes environments, and keeps them."""
+
+    def __call__(self) -> Seeded:
+        self.append(Seeded())
+        return self[-1]
+
+
+@pytest.fixture(scope="module")
+def model() -> WorldModel:
+    return load_world_model(Path(__file__).parent / "fixtures/official/state_small.pt")
+
+
+def quiet_teacher(model: WorldModel, num_envs: int) -> TDMPC2:
+    teacher = TDMPC2(model, BUDGET, num_envs=num_envs)
+    teacher.planner.noise = Silence()  # type: ignore[assignment]
+    return teacher
+
+
+def agent_of(model: WorldModel, mode: SpeculationConfig, num_envs: int) -> SpeculativeAgent:
+    corrector = None
+    if mode.corrector:
+        torch.manual_seed(0)
+        config = CorrectorConfig(model.config.latent_dim, model.config.action_dim, mode.corrector, window=5)
+        corrector = build_corrector(config).eval().requires_grad_(False)
+        torch.nn.init.normal_(corrector.gate.weight, std=0.2)
+        torch.nn.init.normal_(corrector.own.weight, std=0.5)
+    return SpeculativeAgent(quiet_teacher(model, num_envs), mode, corrector)
+
+
+def test_each_row_takes_the_next_seed_when_its_episode_ends(model: WorldModel) -> None:
+    envs, done = Environments(), []
+    episodes, steps = rollout(agent_of(model, NAIVE, 2), envs, SEEDS, on_step=done.append)
+    assert [length(s) for s in SEEDS] == [5, 6, 7, 4, 3]  # so that row 1 ends twice while 4 lasts
+    assert [env.seeds for env in envs] == [[7, 4], [3, 6, 5]] and all(env.closed for env in envs)
+    assert episodes["seed"].tolist() == SEEDS and list(episodes.columns[:3]) == ["seed", "return", "length"]
+    assert episodes["length"].tolist() == [length(s) for s in SEEDS]
+    assert episodes["terminated"].tolist() == [s % 2 == 0 for s in SEEDS]
+    assert episodes["planner_calls"].tolist() == [(length(s) + 1) // 2 for s in SEEDS]
+    assert (episodes["fallbacks"] == 0).all()
+    assert list(dict.fromkeys(steps["seed"])) == SEEDS
+    rewards = {}
+    for env in envs:
+        actions = iter(float(action[0]) for _, action in env.steps)
+        rewards |= {seed: list(itertools.islice(actions, length(seed))) for seed in env.seeds}
+    for seed, own in steps.groupby("seed"):
+        assert own["t"].tolist() == list(range(length(seed)))
+        assert own["kind"].tolist() == (["planned", "open_loop"] * 4)[: length(seed)], "a plan of its own"
+        assert own["reward"].tolist() == rewards[seed]
+    assert episodes.set_index("seed")["return"].to_dict() == {s: pytest.approx(sum(r)) for s, r in rewards.items()}
+    assert done[-1] == len(SEEDS) and done == sorted(done) and done[0] == 0
+
+
+MODES = {
+    "teacher": TEACHER,
+    "naive": NAIVE,
+    "fallback": SpeculationConfig(execution_horizon=4, threshold=(0.95,)),
+    "history": SpeculationConfig(execution_horizon=4, corrector="temporal"),
+    "td errors": SpeculationConfig(
+        execution_horizon=20, corrector="two_tower", min_td_error=0.445, usual_td_error=0.45
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_an_episode_is_the_same_whatever_ran_before_it_and_beside_it(model: WorldModel, name: str) -> None:
+    """A batch of two rows that takes five seeds in turn, against every seed with an agent of its own."""
+    together = rollout(agent_of(model, MODES[name], 2), Seeded, SEEDS)
+    alone = [rollout(agent_of(model, MODES[name], 1), Seeded, [seed]) for seed in SEEDS]
+    for part in Rollout._fields:
+        table = getattr(together, part)
+        for seed, run in zip(SEEDS, alone, strict=True):
+            own = table[table["seed"] == seed].reset_index(drop=True)
+            for column in own:
+                if own[column].dtype.kind == "f":
+                    close = np.allclose(own[column], getattr(run, part)[column], atol=1e-4, equal_nan=True)
+                    assert close, f"{column} of the episode with seed {seed}"
+                else:
+                    assert own[column].tolist() == getattr(run, part)[column].tolist()
+    if name in ("fallback", "td errors"):
+        assert 0 < together.episodes["fallbacks"].sum() < together.episodes["length"].sum() - len(SEEDS)
+
+
+def test_the_first_episodes_are_labelled_in_runs_of_steps(
+    model: WorldModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdmpc2.evaluation.rollout.LABEL_EVERY", 4)
+    monkeypatch.setattr("tdmpc2.evaluation.rollout.LABEL_RUN", 2)
+    envs, seeds = Environments(), [3, 7, 11, 8]  # 8 follows 3 in the labelled row
+    _, steps = rollout(agent_of(model, NAIVE, 2), envs, seeds, labeller=quiet_teacher(model, 1))
+    labelled = steps[steps["teacher_distance"].notna()]
+    # Runs begin at t = 0 and t = 4, where the second one's first label has no warm start.
+    assert labelled[["seed", "t"]].values.tolist() == [[3, 0], [3, 1], [3, 5]]
+    assert envs[0].seeds == [3, 8]
+    teacher, expected = quiet_teacher(model, 1), []
+    for t in (0, 1, 4, 5):
+        if t == 4:
+            teacher.reset()
+        obs, action = envs[0].steps[t]
+        expected.append(float(np.linalg.norm(action - teacher.plan(teacher.encode(obs)).mean[0, 0].numpy())))
+    del expected[2]
+    assert labelled["teacher_distance"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert expected[1] > 1e-3, "executed as planned a step before"
+
+
+def test_fewer_seeds_than_environments_are_refused(model: WorldModel) -> None:
+    with pytest.raises(ValueError, match="3 environments for 2 seeds"):
+        rollout(agent_of(model, NAIVE, 3), Seeded, [1, 2])
+
+
+def test_latency_is_of_single_steps_from_the_first_one_on(
+    model: WorldModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps are for warming up; of eight more, five are the whole episode and three of the next one."""
+    clock = itertools.count(step=0.002)  # seconds; read before and after each call
+    monkeypatch.setattr("tdmpc2.evaluation.rollout.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    agents, envs = {"b": agent_of(model, NAIVE, 1), "a": agent_of(model, TEACHER, 1)}, Environments()
+    latency = measure_latency(agents, envs, seed=7, steps=8, warm_up=3)
+    assert [env.seeds for env in envs] == [[7, 7, None]] * 2 and all(env.closed for env in envs)
+    assert latency["mode"].tolist() == ["b", "a"] * 8, "the modes take turns"
+    assert latency["t"].tolist() == [t for t in range(8) for _ in agents]
+    kinds = {mode: own["kind"].tolist() for mode, own in latency.groupby("mode")}
+    assert kinds["b"] == [*["planned", "open_loop"] * 2, "planned", "planned", "open_loop", "planned"]
+    assert kinds["a"] == ["planned"] * 8
+    assert latency["act_ms"].tolist() == pytest.approx([2.0] * 16)
