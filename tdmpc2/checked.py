@@ -67,11 +67,12 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
         return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
-    if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool) and abs(int(value)) < 2**63
+    if isinstance(value, bool):  # which Python counts as an int
+        return hint is bool
+    if hint in (int, float) and isinstance(value, Integral):
+        return abs(int(value)) < 2**63
     if hint is float:
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        return number and (isinstance(value, float) or abs(value) < 1e300) and not math.isnan(value)
+        return isinstance(value, Real) and not math.isnan(value)
     if hint is str:
         return isinstance(value, str | PathLike)
     return not isinstance(hint, type) or isinstance(value, hint)
