@@ -69,7 +69,9 @@ def run_tests(folder: Path, arguments: Sequence[str], timeout: float | None = No
     The code is None after a timeout. A fork has the large libraries already, which saves half of the time.
     """
     with tempfile.TemporaryFile("w+") as output:
-        process = multiprocessing.get_context("fork").Process(target=_pytest, args=(folder, arguments, output))
+        process = multiprocessing.get_context("fork").Process(
+            target=_pytest, args=(folder, arguments, output)
+        )
         process.start()
         process.join(timeout)
         code = process.exitcode

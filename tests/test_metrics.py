@@ -256,7 +256,15 @@ def test_means_and_quartiles_by_step_in_plan() -> None:
 def test_what_is_uncertain_does_not_hold_up_and_the_baseline_always_does() -> None:
     baseline = [100.0, 100.0, 100.0, 100.0]
     episodes = episodes_of(baseline=baseline, sure=[99.0] * 4, unsure=[60.0, 140.0, 80.0, 120.0])
-    steps = pd.DataFrame({"mode": ["baseline", "sure", "unsure"], "kind": "planned", "k": 0, "delta_a": 0.0})
+    steps = pd.DataFrame(
+        {
+            "mode": ["baseline", "sure", "unsure"],
+            "kind": "planned",
+            "k": 0,
+            "delta_a": 0.0,
+            "action_change": 0.0,
+        }
+    )
     assert holds_up(summarise(episodes, steps, None), 0.98).tolist() == [True, True, False]
     one = episodes[episodes["seed"] == 100]  # an episode each, so no interval
     assert holds_up(summarise(one, steps, None), 0.5).tolist() == [True, False, False]

@@ -42,4 +42,6 @@ def test_outcomes_are_those_of_the_tests(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_page_is_of_this_list() -> None:
     written = (ROOT / "docs/mutation.md").read_text()
     rows = [line[2:].split(" | ")[0] for line in written.splitlines() if line.startswith("| ")]
-    assert [row for row in rows if row not in ("change", "---")] == [m.why for m in MUTANTS], "run tests/mutants.py"
+    assert [row for row in rows if row not in ("change", "---")] == [m.why for m in MUTANTS], (
+        "run tests/mutants.py"
+    )

@@ -94,7 +94,7 @@ def test_the_figure_of_times_is_the_table_s(tmp_path: Path, monkeypatch: pytest.
     report(tmp_path, tables)
     row = summarise(*tables).iloc[1]
     for name in ("median", "mean", "p95", "p99"):
-        assert any(a[0] == row[f"act_ms_{name}"] and a[1] == 1 for a in drawn if len(a) == 3)
+        assert (row[f"act_ms_{name}"], 1) in [a[:2] for a in drawn if np.isscalar(a[0])]
 
 
 def test_the_same_results_give_the_same_file(tmp_path: Path) -> None:

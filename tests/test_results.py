@@ -100,11 +100,11 @@ def results_of(returns: dict[str, list[float]], chosen: str, planned_ms: float) 
 
 @pytest.fixture
 def two_tasks() -> dict[str, TaskResults]:
-    modes = {"baseline": [10.0, 10.0], "two_tower_6": [9.0, 9.0], "temporal_6": [12.0, 12.0]}
-    worse = {"baseline": [10.0, 10.0], "two_tower_6": [11.0, 11.0], "temporal_6": [8.0, 8.0]}
+    modes = {"baseline": [10.0, 10.0], "two_tower_6_refined": [9.0, 9.0], "temporal_6_refined": [12.0, 12.0]}
+    worse = {"baseline": [10.0, 10.0], "two_tower_6_refined": [11.0, 11.0], "temporal_6_refined": [8.0, 8.0]}
     return {
-        "a": results_of(modes, "temporal_6", planned_ms=21.0),
-        "b": results_of(worse, "two_tower_6", planned_ms=41.0),
+        "a": results_of(modes, "temporal_6_refined", planned_ms=21.0),
+        "b": results_of(worse, "two_tower_6_refined", planned_ms=41.0),
     }
 
 
@@ -120,7 +120,7 @@ def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
     assert "| 1 of 2 tasks | 1 of 2 tasks |" in text
     assert "In 2 of 2 comparisons they differ: `two_tower` is better in 1." in text
     assert "`two_tower` (`architecture=two_tower`): it is simpler." in text
-    chosen = {"a": two_tasks["a"], "b": two_tasks["b"]._replace(chosen="temporal_6")}
+    chosen = {"a": two_tasks["a"], "b": two_tasks["b"]._replace(chosen="temporal_6_refined")}
     text = write_results.correctors(chosen, speculation_table(chosen))
     assert "`temporal` (`architecture=temporal`): it is chosen more often." in text
     only = {"b": two_tasks["b"]}
@@ -132,10 +132,10 @@ def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
 def test_when_not(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.when_not(speculation_table(two_tasks), two_tasks, None)
     assert "in the chosen modes each takes 1.00 to 1.00 times as long" in text
-    assert "the interval is below it on b (two_tower_6 1.100 [1.000, 1.200])" not in text
-    lower = {"a": two_tasks["a"]._replace(chosen="two_tower_6")}
+    assert "the interval is below it on b (two_tower_6_refined 1.100 [1.000, 1.200])" not in text
+    lower = {"a": two_tasks["a"]._replace(chosen="two_tower_6_refined")}
     text = write_results.when_not(speculation_table(lower), lower, None)
-    assert "the interval is below it on a (two_tower_6 0.900 [0.800, 1.000])" in text
+    assert "the interval is below it on a (two_tower_6_refined 0.900 [0.800, 1.000])" in text
 
 
 def test_what_precedes_disturbances_is_of_their_seeds(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_fallbacks_are_counted_where_a_disturbance_is_hardest() -> None:
         | {"return_ratio": ratio, "return_ratio_low": 0.9, "return_ratio_high": 1.1, "planner_calls": 0.3}
         | {"episodes": 4.0}
         for (kind, strength), fallbacks in worlds.items()
-        for mode, ratio in (("chosen", 1.0), ("distilled", 1.0 + strength - 0.5))
+        for mode, ratio in (("chosen", 1.0), ("distilled_refined", 1.0 + strength - 0.5))
     )
     text = write_results.disturbed(table)
     assert "in 2 of 3 pairs of a task and a kind, at least twice as often in 1." in text

@@ -105,7 +105,9 @@ def test_each_row_takes_the_next_seed_when_its_episode_ends(model: WorldModel) -
         assert own["t"].tolist() == list(range(length(seed)))
         assert own["kind"].tolist() == (["planned", "open_loop"] * 4)[: length(seed)], "a plan of its own"
         assert own["reward"].tolist() == rewards[seed]
-    assert episodes.set_index("seed")["return"].to_dict() == {s: pytest.approx(sum(r)) for s, r in rewards.items()}
+    assert episodes.set_index("seed")["return"].to_dict() == {
+        s: pytest.approx(sum(r)) for s, r in rewards.items()
+    }
     assert done[-1] == len(SEEDS) and done == sorted(done) and done[0] == 0
 
 
