@@ -97,9 +97,6 @@ class TrainConfig(PlannerConfig, UpdateConfig):
             at_least(0, self, "seed_steps")
         if self.threads is not None:
             at_least(1, self, "threads")
-        if self.model_size not in MODEL_SIZES:
-            sizes = ", ".join(map(str, MODEL_SIZES))
-            raise ConfigError(f"model_size={self.model_size}: choose one of {sizes} (millions)")
 
 
 class Trainer:
@@ -291,8 +288,8 @@ class Trainer:
         highest = max(*rewards, self.update.highest.item())
         if lowest < low or highest > high:
             self._warn(
-                f"step {self.step:,}: rewards or returns reach from {lowest:,.0f} to {highest:,.0f}, the bins "
-                f"of the model from {low:,.0f} to {high:,.0f}; what lies beyond cannot be told apart: scale the "
+                f"step {self.step:,}: rewards or returns reach from {lowest:,.0f} to {highest:,.0f}, beyond "
+                f"the model's bins from {low:,.0f} to {high:,.0f}, where it tells none apart: scale the "
                 f"rewards, or train anew with vmin={self._bound(lowest, c.vmin):g} "
                 f"vmax={self._bound(highest, c.vmax):g}",
                 "range",
@@ -465,6 +462,9 @@ class Trainer:
 
     def _architecture(self) -> WorldModelConfig:
         c = self.config
+        if c.model_size not in MODEL_SIZES:  # a task's own module may add some
+            sizes = ", ".join(map(str, MODEL_SIZES))
+            raise ConfigError(f"model_size={c.model_size}: choose one of {sizes} (millions)")
         shape, action = self.env.observation_space.shape, self.env.action_space.shape
         assert shape and action
         config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env), vmin=c.vmin, vmax=c.vmax)
