@@ -353,6 +353,26 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
         assert torch.equal(action[i], expected)
 
 
+def test_episodes_take_the_behaviours_in_turn_whatever_shard_they_are_in(
+    teacher: Drifting, tmp_path: Path
+) -> None:
+    """Of three behaviours and two episodes a shard, the third drives the first episode of the second shard."""
+    behaviours = [TEACHER, SpeculationConfig(execution_horizon=2), SpeculationConfig(execution_horizon=3)]
+    paths = collect(teacher, tmp_path, episodes=4, num_envs=2, behaviours=behaviours)
+    horizons = []
+    for path in paths:
+        tensors, _ = read_shard(path)
+        for start in episode_bounds(tensors["episode_end"])[0].unique().tolist():
+            plan, action = tensors["plan"][start:], tensors["action"][start : start + 3]
+            executed = {
+                1: tensors["drawn"][start : start + 3],
+                2: torch.stack([plan[0, 0], plan[0, 1], plan[2, 0]]),
+                3: plan[0],
+            }
+            horizons += [k for k, expected in executed.items() if torch.equal(action, expected)]
+    assert horizons == [1, 2, 3, 1]
+
+
 def test_bursts_are_the_seeds_own_and_short() -> None:
     bursts = [Bursts(7) for _ in range(2)]
     action = torch.full((2,), 5.0)
@@ -436,7 +456,7 @@ def test_a_folder_in_use_is_left_alone(teacher: Drifting, tmp_path: Path, work: 
         if work == "collecting":
             collect(teacher, tmp_path, episodes=1)
         else:
-            train_corrector(teacher.model, data, CorrectorTrainConfig(), tmp_path)
+            train_corrector(teacher.model, data, CorrectorTrainConfig(updates=1), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [LOCK]
 
 
@@ -759,4 +779,4 @@ def test_episodes_of_another_model_are_refused(model: WorldModel, tmp_path: Path
         data._replace(task=torch.tensor(0)),
     ):
         with pytest.raises(DataError, match="of another model"):
-            train_corrector(model, other, CorrectorTrainConfig(), tmp_path)
+            train_corrector(model, other, CorrectorTrainConfig(updates=1), tmp_path)
