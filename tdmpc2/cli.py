@@ -25,7 +25,6 @@ Hydra itself writes nothing; a launcher that needs a folder, such as Slurm's, is
 
 import inspect
 import json
-import math
 import os
 import platform
 import re
@@ -58,6 +57,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .checked import check_type
 from .errors import ConfigError, Stopped, TDMPC2Error
 from .files import write_json
 
@@ -70,7 +70,6 @@ TEXT = (str, str | None)  # types of settings that are taken as they are written
 ITEM = re.compile(r"""('[^']*'|"[^"]*"|[^,]*),""")
 # Windows lacks SIGHUP.
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-TOO_LARGE = 2**63  # whole numbers from here on fit nowhere
 
 
 def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
@@ -310,12 +309,8 @@ def _build(config_type: type[Config], settings: DictConfig) -> Config:
         raise ConfigError(f"{'=... '.join(missing)}=... is required; `--help` lists all settings")
     values = {str(name): settings[name] for name in settings}
     values = {name: tuple(v) if isinstance(v, ListConfig) else v for name, v in values.items()}
-    for name, value in values.items():
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, float) and math.isnan(number):
-                raise ConfigError(f"{name}={number}: must be a number")
-            if isinstance(number, int) and abs(number) >= TOO_LARGE:
-                raise ConfigError(f"{name}={number}: is too large")
+    for name, hint in get_type_hints(config_type).items():
+        check_type(name, values[name], hint)
     return config_type(**values)
 
 
