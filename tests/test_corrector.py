@@ -1,7 +1,7 @@
 """Correctors: what they do untrained, what they may see, and their files."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tdmpc2.config import CorrectorConfig
 from tdmpc2.corrector import (
     FILE,
+    FORMAT,
     BaseCorrector,
     History,
     build_corrector,
@@ -17,7 +18,8 @@ from tdmpc2.corrector import (
     read_header,
     save_corrector,
 )
-from tdmpc2.errors import CheckpointError, ConfigError
+from tdmpc2.errors import CheckpointError, ConfigError, FileError
+from tdmpc2.files import read_tensors, write_tensors
 
 BOTH = pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
 
@@ -161,6 +163,41 @@ def test_other_teachers_damaged_and_missing_files_are_refused(tmp_path: Path) ->
         assert "\n" not in str(error.value)
     with pytest.raises(CheckpointError, match="no corrector"):
         load_corrector(tmp_path / "nowhere", "teacher-a")
+
+
+def test_headers_and_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_corrector(tmp_path, make("two_tower"), "teacher-a")
+    path = tmp_path / FILE
+    tensors, header = read_tensors(path, FORMAT, "", CheckpointError)
+    name, weight = next(iter(tensors.items()))
+    config = header["config"]
+    for other_tensors, other_config, message in (
+        ({name: weight.double()}, {}, "torch.float64, not torch.float32"),
+        ({name: weight[..., :1]}, {}, f"{name} should have shape"),
+        ({name: torch.full_like(weight, torch.nan)}, {}, "not finite"),
+        ({"more": weight.clone()}, {}, "more should have shape none"),
+        ({}, {"width": "32"}, "width='32': must be of type int"),
+        ({}, {"width": 10**5}, "should have shape"),  # without allocating that much
+        ({}, {"max_k": True}, "max_k=True"),
+        ({}, {"depth": 3}, "no setting 'depth'"),
+        ({}, {"architecture": "three_tower"}, "two_tower, temporal"),
+    ):
+        write_tensors(path, tensors | other_tensors, header | {"config": config | other_config})
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_corrector(tmp_path, "teacher-a")
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    write_tensors(path, tensors, {"format": FORMAT, "teacher": "teacher-a"})
+    with pytest.raises(CheckpointError, match="None is no mapping"):
+        load_corrector(tmp_path, "teacher-a")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, denied: Any) -> None:
+    save_corrector(tmp_path, make("two_tower"), "teacher-a")
+    denied(tmp_path)
+    with pytest.raises(FileError, match="Permission denied"):
+        load_corrector(tmp_path, "teacher-a")
+    with pytest.raises(FileError, match="Permission denied"):
+        read_header(tmp_path)
 
 
 def test_impossible_architectures_are_named() -> None:
