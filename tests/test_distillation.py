@@ -356,7 +356,7 @@ def test_behaviours_drive_the_episodes_and_the_teacher_labels_them(teacher: Drif
 def test_episodes_take_the_behaviours_in_turn_whatever_shard_they_are_in(
     teacher: Drifting, tmp_path: Path
 ) -> None:
-    """Of three behaviours and two episodes a shard, the third drives the first episode of the second shard."""
+    """Three behaviours, two episodes a shard: the third drives the first episode of the second shard."""
     behaviours = [TEACHER, SpeculationConfig(execution_horizon=2), SpeculationConfig(execution_horizon=3)]
     paths = collect(teacher, tmp_path, episodes=4, num_envs=2, behaviours=behaviours)
     horizons = []
