@@ -31,7 +31,7 @@ from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, trai
 from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import l1_distance, unroll
 from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig, check_evaluation
+from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, in_order, read_json, write_json
@@ -289,7 +289,6 @@ class Bench:
 
 def main(config: ExperimentConfig) -> None:
     folder = Path(config.agent)
-    check_evaluation(config)
     saved = read_config(folder)
     teacher = open_teacher(config.task or saved["task"], str(folder), config)
     data = load_shards(folder / "data", teacher.fingerprint)

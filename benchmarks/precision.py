@@ -14,7 +14,8 @@ from rich.console import Console
 
 from tdmpc2 import cli
 from tdmpc2.agent import SpeculativeAgent
-from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig, at_least
+from tdmpc2.checked import at_least
+from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
@@ -33,9 +34,13 @@ class PrecisionConfig(BudgetOverride):
     device: str = "cpu"
     out: str = "results/precision"
 
+    def check_ranges(self) -> None:
+        at_least(2, self, "episodes")
+        at_least(1, self, "num_envs")
+        at_least(0, self, "seed")
+
 
 def main(config: PrecisionConfig) -> None:
-    at_least(2, config, "episodes")
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)
     seeds = range(config.seed, config.seed + config.episodes)
     returns = {}

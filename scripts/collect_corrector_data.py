@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tdmpc2.checked import at_least
 from tdmpc2.cli import run
 from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import FILE, load_corrector
@@ -35,6 +36,10 @@ class Settings(BudgetOverride):
     execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
     corrector: str = ""  # folder of the corrector that then acts; empty for none
     device: str = "cpu"
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "episodes", "num_envs", "execution_horizon")
+        at_least(0, self, "seed")
 
 
 def main(settings: Settings) -> None:

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from tdmpc2 import SpeculativeAgent
 from tdmpc2.agent import read_mode
+from tdmpc2.checked import at_least
 from tdmpc2.cli import provenance, run
-from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig, at_least
+from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, in_use, write_json
@@ -38,9 +39,12 @@ class EvaluateConfig(BudgetOverride):
     threads: int | None = None  # of torch; None: its own choice
     out: str = ""  # folder for the result; "" writes nothing
 
+    def check_ranges(self) -> None:
+        at_least(1, self, "episodes", "threads")
+        at_least(0, self, "seed")
+
 
 def main(config: EvaluateConfig) -> None:
-    at_least(1, config, "episodes")
     with in_use(config.out) if config.out else nullcontext():
         evaluate(config)
 

@@ -25,17 +25,18 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .checked import at_least
 from .cli import provenance
-from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig, at_least
+from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
-from .distillation import CorrectorTrainConfig, check, collect, error_table, load_shards, train_corrector
+from .distillation import CorrectorTrainConfig, collect, error_table, load_shards, train_corrector
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import (
     EvaluationConfig,
     Subject,
-    check_evaluation,
     check_unseen,
     evaluate,
+    overlap,
 )
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
 from .files import atomic_write, difference, in_order, in_use, read_json, write_json
@@ -58,6 +59,17 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     round_updates: int = 200  # in training before a round; `updates` are of the final training
     collect_seed: int = 0  # of the first episode of all
 
+    def check_ranges(self) -> None:
+        if self.architecture == DISTILLED:
+            raise ConfigError(f"architecture={DISTILLED} corrects nothing: choose all, or another one")
+        at_least(3, self, "episodes")
+        at_least(1, self, "round_episodes", "round_updates")
+        at_least(0, self, "rounds", "collect_seed")
+        episodes = self.episodes + self.rounds * self.round_episodes
+        collected = range(self.collect_seed, self.collect_seed + episodes)
+        if overlap(collected, self.calibration_seeds) or overlap(collected, self.eval_seeds):
+            raise ConfigError("collection seeds overlap those of calibration or evaluation: change one")
+
 
 def accelerate(config: AccelerateConfig, console: Console) -> Path:
     """Collect, train both correctors, calibrate, choose, evaluate, report; returns the agent's folder.
@@ -75,16 +87,6 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
 
 def _accelerate(config: AccelerateConfig, out: Path, console: Console) -> Path:
     c = config
-    check(c)
-    check_evaluation(c)
-    if c.architecture == DISTILLED:
-        raise ConfigError(f"architecture={DISTILLED} corrects nothing: choose all, or another one")
-    at_least(3, c, "episodes")
-    at_least(1, c, "round_episodes", "round_updates")
-    at_least(0, c, "rounds", "collect_seed")
-    collected = range(c.collect_seed, c.collect_seed + c.episodes + c.rounds * c.round_episodes)
-    if set(collected) & (set(c.calibration_seeds) | set(c.eval_seeds)):
-        raise ConfigError("collection seeds overlap those of calibration or evaluation")
     teacher = open_teacher(c.task, c.checkpoint, c, c.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
     # The teacher is known by its weights, wherever its file and this folder lie.

@@ -33,7 +33,7 @@ class Checked:
         cls: Any = type(self)
         for name, hint in _hints(cls).items():
             check_type(name, getattr(self, name), hint)
-        for part in cls.__mro__:  # a script's config has the ranges of all its parts
+        for part in reversed(cls.__mro__):  # a script's config has the ranges of all its parts
             if check := vars(part).get("check_ranges"):
                 check(self)
 
@@ -84,13 +84,20 @@ def _hints(cls: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
+def at_least(least: float, config: Any, *names: str) -> None:
+    """Raise ConfigError where one of these numbers of a config is smaller; None stands for a default."""
+    for name in names:
+        if getattr(config, name) is not None and not getattr(config, name) >= least:
+            raise ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
+
+
 def within(config: Any, low: float, high: float, *names: str) -> None:
     """Raise ConfigError where one of these numbers of a config is not from `low` to `high`."""
     for name in names:
         check_range(name, getattr(config, name), low, high)
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError where the value of a setting is not from `low` to `high`."""
-    if not low <= value <= high:
+def check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise ConfigError where the value of a setting is not from `low` to `high`; None is a default."""
+    if value is not None and not low <= value <= high:
         raise ConfigError(f"{name}={value}: must be from {low} to {high}")

@@ -8,10 +8,11 @@ unless a comment says otherwise. Scripts combine the parts by inheritance, so th
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
 
-from .checked import Checked, check_range, within
+from .checked import Checked, at_least, check_range, within
 from .errors import ConfigError
 
 T = TypeVar("T")
+SYMLOG = (-80, 80)  # beyond, symexp leaves float32
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class WorldModelConfig(Checked):
         within(self, 1, 100, "num_enc_layers")
         within(self, 0, 1000, "num_tasks", "task_dim")
         within(self, 0, 0.999, "dropout")
-        within(self, -80, 80, "vmin", "vmax")  # beyond, symexp leaves float32
+        within(self, *SYMLOG, "vmin", "vmax")
         within(self, -100, 100, "log_std_min", "log_std_max")
         for low, high in (("vmin", "vmax"), ("log_std_min", "log_std_max")):
             if not getattr(self, low) < getattr(self, high):
@@ -111,7 +112,8 @@ class PlannerConfig(Checked):
                 )
         within(self, 0, 1000, "temperature")
         within(self, 0, 100, "max_std")
-        within(self, 0, self.max_std, "min_std")
+        if not 0 <= self.min_std <= self.max_std:
+            raise ConfigError(f"min_std={self.min_std}: must be from 0 to max_std, {self.max_std}")
 
 
 PRECISIONS = ("float32", "bfloat16")
@@ -145,12 +147,16 @@ class Unsaid(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOverride:
+class ModelOverride(Checked):
     """What a script's user says of an original checkpoint's model, because its file does not."""
 
     vmin: float | None = None  # of the bins, in symlog units; None: the published -10
     vmax: float | None = None  # None: the published 10
     simnorm_dim: int | None = None  # entries per simplex; None: the published 8
+
+    def check_ranges(self) -> None:
+        within(self, *SYMLOG, "vmin", "vmax")
+        at_least(1, self, "simnorm_dim")
 
     def unsaid(self) -> Unsaid:
         return Unsaid(vmin=self.vmin, vmax=self.vmax, simnorm_dim=self.simnorm_dim)
@@ -166,6 +172,12 @@ class BudgetOverride(ModelOverride):
     num_pi_trajs: int | None = None
     precision: str | None = None  # float32, or bfloat16: faster where the processor has it
     compile: bool = COMPILED.compile
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "num_samples", "iterations", "num_elites")
+        at_least(0, self, "num_pi_trajs")
+        if self.precision is not None:
+            ComputeConfig(self.precision)
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
         names = ("num_samples", "iterations", "num_elites", "num_pi_trajs")
@@ -260,13 +272,6 @@ def published_budget(action_dim: int) -> PlannerConfig:
 def part(cls: type[T], config: Any) -> T:
     """The `cls` part of a config that inherits from it, e.g. `part(PlannerConfig, train_config)`."""
     return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})  # type: ignore[arg-type]
-
-
-def at_least(least: float, config: Any, *names: str) -> None:
-    """Raise ConfigError where one of these numbers of a config is smaller, or none."""
-    for name in names:
-        if not getattr(config, name) >= least:
-            raise ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
 
 
 def discount_of(episode_length: int) -> float:

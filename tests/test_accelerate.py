@@ -280,9 +280,9 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
     ],
 )
 def test_a_mistake_is_found_before_anything_is_written(mistake: dict[str, Any], tmp_path: Path) -> None:
-    config = AccelerateConfig(task="walker-walk", checkpoint=str(TEACHER), out=str(tmp_path / "a"), **mistake)
+    given = {"task": "walker-walk", "checkpoint": str(TEACHER), "out": str(tmp_path / "a"), **mistake}
     with pytest.raises(ConfigError, match=next(iter(mistake))):
-        run_job(config, Console())
+        run_job(AccelerateConfig(**given), Console())
     assert not (tmp_path / "a").exists()
 
 

@@ -2,7 +2,7 @@
 
 from .collect import collect
 from .dataset import Recording, load_shards
-from .train import CorrectorTrainConfig, Errors, Trained, check, error_table, train_corrector
+from .train import CorrectorTrainConfig, Errors, Trained, error_table, train_corrector
 
 __all__ = [
     "CorrectorTrainConfig",

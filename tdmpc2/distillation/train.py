@@ -20,7 +20,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..config import CorrectorConfig, at_least
+from ..checked import Checked, at_least, within
+from ..config import CorrectorConfig
 from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corrector, save_corrector
 from ..errors import ConfigError, DataError, TDMPC2Error
 from ..files import in_use
@@ -33,7 +34,7 @@ VALIDATION_STARTS = 256  # stretches that a validation looks at
 
 
 @dataclass(frozen=True)
-class CorrectorTrainConfig:
+class CorrectorTrainConfig(Checked):
     """How correctors are trained."""
 
     architecture: str = "all"  # or one of them: two_tower, temporal, distilled
@@ -54,6 +55,17 @@ class CorrectorTrainConfig:
     num_layers: int = 2
     num_heads: int = 4
 
+    def check_ranges(self) -> None:
+        at_least(1, self, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
+        at_least(3, self, "held_out_every")
+        at_least(0, self, "seed")
+        within(self, 0, 1e12, "rollout_coef", "residual_coef", "weight_decay")
+        within(self, 1e-12, 1, "lr")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
+        for name in _names(self):
+            build_corrector(_architecture(self, name, latent_dim=8, action_dim=1))
+
 
 class Errors(NamedTuple):
     """Mean L1 distance to the teacher's action on held-out episodes, for k = 1 ... S.
@@ -69,20 +81,6 @@ class Errors(NamedTuple):
 class Trained(NamedTuple):
     corrector: BaseCorrector  # in evaluation mode
     errors: Errors  # on the test episodes
-
-
-def check(config: CorrectorTrainConfig) -> None:
-    """Raise ConfigError for a setting that cannot be."""
-    c = config
-    at_least(1, c, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
-    at_least(3, c, "held_out_every")
-    at_least(0, c, "rollout_coef", "residual_coef", "weight_decay")
-    if c.loss not in LOSSES:
-        raise ConfigError(f"loss={c.loss!r}: choose one of {', '.join(LOSSES)}")
-    if not 0 < c.lr < math.inf:
-        raise ConfigError(f"lr={c.lr}: must be positive and finite")
-    for name in _names(c):
-        build_corrector(_architecture(c, name, latent_dim=8, action_dim=1))
 
 
 def _names(config: CorrectorTrainConfig) -> list[str]:
@@ -131,7 +129,6 @@ def train_corrector(
         FileError: `out` cannot be written.
         TDMPC2Error: training diverged.
     """
-    check(config)
     _check_fits(model, data)
     trained = {}
     with in_use(out):

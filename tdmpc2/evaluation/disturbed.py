@@ -25,7 +25,6 @@ from .evaluate import (
     EpisodesConfig,
     EvaluationConfig,
     Subject,
-    check_episodes,
     check_unseen,
     claim,
     run_modes,
@@ -67,7 +66,6 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
             seeds, or the folder for the results has other settings.
         TaskError: the task cannot be disturbed.
     """
-    check_episodes(config)
     if not config.kinds or set(config.kinds) - set(STRENGTHS):
         raise ConfigError(f"kinds={list(config.kinds)}: choose of {', '.join(STRENGTHS)}")
     folder = Path(config.agent)

@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..agent import SpeculativeAgent
-from ..config import SpeculationConfig, at_least, part
+from ..checked import Checked, at_least
+from ..config import SpeculationConfig, part
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, difference, read_json, write_json
@@ -46,12 +47,16 @@ PUSH = ("push", 0.3)  # the disturbance that a chosen mode must withstand
 
 
 @dataclass(frozen=True)
-class EpisodesConfig:
+class EpisodesConfig(Checked):
     """Which episodes are evaluated."""
 
     eval_episodes: int = 20  # per mode
     eval_seed: int = 20_000  # the first of them; the others follow
     num_envs: int = 10  # episodes run as one batch
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "eval_episodes", "num_envs")
+        at_least(0, self, "eval_seed")
 
     @property
     def eval_seeds(self) -> range:
@@ -70,34 +75,28 @@ class EvaluationConfig(EpisodesConfig):
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must hold
     min_return_pushed: float = 0.95  # the same where both are pushed, on average
 
+    def check_ranges(self) -> None:
+        at_least(2, self, "calibration_episodes")  # a single one has no interval: no mode could be chosen
+        at_least(1, self, "latency_steps")
+        at_least(0, self, "calibration_seed")
+        for name in ("quantile", "min_return", "min_return_pushed"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0 and at most 1")
+        if not 0 <= self.label_episodes <= min(self.num_envs, self.eval_episodes):
+            raise ConfigError(
+                f"label_episodes={self.label_episodes}: these are among the episodes that run at once, at "
+                f"most {min(self.num_envs, self.eval_episodes)}"
+            )
+        if overlap(self.eval_seeds, self.calibration_seeds):
+            raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+
     @property
     def calibration_seeds(self) -> range:
         return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
 
 
-def check_episodes(config: EpisodesConfig) -> None:
-    """Raise ConfigError for settings that cannot be."""
-    at_least(1, config, "eval_episodes", "num_envs")
-    at_least(0, config, "eval_seed")
-
-
-def check_evaluation(config: EvaluationConfig) -> None:
-    """Raise ConfigError for settings that cannot be."""
-    c = config
-    check_episodes(c)
-    at_least(2, c, "calibration_episodes")  # a single one has no interval, so no mode could be chosen
-    at_least(1, c, "latency_steps")
-    at_least(0, c, "calibration_seed")
-    for name in ("quantile", "min_return", "min_return_pushed"):
-        if not 0 < getattr(c, name) <= 1:
-            raise ConfigError(f"{name}={getattr(c, name)}: must be above 0 and at most 1")
-    if not 0 <= c.label_episodes <= min(c.num_envs, c.eval_episodes):
-        raise ConfigError(
-            f"label_episodes={c.label_episodes}: these are among the episodes that run at once, at most "
-            f"{min(c.num_envs, c.eval_episodes)}"
-        )
-    if set(c.eval_seeds) & set(c.calibration_seeds):
-        raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+def overlap(a: range, b: range) -> bool:
+    return max(a.start, b.start) < min(a.stop, b.stop)
 
 
 def check_unseen(seeds: Iterable[int], correctors: Iterable[Path]) -> None:
@@ -357,7 +356,6 @@ def evaluate(
     Raises:
         ConfigError: the seeds overlap, or `out` holds an evaluation with other settings.
     """
-    check_evaluation(config)
     seeds = config.eval_seeds
     settings = {
         "task": subject.teacher.task,

@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 
 from ..agent import TDMPC2, SpeculativeAgent
+from ..checked import at_least, within
 from ..cli import provenance, save_config
 from ..config import (
     MODEL_SIZES,
+    SYMLOG,
     TEACHER,
     ComputeConfig,
     PlannerConfig,
     UpdateConfig,
     WorldModelConfig,
-    at_least,
     discount_of,
     part,
     published_budget,
@@ -92,11 +93,9 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     def check_ranges(self) -> None:
         """Raise ConfigError for a number that no run can have."""
         at_least(1, self, "steps", "buffer_size", "eval_freq", "eval_episodes", "checkpoint_freq")
-        at_least(0, self, "seed")
-        if self.seed_steps is not None:
-            at_least(0, self, "seed_steps")
-        if self.threads is not None:
-            at_least(1, self, "threads")
+        at_least(0, self, "seed", "seed_steps")
+        at_least(1, self, "threads")
+        within(self, *SYMLOG, "vmin", "vmax")
 
 
 class Trainer:

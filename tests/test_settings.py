@@ -1,0 +1,68 @@
+"""Every setting of every script: numbers that cannot be are refused by name, before any work begins."""
+
+import math
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from scripts.collect_corrector_data import Settings as CollectConfig
+from scripts.eval_corrector import EvalCorrectorConfig
+from scripts.evaluate import EvaluateConfig
+from scripts.train_corrector import Settings as TrainCorrectorConfig
+from tdmpc2.accelerate import AccelerateConfig
+from tdmpc2.errors import ConfigError
+from tdmpc2.evaluation.disturbed import DisturbedConfig
+from tdmpc2.training.trainer import TrainConfig
+
+SETTINGS: dict[str, Any] = {
+    "accelerate": AccelerateConfig,
+    "collect_corrector_data": CollectConfig,
+    "eval_corrector": EvalCorrectorConfig,
+    "eval_disturbed": DisturbedConfig,
+    "evaluate": EvaluateConfig,
+    "train": TrainConfig,
+    "train_corrector": TrainCorrectorConfig,
+}
+NUMBERS = (int, int | None, float, float | None)
+SIGNED = {"vmin", "vmax"}  # in symlog units
+MAY_BE_ZERO = {
+    *("seed", "eval_seed", "calibration_seed", "collect_seed"),
+    *("rounds", "label_episodes", "num_pi_trajs", "seed_steps", "vmin", "vmax"),
+    *("enc_lr_scale", "rho", "temperature", "min_std", "weight_decay"),
+}
+
+
+def test_no_script_is_left_out() -> None:
+    scripts = {path.stem for path in (Path(__file__).parents[1] / "scripts").glob("*.py")}
+    assert scripts == SETTINGS.keys() | {"write_results"}, "which has no numbers"
+
+
+def refused(settings: type, name: str, value: Any) -> bool:
+    """Whether these settings refuse the value of one of them, which then is named."""
+    required = {
+        f.name: "x" for f in fields(settings) if f.default is MISSING and f.default_factory is MISSING
+    }
+    try:
+        settings(**{**required, name: value})
+    except ConfigError as e:
+        assert name in str(e) or "seeds overlap" in str(e)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_numbers_that_cannot_be(script: str) -> None:
+    hints = {name: hint for name, hint in get_type_hints(SETTINGS[script]).items() if hint in NUMBERS}
+
+    def accepted(value: Any, *types: Any) -> set[str]:
+        return {n for n, hint in hints.items() if hint in types and not refused(SETTINGS[script], n, value)}
+
+    for value in ("many", True, 2**63, [1], math.nan):
+        assert not accepted(value, *NUMBERS)
+    assert not accepted(1.5, int, int | None)
+    assert not accepted(math.inf, float, float | None)
+    assert accepted(-1, *NUMBERS) <= SIGNED
+    assert accepted(-1e-9, float, float | None) <= SIGNED
+    assert accepted(0, *NUMBERS) <= MAY_BE_ZERO | {n for n in hints if n.endswith("_coef")}
