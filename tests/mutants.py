@@ -56,9 +56,9 @@ class Result(NamedTuple):
     by: str  # the test that failed
 
 
-def read_mutants(path: Path = Path(__file__).with_suffix(".toml")) -> list[Mutant]:
+def read_mutants() -> list[Mutant]:
     """The mutants of the list, in its order."""
-    files = tomllib.loads(path.read_text())
+    files = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
     tests = files.pop("tests")
     return [Mutant(file, **entry, tests=tests[file]) for file, entries in files.items() for entry in entries]
 
@@ -148,11 +148,11 @@ def page(results: Sequence[Result]) -> str:
     lines = [
         "# Mutation testing",
         "",
-        f"Each line below is a change of the code that a user would meet. Tests notice {score(results)} of them.",
+        f"Each line is a change of the code that a user would meet. Tests notice {score(results)} of them.",
         "",
-        "Written by `python tests/mutants.py`, which makes each change in a copy of the repository and runs the",
-        "tests of the changed file. `tests/mutants.toml` has the changes themselves. A test that ran for more",
-        f"than {SLOWER} times its usual time counts as a notice (`timeout`).",
+        "Written by `python tests/mutants.py`, which makes one change after another in a copy of the",
+        "repository and runs the tests of the changed file. `tests/mutants.toml` has the changes themselves.",
+        f"A test that ran for more than {SLOWER} times its usual time counts as a notice (`timeout`).",
     ]
     for file in dict.fromkeys(r.mutant.file for r in results):
         own = [r for r in results if r.mutant.file == file]

@@ -42,7 +42,7 @@ def task_results(scale: float, ratio: float, chosen: str, extra: str = "") -> Ta
         )
         for mode, (returns, calls) in modes.items()
     )
-    steps = pd.DataFrame({"mode": list(modes), "kind": "planned", "k": 0, "delta_a": 0.0})
+    steps = pd.DataFrame({"mode": list(modes), "kind": "planned", "delta_a": 0.0, "action_change": 0.0})
     latency = pd.DataFrame(
         {"mode": ["baseline", *modes], "kind": "planned", "act_ms": [20.0, 20.0, 2.0, 5.0][: len(modes) + 1]}
     )

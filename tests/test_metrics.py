@@ -152,6 +152,15 @@ def test_interval_of_a_mean_is_that_of_student() -> None:
     assert mean_interval(values) == mean_interval(values), "the same seed, the same interval"
 
 
+def test_interval_of_ten_episodes_is_as_wide_as_that_of_student() -> None:
+    """Percentiles that are not moved outwards by n / (n - 1) are 5 % narrower, plain ones by 18 %."""
+    ratios = []
+    for values in np.random.default_rng(0).normal(100, 10, (8, 10)):
+        low, high = mean_interval(values)
+        ratios.append((high - low) / (2 * stats.t.ppf(0.975, 9) * stats.sem(values)))
+    assert 0.96 < np.mean(ratios) < 1.02
+
+
 @pytest.mark.filterwarnings("error")
 def test_interval_is_not_taken_from_the_resamples_that_happen_to_be_positive() -> None:
     ratio, low, high = paired_ratio(np.array([10.0, -1.0, 2.0]), np.array([10.0, -1.0, -2.0]))
@@ -256,15 +265,8 @@ def test_means_and_quartiles_by_step_in_plan() -> None:
 def test_what_is_uncertain_does_not_hold_up_and_the_baseline_always_does() -> None:
     baseline = [100.0, 100.0, 100.0, 100.0]
     episodes = episodes_of(baseline=baseline, sure=[99.0] * 4, unsure=[60.0, 140.0, 80.0, 120.0])
-    steps = pd.DataFrame(
-        {
-            "mode": ["baseline", "sure", "unsure"],
-            "kind": "planned",
-            "k": 0,
-            "delta_a": 0.0,
-            "action_change": 0.0,
-        }
-    )
+    columns = {"kind": "planned", "k": 0, "delta_a": 0.0, "action_change": 0.0}
+    steps = pd.DataFrame({"mode": ["baseline", "sure", "unsure"], **columns})
     assert holds_up(summarise(episodes, steps, None), 0.98).tolist() == [True, True, False]
     one = episodes[episodes["seed"] == 100]  # an episode each, so no interval
     assert holds_up(summarise(one, steps, None), 0.5).tolist() == [True, False, False]
