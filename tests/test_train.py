@@ -274,7 +274,7 @@ def test_kill_9_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     )
     train_csv = tmp_path / "parts/train.csv"
     checkpoint = tmp_path / "parts/checkpoint.safetensors"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not checkpoint.exists() or len(train_csv.read_text().splitlines()) < 5:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)

@@ -42,12 +42,10 @@ class Log:
         config: dict[str, Any] | None = None,
     ):
         self._wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
-        self._stack = ExitStack()
         self._files, self._writers = {}, {}
-        with _named(folder):
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with _named(folder), ExitStack() as stack:
             for name, header in columns.items():
-                file = self._stack.enter_context((folder / f"{name}.csv").open("a", newline=""))
+                file = stack.enter_context((folder / f"{name}.csv").open("a", newline=""))
                 size = sizes[name] if sizes else 0
                 if os.path.getsize(file.name) < size:
                     raise DataError(f"{file.name} has lost rows: restore it, or start the run anew elsewhere")
@@ -56,6 +54,8 @@ class Log:
                 self._writers[name] = csv.DictWriter(file, header, lineterminator="\n")
                 if not sizes:
                     self._writers[name].writeheader()
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._stack = stack.pop_all()
 
     def write(self, table: str, row: Mapping[str, float]) -> None:
         """Append a row; columns that it leaves out stay empty.
