@@ -34,9 +34,12 @@ def test_outcomes_are_those_of_the_tests(tmp_path: Path, monkeypatch: pytest.Mon
     assert [r.outcome for r in results] == ["killed", "survived"]
     assert results[0].by == "test_double" and mutants.score(results) == "1 of 2 (50 %)"
     assert "| 3 * x! | `test_double` |\n| x * 2! | survived |" in mutants.page(results)
-    with pytest.raises(RuntimeError, match="no test ran"):
-        next(mutants.run([mutant("None\nraise ValueError  # ")]))
     assert (tmp_path / "package/code.py").read_text().endswith("return 2 * x\n"), "changed in the copy alone"
+    monkeypatch.setattr(mutants, "run_tests", lambda *_: (None, ""))
+    assert mutants.outcome_of(mutant("while"), tmp_path, 1.0).outcome == "timeout"
+    monkeypatch.setattr(mutants, "run_tests", lambda *_: (2, "SyntaxError"))
+    with pytest.raises(RuntimeError, match="no test ran"):
+        mutants.outcome_of(mutant("while"), tmp_path, 1.0)
 
 
 def test_the_page_is_of_this_list() -> None:
