@@ -256,7 +256,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_kill_9_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "short_hopper.py").write_text(SHORT_HOPPER)
     monkeypatch.syspath_prepend(tmp_path)
     task = "short_hopper:Short-v0"
@@ -269,17 +269,19 @@ def test_kill_9_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     command = [sys.executable, str(ROOT / "scripts/train.py")]
     command += [f"{key}={value}" for key, value in settings.items()]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    train_csv = tmp_path / "parts/train.csv"
-    checkpoint = tmp_path / "parts/checkpoint.safetensors"
+    train_csv, checkpoint = (tmp_path / "parts" / name for name in ("train.csv", "checkpoint.safetensors"))
     deadline = time.monotonic() + 300
-    while not checkpoint.exists() or len(train_csv.read_text().splitlines()) < 5:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    for stop, rows_before, status in ((signal.SIGTERM, 2, 128 + signal.SIGTERM), (signal.SIGKILL, 5, -9)):
+        process = subprocess.Popen(
+            command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not checkpoint.exists() or len(train_csv.read_text().splitlines()) < rows_before:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(stop)
+        output, _ = process.communicate()
+        assert process.returncode == status, output
+        assert stop == signal.SIGKILL or "; resume=true goes on from step " in output
 
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -47,7 +47,7 @@ from ..config import (
 from ..envs import is_episodic, make_env, max_episode_steps
 from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
-from ..files import atomic_write, file_name, in_use
+from ..files import atomic_write, difference, file_name, in_use
 from ..progress import SILENT, Progress
 from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
 from ..world_model.model import WorldModel
@@ -434,13 +434,15 @@ class Trainer:
                 )
             return None
         tensors, loop = read_state(self.checkpoint, self._where({}))
-        for name, ours in asdict(self.config).items():
-            theirs = loop["config"].get(name)
-            if name not in FREE_ON_RESUME and theirs != ours:
-                raise ConfigError(
-                    f"the run in {self.folder} has {name}={theirs}, not {ours}: resume it with its own "
-                    "settings (see train_config.json)"
-                )
+        kept = [
+            {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}
+            for settings in (loop["config"], asdict(self.config))
+        ]
+        if differs := difference(*kept):
+            raise ConfigError(
+                f"the run in {self.folder} has {differs}: resume it with its own settings (see "
+                "train_config.json)"
+            )
         restore(self.checkpoint, tensors, self.update, self.generators)
         self.step = self.saved_step = loop["step"]
         self.episode, self.updates = loop["episode"], loop["updates"]
