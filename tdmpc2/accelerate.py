@@ -81,14 +81,14 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         FileError: the folder cannot be written.
     """
     out = Path(config.out or f"accelerated/{config.task.replace(':', '-')}")
+    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    teacher.agent()  # refuses a planning budget that cannot be
     with in_use(out):
-        return _accelerate(config, out, console)
+        return _accelerate(config, teacher, out, console)
 
 
-def _accelerate(config: AccelerateConfig, out: Path, console: Console) -> Path:
+def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, console: Console) -> Path:
     c = config
-    teacher = open_teacher(c.task, c.checkpoint, c, c.device)
-    teacher.agent()  # refuses a planning budget or precision that cannot be
     # The teacher is known by its weights, wherever its file and this folder lie.
     settings = {name: value for name, value in asdict(c).items() if name not in ("checkpoint", "out")}
     settings["teacher"] = teacher.fingerprint

@@ -1,29 +1,30 @@
-"""Every setting of every script: numbers that cannot be are refused by name, before any work begins."""
+"""Numbers that cannot be and folders that cannot be written are refused by name, before any work begins."""
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from rich.console import Console
 
-from scripts.collect_corrector_data import Settings as CollectConfig
-from scripts.eval_corrector import EvalCorrectorConfig
-from scripts.evaluate import EvaluateConfig
-from scripts.train_corrector import Settings as TrainCorrectorConfig
-from tdmpc2.accelerate import AccelerateConfig
-from tdmpc2.errors import ConfigError
+from scripts import collect_corrector_data, eval_corrector, evaluate, train, train_corrector
+from tdmpc2.accelerate import AccelerateConfig, accelerate
+from tdmpc2.envs.guard import Guard
+from tdmpc2.errors import ConfigError, FileError
 from tdmpc2.evaluation.disturbed import DisturbedConfig
 from tdmpc2.training.trainer import TrainConfig
 
+TEACHER = str(Path(__file__).parent / "fixtures/official/state_small.pt")
 SETTINGS: dict[str, Any] = {
     "accelerate": AccelerateConfig,
-    "collect_corrector_data": CollectConfig,
-    "eval_corrector": EvalCorrectorConfig,
+    "collect_corrector_data": collect_corrector_data.Settings,
+    "eval_corrector": eval_corrector.EvalCorrectorConfig,
     "eval_disturbed": DisturbedConfig,
-    "evaluate": EvaluateConfig,
+    "evaluate": evaluate.EvaluateConfig,
     "train": TrainConfig,
-    "train_corrector": TrainCorrectorConfig,
+    "train_corrector": train_corrector.Settings,
 }
 NUMBERS = (int, int | None, float, float | None)
 SIGNED = {"vmin", "vmax"}  # in symlog units
@@ -66,3 +67,29 @@ def test_numbers_that_cannot_be(script: str) -> None:
     assert accepted(-1, *NUMBERS) <= SIGNED
     assert accepted(-1e-9, float, float | None) <= SIGNED
     assert accepted(0, *NUMBERS) <= MAY_BE_ZERO | {n for n in hints if n.endswith("_coef")}
+
+
+def no_work(*_: Any, **__: Any) -> None:
+    raise AssertionError("work began")
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+@pytest.mark.parametrize(
+    ("script", "main"),
+    [
+        ("evaluate", evaluate.main),
+        ("collect_corrector_data", collect_corrector_data.main),
+        ("accelerate", lambda config: accelerate(config, Console())),
+        ("train", train.main),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    script: str, main: Callable[[Any], None], out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    monkeypatch.setattr(Guard, "reset", no_work)
+    given = {"task": "walker-walk", "compile": False}
+    given |= {"work_dir": out, "model_size": 1} if script == "train" else {"checkpoint": TEACHER, "out": out}
+    with pytest.raises(FileError, match=f"^{out} cannot be written: (File exists|Not a directory)$"):
+        main(SETTINGS[script](**given))
