@@ -39,7 +39,7 @@ from .evaluation.evaluate import (
     overlap,
 )
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
-from .files import atomic_write, difference, in_order, in_use, read_json, write_json
+from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
@@ -80,9 +80,9 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         CheckpointError, DataError, TaskError: what was given cannot be used.
         FileError: the folder cannot be written.
     """
-    out = Path(config.out or f"accelerated/{config.task.replace(':', '-')}")
+    out = Path(config.out or f"accelerated/{file_name(config.task)}")
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)
-    teacher.agent()  # refuses a planning budget that cannot be
+    teacher.agent()  # refuses a planning budget or precision that cannot be
     with in_use(out):
         return _accelerate(config, teacher, out, console)
 

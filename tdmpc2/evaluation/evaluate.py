@@ -276,7 +276,8 @@ def choose(
         if fastest[name] >= (1 + ALIKE) * least:
             break
         tried[name] = modes[name]
-        summary = _calibration_summary(subject, tried, latency, config, out / "modes", console)
+        pair = {BASELINE: modes[BASELINE], name: modes[name]}
+        summary = _calibration_summary(subject, pair, latency, config, out / "modes", console)
         row = summary.iloc[-1]
         time, low = row["act_ms_mean"], row["return_difference_low"]
         better = time < limit and (time < (1 - ALIKE) * least or (time < (1 + ALIKE) * least and low > lower))
@@ -285,12 +286,14 @@ def choose(
         held.append(name)
         if pushed is not None:
             tried_pushed[name] = modes[name]
-            returns = _calibration_summary(pushed, tried_pushed, latency, config, out / "pushed", console)
-            returns = returns.set_index("mode")["return_mean"]
-            lost = returns[BASELINE] - returns[name]
-            if not lost <= (1 - config.min_return_pushed) * abs(returns[BASELINE]):
+            summary = _calibration_summary(pushed, pair, latency, config, out / "pushed", console)
+            reference, own = summary["return_mean"]
+            if not reference - own <= (1 - config.min_return_pushed) * abs(reference):
                 continue
         best, least, lower = name, min(time, least), low
+    _calibration_summary(subject, tried, latency, config, out / "modes", console)
+    if pushed is not None:
+        _calibration_summary(pushed, tried_pushed, latency, config, out / "pushed", console)
     if best:
         return Choice(
             best,
