@@ -461,7 +461,7 @@ def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.M
         calibration_episodes=3, num_envs=3, min_return_pushed=0.001, latency_steps=8
     )
     modes = {"baseline": SpeculationConfig(1), "naive": SpeculationConfig(4)}
-    monkeypatch.setattr(evaluate, "holds_up", lambda summary, least: summary.index >= 0)
+    monkeypatch.setattr(evaluate, "holds_up", lambda summary, least: pd.Series(True, summary.index))
     subject = evaluate.Subject(teacher, {})
     latency = evaluate._latency(subject, modes, config, tmp_path / "latency.csv", Console())
     latency["act_ms"] = np.where(latency["kind"] == "planned", 10.0, 1.0)
