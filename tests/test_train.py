@@ -139,7 +139,7 @@ def said(trainer: Trainer, **kwargs) -> list[str]:
 
 
 def resumable(folder: Path) -> Trainer:
-    return Trainer(tiny_config(folder, steps=100, checkpoint_freq=60, resume=True))
+    return Trainer(tiny_config(folder, steps=100, eval_freq=80, checkpoint_freq=40, resume=True))
 
 
 class Killed(BaseException):
@@ -192,11 +192,11 @@ def test_resumed_equals_uninterrupted(
 
     assert part(15) == ["stopped at step 15; nothing is saved yet"]
     assert part(35) == ["stopped at step 35; resume=true goes on from step 20"]  # the first episode's end
-    saved = (20, 60) if save_every else (40, 80)  # 60: checkpoint_freq, and an evaluation
-    assert part(55)[-1] == f"stopped at step 55; resume=true goes on from step {saved[0]}"
+    saved = 40 if save_every else 60  # 40: checkpoint_freq
+    assert part(75) == ["going on from step 20", f"stopped at step 75; resume=true goes on from step {saved}"]
     first, *_, last = part(95)
-    assert first == f"going on from step {saved[0]}"
-    assert last == f"stopped at step 95; resume=true goes on from step {saved[1]}"
+    assert first == f"going on from step {saved}"
+    assert last == "stopped at step 95; resume=true goes on from step 80"  # after the evaluation
     assert resumable(tmp_path).run() == tmp_path / "teacher"
     assert_equal_runs(whole, tmp_path)
 
@@ -312,6 +312,11 @@ def test_nothing_is_deleted_that_a_run_did_not_leave(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match=str(folder)):
                 Trainer(tiny_config(folder, resume=resume)).run()
         assert (folder / name).read_text() == "precious"
+    train_until(Trainer(tiny_config(tmp_path / "lost")), 45)
+    (tmp_path / "lost/checkpoint.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"holds train\.csv and no run to go on with"):
+        Trainer(tiny_config(tmp_path / "lost", resume=True)).run()
+    assert len(table(tmp_path / "lost/train.csv")) == 2
 
 
 def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ from ..config import (
 from ..envs import is_episodic, make_env, max_episode_steps
 from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
-from ..files import atomic_write, difference, file_name, in_use
+from ..files import atomic_write, difference, file_name, in_use, read_bytes
 from ..progress import SILENT, Progress
 from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
 from ..world_model.model import WorldModel
@@ -425,9 +425,10 @@ class Trainer:
                 "another work_dir"
             )
         if not self.checkpoint.exists():
-            found = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")}
-            # A run killed before its first checkpoint is begun anew; a model is none that it left.
-            if foreign := found & {"teacher", WEIGHTS} if settings else found:
+            foreign = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")}
+            if settings:  # of a run killed before its first checkpoint: in its first episode, without a model
+                foreign &= {"teacher", WEIGHTS, *(["train.csv"] if self._num_rows() > 1 else [])}
+            if foreign:
                 raise ConfigError(
                     f"{self.folder} holds {min(foreign)} and no run to go on with: choose another work_dir, "
                     "or empty it"
@@ -453,6 +454,11 @@ class Trainer:
         if self.evaluated_step and not teacher.exists():
             raise CheckpointError(f"{teacher} is missing: restore it, or start the run anew elsewhere")
         return loop["table_sizes"]
+
+    def _num_rows(self) -> int:
+        """Episodes in the table that is in the folder."""
+        table = self.folder / "train.csv"
+        return len(read_bytes(table).splitlines()) - 1 if table.exists() else 0
 
     def _empty_episode(self) -> Episode:
         """One row of the replay buffer."""
