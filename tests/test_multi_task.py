@@ -21,7 +21,9 @@ CHECKPOINT = Path(__file__).parent / "fixtures/official/mt30_small.pt"
 TASK, INDEX, OBS, ACTION = "cup-catch", 12, 8, 2  # of 24 observations and 6 actions
 STEPS = 6  # of an episode
 BUDGET = BudgetOverride(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4, compile=False)
-MODE = SpeculationConfig(execution_horizon=5, corrector="two_tower", refine_steps=1)  # two steps past the plan
+MODE = SpeculationConfig(
+    execution_horizon=5, corrector="two_tower", refine_steps=1
+)  # two steps past the plan
 
 
 @torch.no_grad()
