@@ -1,10 +1,11 @@
 """Mutation testing: changes of the code that a user would meet, and whether a test notices each of them.
 
-    python tests/mutants.py                    all of them; writes docs/mutation.md
-    python tests/mutants.py refine.py metrics  those in files with such names; writes nothing
+    python tests/mutants.py                    all of them
+    python tests/mutants.py refine.py metrics  those in files with such names
 
 Each mutant in `mutants.toml` replaces one text of the package. It is made in a copy of the repository, one
-at a time, and the tests that the list names for its file run there. It takes some minutes.
+at a time, and the tests that the list names for its file run there. What becomes of it is written to
+`docs/mutation.md`, which keeps what it says of mutants that are not run. All of them take half an hour.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch  # noqa: F401
 ROOT = Path(__file__).parents[1]
 COPIED = ("tdmpc2", "tests", "benchmarks", "scripts", "pyproject.toml")  # what tests need
 PASSED, FAILED = 0, 1  # exit codes of pytest
+NOBODY, TIMEOUT, NOT_RUN = "no test", "a timeout", "not run"  # where no test noticed a mutant
 SLOWER = 5  # times as long as unchanged, and a minute, until a mutant's tests are stopped
 
 
@@ -52,8 +54,7 @@ class Mutant(NamedTuple):
 
 class Result(NamedTuple):
     mutant: Mutant
-    outcome: str  # killed, survived or timeout
-    by: str  # the test that failed
+    by: str  # the first test that failed, or one of NOBODY, TIMEOUT and NOT_RUN
 
 
 def read_mutants() -> list[Mutant]:
@@ -130,21 +131,23 @@ def outcome_of(mutant: Mutant, folder: Path, timeout: float) -> Result:
     """Run the tests of a mutant that is in place in `folder`."""
     code, output = run_tests(folder, mutant.tests, timeout)
     if code is None:
-        return Result(mutant, "timeout", "")
-    if code not in (PASSED, FAILED):
-        raise RuntimeError(f"{mutant.file}, {mutant.why}: no test ran: {output[-2000:]}")
+        return Result(mutant, TIMEOUT)
+    if code == PASSED:
+        return Result(mutant, NOBODY)
     failed = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", output, re.MULTILINE)
-    return Result(mutant, "killed" if code == FAILED else "survived", failed[1] if failed else "")
+    if code != FAILED or failed is None:
+        raise RuntimeError(f"{mutant.file}, {mutant.why}: no test ran: {output[-2000:]}")
+    return Result(mutant, failed[1])
 
 
 def score(results: Sequence[Result]) -> str:
     """How many mutants were noticed, in words."""
-    noticed = sum(r.outcome != "survived" for r in results)
-    return f"{noticed} of {len(results)} ({100 * noticed / len(results):.0f} %)"
+    noticed = sum(r.by not in (NOBODY, NOT_RUN) for r in results)
+    return f"{noticed} of {len(results)} ({100 * noticed // len(results)} %)"
 
 
-def page(results: Sequence[Result]) -> str:
-    """The results in Markdown."""
+def to_page(results: Sequence[Result]) -> str:
+    """The results in Markdown, for `docs/mutation.md`."""
     lines = [
         "# Mutation testing",
         "",
@@ -152,13 +155,24 @@ def page(results: Sequence[Result]) -> str:
         "",
         "Written by `python tests/mutants.py`, which makes one change after another in a copy of the",
         "repository and runs the tests of the changed file. `tests/mutants.toml` has the changes themselves.",
-        f"A test that ran for more than {SLOWER} times its usual time counts as a notice (`timeout`).",
+        f"A test that runs for more than {SLOWER} times its usual time counts as a notice.",
     ]
     for file in dict.fromkeys(r.mutant.file for r in results):
         own = [r for r in results if r.mutant.file == file]
         lines += ["", f"## `{file}`: {score(own)}", "", "| change | noticed by |", "| --- | --- |"]
-        lines += [f"| {r.mutant.why} | {f'`{r.by}`' if r.by else r.outcome} |" for r in own]
+        lines += [f"| {r.mutant.why} | {r.by} |" for r in own]
     return "\n".join(lines) + "\n"
+
+
+def from_page(page: str, mutants: Sequence[Mutant]) -> list[Result]:
+    """What a page says of mutants; they are known by their files and what a user would meet."""
+    known, file = {}, ""
+    for line in page.splitlines():
+        if heading := re.match(r"## `(.+)`", line):
+            file = heading[1]
+        elif row := re.fullmatch(r"\| (.+) \| (.+) \|", line):
+            known[file, row[1]] = row[2]
+    return [Result(mutant, known.get((mutant.file, mutant.why), NOT_RUN)) for mutant in mutants]
 
 
 def main() -> int:
@@ -166,17 +180,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", help="parts of file names")
     names = parser.parse_args().names
-    mutants = [m for m in read_mutants() if not names or any(name in m.file for name in names)]
-    if not mutants:
+    mutants, path = read_mutants(), ROOT / "docs" / "mutation.md"
+    results = from_page(path.read_text() if path.exists() else "", mutants)
+    chosen = [m for m in mutants if not names or any(name in m.file for name in names)]
+    if not chosen:
         parser.error(f"no mutant is in a file with such a name: {' '.join(names)}")
-    results = []
-    for result in run(mutants):
-        results.append(result)
-        print(f"{result.outcome:9} {result.mutant.file}: {result.mutant.why}", flush=True)
+    for result in run(chosen):
+        results[mutants.index(result.mutant)] = result
+        path.write_text(to_page(results))
+        print(f"{result.mutant.file}: {result.mutant.why} Noticed by {result.by}", flush=True)
+    results = [r for r in results if r.mutant in chosen]
     print(f"noticed: {score(results)}")
-    if not names:
-        (ROOT / "docs" / "mutation.md").write_text(page(results))
-    return int(any(r.outcome == "survived" for r in results))
+    return int(any(r.by == NOBODY for r in results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""What tests put in the place of trained models and of noise."""
+"""What tests put in the place of trained models, of noise and of simulators."""
 
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium.spaces import Box
 from torch import Tensor
 
 from tdmpc2.config import PlannerConfig, WorldModelConfig
@@ -56,3 +61,36 @@ class Silence:
 
     def two_heads(self, num_q: int) -> Tensor:
         return torch.arange(2)
+
+
+class Seeded(gym.Env[np.ndarray, np.ndarray]):
+    """An episode with an even seed terminates, one with an odd seed is cut off, after 3 to 7 steps."""
+
+    observation_space = Box(-np.inf, np.inf, (24,), np.float32)
+    action_space = Box(-1, 1, (6,), np.float32)
+
+    def __init__(self) -> None:
+        self.seeds: list[int | None] = []  # of all resets
+        self.steps: list[tuple[np.ndarray, np.ndarray]] = []  # observations and actions
+        self.closed = False
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        self.seed, self.t = -1 if seed is None else seed, 0
+        self.x = self.np_random.normal(size=24).astype(np.float32)
+        return self.x.copy(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps.append((self.x, np.array(action)))
+        self.t += 1
+        self.x = (0.9 * self.x + np.resize(action, 24)).astype(np.float32)
+        ended, even = self.t == length(self.seed), self.seed % 2 == 0
+        return self.x.copy(), float(action[0]), ended and even, ended and not even, {}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def length(seed: int) -> int:
+    return 3 + seed % 5

@@ -25,7 +25,7 @@ from tdmpc2.corrector import BaseCorrector, History, build_corrector, load_corre
 from tdmpc2.distillation import CorrectorTrainConfig, collect, error_table, load_shards, train_corrector
 from tdmpc2.distillation.collect import BURST_EVERY, BURST_STEPS, Bursts
 from tdmpc2.distillation.dataset import Recording, episode_bounds, read_shard, split_starts, write_shard
-from tdmpc2.distillation.losses import correction_loss, unroll
+from tdmpc2.distillation.losses import Unrolled, correction_loss, distance, unroll
 from tdmpc2.errors import ConfigError, DataError, TDMPC2Error
 from tdmpc2.evaluation.rollout import measure_latency, random_returns, rollout
 from tdmpc2.files import LOCK, in_use
@@ -509,7 +509,7 @@ def shares_by_seed(folder: Path, teacher: Drifting) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal"])
-@pytest.mark.parametrize("earlier", [2, 4])
+@pytest.mark.parametrize("earlier", [2, 3, 4])
 def test_replayed_stretch_is_what_the_agent_does(model: WorldModel, architecture: str, earlier: int) -> None:
     """The agent executes plans of `earlier` steps, then one of 6: the stretch feeds the same, unrefined."""
     corrector = make_corrector(model, architecture)
@@ -587,6 +587,16 @@ def test_rollout_loss_by_hand(model: WorldModel, loss: str) -> None:
         z_pred = model.next(z_pred, action)
     u = unroll(model, corrector, data, torch.tensor([2]), torch.tensor([1]), 4)
     assert float(correction_loss(u, 0.3, loss)) == pytest.approx(total / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("l1", (1 + 2 + 7) / 3), ("mse", (1 + 4 + 25) / 3)])
+def test_a_loss_is_the_mean_over_the_steps_inside_their_episodes(loss: str, expected: float) -> None:
+    action = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [9.0, 9.0]]])  # [S, B, A]
+    inside = torch.tensor([[True, True], [True, False]])
+    u = Unrolled(action, planned=action - 1, teacher=torch.zeros(2, 2, 2), inside=inside)
+    assert float(correction_loss(u, 0.0, loss)) == pytest.approx(expected)
+    assert float(correction_loss(u, 0.1, loss)) == pytest.approx(expected + 0.1 * 2)
+    assert distance(action, u).tolist() == [1.5, 7.0]
 
 
 @torch.no_grad()

@@ -3,14 +3,11 @@
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
-from stand_ins import Silence
+from stand_ins import Seeded, Silence, length
 
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import TEACHER, CorrectorConfig, PlannerConfig, SpeculationConfig
@@ -21,39 +18,6 @@ from tdmpc2.world_model import WorldModel, load_world_model
 BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
 SEEDS = [7, 3, 4, 6, 5]
 NAIVE = SpeculationConfig(execution_horizon=2)
-
-
-class Seeded(gym.Env[np.ndarray, np.ndarray]):
-    """An episode with an even seed terminates, one with an odd seed is cut off, after 3 to 7 steps."""
-
-    observation_space = Box(-np.inf, np.inf, (24,), np.float32)
-    action_space = Box(-1, 1, (6,), np.float32)
-
-    def __init__(self) -> None:
-        self.seeds: list[int | None] = []  # of all resets
-        self.steps: list[tuple[np.ndarray, np.ndarray]] = []  # observations and actions
-        self.closed = False
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
-        super().reset(seed=seed)
-        self.seeds.append(seed)
-        self.seed, self.t = -1 if seed is None else seed, 0
-        self.x = self.np_random.normal(size=24).astype(np.float32)
-        return self.x.copy(), {}
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        self.steps.append((self.x, np.array(action)))
-        self.t += 1
-        self.x = (0.9 * self.x + np.resize(action, 24)).astype(np.float32)
-        ended, even = self.t == length(self.seed), self.seed % 2 == 0
-        return self.x.copy(), float(action[0]), ended and even, ended and not even, {}
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def length(seed: int) -> int:
-    return 3 + seed % 5
 
 
 class Environments(list[Seeded]):
