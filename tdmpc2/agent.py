@@ -21,6 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +52,6 @@ from .world_model.checkpoint import (
     spelling,
 )
 from .world_model.model import WorldModel
-
 
 
 class Kind(IntEnum):
@@ -121,8 +121,6 @@ class TDMPC2:
         compute: precision of planning, and whether to compile; not of encoding and acting.
     """
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def __init__(
         self,
         model: WorldModel,
@@ -134,7 +132,7 @@ class TDMPC2:
         task: int | None = None,
         compute: ComputeConfig = EAGER,
     ):
-        if not isinstance(num_envs, int) or num_envs < 1:
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
             raise ConfigError(f"num_envs={num_envs}: must be a whole number, at least 1")
         if task is not None and not model.config.num_tasks:
             raise ConfigError(f"task={task}: this model knows a single task")
@@ -146,11 +144,12 @@ class TDMPC2:
         self.device = next(model.parameters()).device
         self.planner = Planner(model, planner, discount, NoiseSource(seed, self.device), compute)
         self.task = None
-        if task is not None:
-            self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
         shape = (num_envs, planner.horizon, model.config.action_dim)
-        self._mean = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        self._one_step = torch.ones(num_envs, dtype=torch.long, device=self.device)
+        with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+            if task is not None:
+                self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
+            self._mean = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            self._one_step = torch.ones(num_envs, dtype=torch.long, device=self.device)
         self._has_acted = False
         forks_have_one_thread()
 
@@ -242,8 +241,6 @@ class SpeculativeAgent:
         corrector: corrects the steps after the first; None executes them as planned.
     """
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def __init__(
         self,
         teacher: TDMPC2,
@@ -266,13 +263,14 @@ class SpeculativeAgent:
         n, model = teacher.num_envs, teacher.model
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
         numbers: dict[str, Any] = dict(dtype=torch.float32, device=device)  # whatever PyTorch's default is
-        self._thresholds = torch.tensor(config.threshold or (math.inf,), **numbers)
-        self._actions = torch.zeros(n, horizon, action, **numbers)
-        self._z_pred = torch.zeros(n, latent, **numbers)
-        self._promised = torch.full((n,), torch.nan, **numbers)
-        self._td_error = torch.full((n,), config.usual_td_error, **numbers)  # running mean
-        self._k = torch.full((n,), config.execution_horizon, device=device)
-        self._history = None if corrector is None else corrector.no_history(n)
+        with torch.inference_mode(False):  # as in `TDMPC2`
+            self._thresholds = torch.tensor(config.threshold or (math.inf,), **numbers)
+            self._actions = torch.zeros(n, horizon, action, **numbers)
+            self._z_pred = torch.zeros(n, latent, **numbers)
+            self._promised = torch.full((n,), torch.nan, **numbers)
+            self._td_error = torch.full((n,), config.usual_td_error, **numbers)  # running mean
+            self._k = torch.full((n,), config.execution_horizon, device=device)
+            self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1

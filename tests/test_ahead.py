@@ -249,7 +249,7 @@ def test_a_cache_that_is_read_only_is_used(cache: Path, compiled: bytes, monkeyp
     making.open()
 
     def read_only(*args: Any, **kwargs: Any) -> Any:
-        if kwargs["dir"] == cache:
+        if kwargs.get("dir", cache) == cache:
             raise OSError(30, "Read-only file system", str(cache))
         return make_file(*args, **kwargs)
 
@@ -499,7 +499,7 @@ CHANGES: dict[type, dict[str, list[tuple[Any, set[str]]]]] = {
         "threshold": [((0.5, 0.7), NEITHER)],
         "min_td_error": [(-1.0, NEITHER)],
         "usual_td_error": [(-1.0, NEITHER)],
-        "refine_steps": [(0, STEP), (2, STEP), (3, STEP)],
+        "refine_steps": [(1, STEP), (2, STEP), (3, STEP)],
         "plan_length": [(0, STEP), (1, STEP), (2, NEITHER)],
         "iterations": [(1, NEITHER)],
     },

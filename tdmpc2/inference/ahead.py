@@ -93,7 +93,7 @@ class AheadOfTime:
         """The library for such inputs, the batch being free in the first `varying` of them."""
         leaves, spec = tree_flatten((args, kwargs))
         present = [x is not None for x in leaves]
-        layouts = [(x.dtype, x.shape[i < varying :], x.stride()[i < varying :]) for i, x in enumerate(inputs)]
+        layouts = [_layout(x, leave_out=int(i < varying)) for i, x in enumerate(inputs)]
         try:
             key = (self._depends_on, self._code(), [*self._weights], present, layouts, varying, _machine())
             name = hashlib.sha256(repr((key, torch.get_num_threads())).encode()).hexdigest()[:32]
@@ -165,6 +165,12 @@ class _Caller(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+def _layout(x: Tensor, leave_out: int) -> tuple[object, ...]:
+    """Dtype, and size and stride of every axis but the first ones; of a single entry no stride matters."""
+    axes = zip(x.shape[leave_out:], x.stride()[leave_out:], strict=True)
+    return x.dtype, [(size, stride if size > 1 else 1) for size, stride in axes]
 
 
 @lru_cache
