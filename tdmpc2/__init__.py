@@ -1,21 +1,26 @@
 """Speculative TD-MPC2: plan once, execute several steps, correct them, replan when reality drifts."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .agent import TDMPC2, SpeculativeAgent, load_agent
+from .agent import TDMPC2, Kind, SpeculativeAgent, StepInfo, load_agent
 from .errors import TDMPC2Error
 from .version import __version__
 from .world_model import WorldModel, load_world_model
 
 if TYPE_CHECKING:
+    from . import envs
     from .envs import make_env
 
 __all__ = [
     "TDMPC2",
+    "Kind",
     "SpeculativeAgent",
+    "StepInfo",
     "TDMPC2Error",
     "WorldModel",
     "__version__",
+    "envs",
     "load_agent",
     "load_world_model",
     "make_env",
@@ -23,9 +28,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`make_env`, when it is asked for: an agent that acts in a world of its own needs no Gymnasium."""
-    if name == "make_env":
-        from .envs import make_env
-
-        return make_env
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """`envs` and `make_env`, when they are asked for: in a world of its own an agent needs no Gymnasium."""
+    if name not in ("envs", "make_env"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    envs = importlib.import_module(".envs", __name__)
+    return envs if name == "envs" else envs.make_env

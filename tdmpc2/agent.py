@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple, TypeVar, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ from .config import (
 )
 from .corrector import ARCHITECTURES, BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
-from .inference import AheadOfTime, Compiled
+from .inference import AheadOfTime, Compiled, forks_have_one_thread
+from .inputs import Array, like, read_mask, read_observation
 from .mismatch import TD_STEPS, mismatch
 from .planner import NoiseSource, Plan, Planner, warm_start
 from .refine import refine
@@ -51,8 +52,6 @@ from .world_model.checkpoint import (
     spelling,
 )
 from .world_model.model import WorldModel
-
-Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 class Kind(IntEnum):
@@ -74,6 +73,19 @@ class StepInfo(NamedTuple):
     td_error: Tensor  # [B], of the step before; NaN in an episode's first, and where none is watched
     correction: Tensor  # [B], norm of executed minus planned action
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """`kind` by name, e.g. `[Kind.PLANNED, Kind.CORRECTED]`."""
+        return [Kind(kind) for kind in self.kind.tolist()]
+
+    def __repr__(self) -> str:
+        """In words: `kind=CORRECTED, k=2, mismatch=0.25, ...`, in a larger batch with lists."""
+        columns = {"kind": [kind.name for kind in self.kinds]}
+        columns |= {name: [f"{x:.4g}" for x in getattr(self, name).tolist()] for name in self._fields[1:]}
+        return ", ".join(
+            f"{name}={x[0] if len(x) == 1 else '[' + ', '.join(x) + ']'}" for name, x in columns.items()
+        )
+
 
 class Step(NamedTuple):
     """What is executed in one step of a plan, and remembered for the next."""
@@ -86,8 +98,18 @@ class Step(NamedTuple):
     history: History | None  # this step included
 
 
+def corrected_step(x: list[Tensor]) -> Step:
+    """The tensors of a `Step` with a history, put together again."""
+    return Step(x[0], x[1], x[2], x[3], x[4], History(x[5], x[6]))
+
+
 class TDMPC2:
     """The teacher: a world model, a planner and its warm start, replanning at every step.
+
+    In a loop of your own, `act` is called once an agent step. It takes what `tdmpc2.make_env` would give,
+    the entries in the order that the model was trained with: for dm_control the task's own order, not sorted
+    by name. Its actions are in [-1, 1]: scale them to the actuators, and hold each for as many control steps
+    as in training (the action repeat, 2 for dm_control). `reset` comes where an episode begins.
 
     Args:
         model: the world model, on the device to act on.
@@ -110,6 +132,8 @@ class TDMPC2:
         task: int | None = None,
         compute: ComputeConfig = EAGER,
     ):
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ConfigError(f"num_envs={num_envs}: must be a whole number, at least 1")
         if task is not None and not model.config.num_tasks:
             raise ConfigError(f"task={task}: this model knows a single task")
         if model.config.num_tasks and not (task is not None and 0 <= task < model.config.num_tasks):
@@ -120,48 +144,61 @@ class TDMPC2:
         self.device = next(model.parameters()).device
         self.planner = Planner(model, planner, discount, NoiseSource(seed, self.device), compute)
         self.task = None
-        if task is not None:
-            self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
         shape = (num_envs, planner.horizon, model.config.action_dim)
-        self._mean = torch.zeros(shape, device=self.device)
-        self._one_step = torch.ones(num_envs, dtype=torch.long, device=self.device)
+        with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+            if task is not None:
+                self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
+            self._mean = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            self._one_step = torch.ones(num_envs, dtype=torch.long, device=self.device)
+        self._has_acted = False
+        forks_have_one_thread()
 
-    def reset(self, mask: Tensor | None = None) -> None:
-        """Begin an episode in the rows `mask` `[B]` bool, or in all."""
-        self._mean[slice(None) if mask is None else mask] = 0.0
+    @property
+    def info(self) -> StepInfo | None:
+        """What happened in the last `act`: every row was planned. None before the first."""
+        if not self._has_acted:
+            return None
+        nothing = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
+        kind, none = nothing.long(), torch.full_like(nothing, torch.nan)
+        return StepInfo(kind=kind, k=kind, mismatch=none, td_error=none, correction=nothing)
 
+    @torch.inference_mode(False)
+    def reset(self, mask: object = None) -> None:
+        """Begin an episode in the rows where `mask` `[B]` is True (or 1), or in all.
+
+        Raises:
+            ConfigError: the mask has another shape, or other values.
+        """
+        self._mean[read_mask(mask, self.num_envs, self.device)] = 0.0
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def act(self, obs: Array, *, eval_mode: bool = True) -> Array:
-        """Action `[B, A]` for observations `[B, *obs_shape]` (or both without B); same kind of array.
+        """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
 
         Args:
-            obs: numpy array or tensor.
+            obs: of one agent step, laid out as in training (see the class): an array, which gives an array;
+                a tensor, which gives a tensor; or a sequence of numbers. Pixels are uint8.
             eval_mode: False adds the planner's exploration noise.
 
         Raises:
-            ObservationError: wrong shape, or not finite.
+            ObservationError: it is something else, has a wrong shape, or is not finite. Nothing has changed.
         """
         action = self.plan(self.encode(obs), eval_mode=eval_mode).actions[:, 0]
-        return like(action, obs, self.model)
+        self._has_acted = True
+        return like(action, obs, self.model.config)  # type: ignore[return-value]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def encode(self, obs: np.ndarray | Tensor) -> Tensor:
-        """Latents `[B, L]` of checked observations `[B, *obs_shape]` or `[*obs_shape]`."""
-        shape = self.model.config.obs_shape
-        x = torch.as_tensor(obs)
-        if tuple(x.shape) == shape:
-            x = x[None]
-        if tuple(x.shape) != (self.num_envs, *shape):
-            raise ObservationError(
-                f"observation has shape {tuple(x.shape)}; this agent takes {(self.num_envs, *shape)}: "
-                "the checkpoint may be of another task"
-            )
-        if not self.model.config.pixels:
-            x = x.to(self.device, torch.float32)
-            if not x.isfinite().all():
-                raise ObservationError("observation holds NaN or infinity: check the environment")
-        return self.model.encode(x.to(self.device), self.task)
+    def encode(self, obs: object) -> Tensor:
+        """Latents `[B, L]` of checked observations `[B, *obs_shape]` or `[*obs_shape]`, see `act`."""
+        x = read_observation(obs, self.model.config, self.num_envs, self.device)
+        z = self.model.encode(x, self.task)
+        if not z.isfinite().all():
+            raise ObservationError("observation is too large for the encoder: check the environment")
+        return z
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def plan(
         self,
@@ -198,7 +235,8 @@ class SpeculativeAgent:
     differs a little from the model, or the robot has fallen. A single mismatch shows neither.
 
     Args:
-        teacher: plans, and tells the number of rows; it becomes the agent's own.
+        teacher: plans, and tells the number of rows; it becomes the agent's own. What `TDMPC2` says of a
+            loop of your own holds here too.
         config: the mode of execution.
         corrector: corrects the steps after the first; None executes them as planned.
     """
@@ -223,14 +261,16 @@ class SpeculativeAgent:
         self.teacher, self.config, self.corrector = teacher, config, corrector
         self._min_td_error = -math.inf if config.min_td_error is None else config.min_td_error
         n, model = teacher.num_envs, teacher.model
-        self._thresholds = torch.tensor(config.threshold or (math.inf,), device=teacher.device)
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
-        self._actions = torch.zeros(n, horizon, action, device=device)
-        self._z_pred = torch.zeros(n, latent, device=device)
-        self._promised = torch.full((n,), torch.nan, device=device)
-        self._td_error = torch.full((n,), config.usual_td_error, device=device)  # running mean
-        self._k = torch.full((n,), config.execution_horizon, device=device)
-        self._history = None if corrector is None else corrector.no_history(n)
+        numbers: dict[str, Any] = dict(dtype=torch.float32, device=device)  # whatever PyTorch's default is
+        with torch.inference_mode(False):  # as in `TDMPC2`
+            self._thresholds = torch.tensor(config.threshold or (math.inf,), **numbers)
+            self._actions = torch.zeros(n, horizon, action, **numbers)
+            self._z_pred = torch.zeros(n, latent, **numbers)
+            self._promised = torch.full((n,), torch.nan, **numbers)
+            self._td_error = torch.full((n,), config.usual_td_error, **numbers)  # running mean
+            self._k = torch.full((n,), config.execution_horizon, device=device)
+            self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1
@@ -244,7 +284,7 @@ class SpeculativeAgent:
             if device.type == "cpu":
                 self._step = AheadOfTime(
                     self._eager_step,
-                    lambda x: Step(x[0], x[1], x[2], x[3], x[4], History(x[5], x[6])),
+                    corrected_step,
                     what=what,
                     modules=(model, corrector),
                     depends_on=(
@@ -261,9 +301,14 @@ class SpeculativeAgent:
     def num_envs(self) -> int:
         return self.teacher.num_envs
 
-    def reset(self, mask: Tensor | None = None) -> None:
-        """Begin an episode in the rows `mask` `[B]` bool, or in all."""
-        index: slice | Tensor = slice(None) if mask is None else mask
+    @torch.inference_mode(False)
+    def reset(self, mask: object = None) -> None:
+        """Begin an episode in the rows where `mask` `[B]` is True (or 1), or in all.
+
+        Raises:
+            ConfigError: the mask has another shape, or other values.
+        """
+        index = read_mask(mask, self.num_envs, self.teacher.device)
         self.teacher.reset(mask)
         self._k[index] = self.config.execution_horizon  # a replan is due
         self._promised[index] = torch.nan
@@ -271,18 +316,21 @@ class SpeculativeAgent:
         if self._history is not None:
             self._history.valid[index] = False
 
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def act(self, obs: Array, plan: Plan | None = None) -> Array:
-        """Action `[B, A]` for observations `[B, *obs_shape]` (or both without B); same kind of array.
+    def act(self, obs: Array, plan: Plan | None = None, *, eval_mode: bool = True) -> Array:
+        """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
 
         `info` then says what happened.
 
         Args:
-            obs: numpy array or tensor.
+            obs: of one agent step, as `TDMPC2.act` takes it.
             plan: one plan for every row, used wherever a replan is due instead of asking the teacher.
+            eval_mode: False adds the planner's exploration noise to the first action of every plan; where
+                the agent does not plan, it does not explore.
 
         Raises:
-            ObservationError: wrong shape, or not finite.
+            ObservationError: as `TDMPC2.act`.
         """
         k = self._k
         z = self.teacher.encode(obs)
@@ -292,7 +340,7 @@ class SpeculativeAgent:
         # network less stands between an observation and its action.
         replan = due | ~(drift <= self._threshold()) | (self._td_error < self._min_td_error)
         if replan.any():
-            self._replan(z, replan, plan)
+            self._replan(z, replan, plan, eval_mode)
 
         step = self._step(
             z, self._z_pred, self._actions, self._k, replan, self._promised, self._history, self.teacher.task
@@ -301,7 +349,7 @@ class SpeculativeAgent:
         self._td_error += (step.td_error - self._td_error).nan_to_num() / TD_STEPS
         self._k = self._k + 1
         self._last = (due, replan, k, drift, step)
-        return like(step.action, obs, self.teacher.model)
+        return like(step.action, obs, self.teacher.model.config)  # type: ignore[return-value]
 
     @property
     def info(self) -> StepInfo | None:
@@ -328,25 +376,26 @@ class SpeculativeAgent:
         """That of each row's step in plan `[B]`."""
         return self._thresholds[(self._k - 1).clamp(0, len(self._thresholds) - 1)]
 
-    def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None) -> None:
+    def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None, eval_mode: bool) -> None:
         """Put the rows `replan` `[B]` bool at step 0 of a fresh plan."""
         if self.plan_length:
             rows = replan.nonzero().squeeze(1)
             if plan is None:
-                plan = self.teacher.plan(z[rows], rows, self._k[rows])
+                plan = self.teacher.plan(z[rows], rows, self._k[rows], eval_mode=eval_mode)
             else:
                 plan = Plan(*(x[rows] for x in plan))
-            self._actions[rows] = self._followed(plan, again=self._k[rows] <= 1)
+            drawn = (self._k[rows] <= 1) | (not eval_mode)
+            self._actions[rows] = self._followed(plan, drawn)
         self._z_pred = torch.where(replan[:, None], z, self._z_pred)
         self._k = self._k.masked_fill(replan, 0)
 
-    def _followed(self, plan: Plan, again: Tensor) -> Tensor:
-        """What is to be executed of plans just made `[R, H, A]`; `again` `[R]`: right after another plan.
+    def _followed(self, plan: Plan, drawn: Tensor) -> Tensor:
+        """What is to be executed of plans just made `[R, H, A]`; `drawn` `[R]`: whose first action is drawn.
 
         Replanning step after step, it is what was drawn, as in TD-MPC2: that breaks ties between ways that
         are equally good. A plan that is followed is better off without the noise.
         """
-        first = torch.where(again[:, None], plan.actions[:, 0], plan.mean[:, 0])
+        first = torch.where(drawn[:, None], plan.actions[:, 0], plan.mean[:, 0])
         return torch.cat([first[:, None], plan.mean[:, 1:]], 1)
 
     def _eager_step(
@@ -421,13 +470,6 @@ class SpeculativeAgent:
         if not torch.compiler.is_compiling() and in_plan.all():
             return planned
         return torch.where(in_plan[:, None], planned, model.prior(z, task))
-
-
-def like(action: Tensor, obs: Array, model: WorldModel) -> Array:
-    """`action` `[B, A]` as the kind of array that `obs` is, without B where `obs` has none."""
-    if obs.ndim == len(model.config.obs_shape):
-        action = action[0]
-    return action if isinstance(obs, Tensor) else action.cpu().numpy()  # type: ignore[return-value]
 
 
 def load_teacher(

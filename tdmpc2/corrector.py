@@ -255,6 +255,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     return _read(Path(folder) / FILE)[1]
 
 
+@torch.inference_mode(False)
 def load_corrector(
     folder: str | Path, teacher: str | None, device: str | torch.device = "cpu"
 ) -> BaseCorrector:

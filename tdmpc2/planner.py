@@ -35,10 +35,12 @@ class NoiseSource:
         self.generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator, device=self.generator.device)
+        return torch.randn(
+            *shape, generator=self.generator, dtype=torch.float32, device=self.generator.device
+        )
 
     def gumbel(self, *shape: int) -> Tensor:
-        exponential = torch.empty(*shape, device=self.generator.device)
+        exponential = torch.empty(*shape, dtype=torch.float32, device=self.generator.device)
         return -exponential.exponential_(generator=self.generator).log()
 
     def two_heads(self, num_q: int) -> Tensor:

@@ -16,7 +16,8 @@ STD = 0.15  # of an entry of the samples
 
 def offsets(action_dim: int) -> Tensor:
     """What is added to an action to get samples `[N, A]`: always the same, each with its opposite."""
-    half = torch.randn(SAMPLES // 2, action_dim, generator=torch.Generator().manual_seed(0), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(SAMPLES // 2, action_dim, generator=generator, dtype=torch.float32, device="cpu")
     return STD * torch.cat([half, -half])
 
 
@@ -63,7 +64,7 @@ def refine(
         next_action = model.prior(z, task)
         later = later * discount
         if model.config.episodic:  # nothing counts after the first latent predicted to be terminal
-            later = later * (model.termination(z, task) <= 0.5)
+            later = later * (model.termination(z, task) <= 0.5).to(value)
     value = value + later * model.value(z, next_action, task).mean(0)
     best = value.nan_to_num(0.0).topk(ELITES, 1)
     weight = (temperature * best.values).softmax(1)

@@ -3,6 +3,15 @@
 from .ahead import AheadOfTime
 from .compiled import Compiled, dtype_of
 from .fast_model import FastModel, Origin
+from .forks import forks_have_one_thread
 from .weights import Weights
 
-__all__ = ["AheadOfTime", "Compiled", "FastModel", "Origin", "Weights", "dtype_of"]
+__all__ = [
+    "AheadOfTime",
+    "Compiled",
+    "FastModel",
+    "Origin",
+    "Weights",
+    "dtype_of",
+    "forks_have_one_thread",
+]

@@ -1,30 +1,25 @@
 """A function that is compiled into a library once, which later processes load without the compiler.
 
 Loading PyTorch's compiler and tracing a function takes seconds at every start, though what it makes is
-cached. A library that was compiled ahead of time (AOTInductor) takes milliseconds. Libraries are kept in
-`$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, under a name made of all they depend on. What has not been
-loaded for a month is deleted when another library is made.
+cached. A library that was compiled ahead of time (AOTInductor) takes milliseconds. Its name is made of all
+that it depends on; `libraries` says where it is kept.
 """
 
 import hashlib
 import inspect
-import os
-import tempfile
-import time
+import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from .compiled import OPTIONS, announced, stays_uncompiled
-
-Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+from .libraries import Run, library
 
 
 def _digest(path: str | Path) -> str:
@@ -45,7 +40,6 @@ CALLED = (
     "world_model/model",
     "world_model/two_hot",
 )
-KEPT = 30 * 24 * 3600.0  # seconds that a library is kept without being loaded
 VERSIONED = ("builtins", "torch")  # code that `_machine` names the version of
 
 
@@ -91,28 +85,20 @@ class AheadOfTime:
         run = self._runs[kind]
         return self._function(*args, **kwargs) if run is None else self._result(run(inputs))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: they open their libraries anew."""
+        return {**self.__dict__, "_runs": {}}
+
     def _first_call(self, args: Any, kwargs: Any, inputs: list[Tensor], varying: int) -> Run | None:
         """The library for such inputs, the batch being free in the first `varying` of them."""
         leaves, spec = tree_flatten((args, kwargs))
         present = [x is not None for x in leaves]
-        layouts = [(x.dtype, x.shape[i < varying :], x.stride()[i < varying :]) for i, x in enumerate(inputs)]
+        layouts = [_layout(x, leave_out=int(i < varying)) for i, x in enumerate(inputs)]
         try:
             key = (self._depends_on, self._code(), [*self._weights], present, layouts, varying, _machine())
             name = hashlib.sha256(repr((key, torch.get_num_threads())).encode()).hexdigest()[:32]
-            with announced(self._what), _folder() as folder:
-                path = folder / f"{name}.pt2"
-                if path.exists():
-                    try:
-                        with suppress(OSError):  # it may be another user's
-                            os.utime(path)
-                        return _open(path)
-                    except RuntimeError:
-                        path.unlink(missing_ok=True)  # damaged
-                with tempfile.TemporaryDirectory(dir=folder) as own:  # others may be compiling the same
-                    self._compile(Path(own) / path.name, spec, present, inputs, varying)
-                    os.replace(Path(own) / path.name, path)
-                _remove_unused(folder)
-                return _open(path)
+            with announced(self._what):
+                return library(name, partial(self._compile, spec, present, inputs, varying))
         except _Baked:
             raise
         except Exception as e:  # of whatever kind: the compiler has many
@@ -120,8 +106,10 @@ class AheadOfTime:
             return None
 
     def _compile(
-        self, path: Path, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int
-    ) -> None:
+        self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int, folder: Path
+    ) -> Path:
+        """Compile within `folder`; returns the library."""
+
         def flat(inputs: list[Tensor]) -> list[Tensor]:
             """Takes and gives lists of tensors, as a library does."""
             given = iter(inputs)
@@ -140,9 +128,10 @@ class AheadOfTime:
         from torch._inductor.utils import fresh_cache  # takes seconds to import
 
         # Others may be compiling the same: in a common cache one reads what another has written half.
-        with fresh_cache(dir=str(path.parent)), warnings.catch_warnings():
+        with fresh_cache(dir=str(folder)), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own code brings them on
-            torch._inductor.aoti_compile_and_package(graph, package_path=str(path), inductor_configs=options)
+            made = torch._inductor.aot_compile(graph.module(check_guards=False), (inputs,), options=options)
+            return Path(str(made)).rename(folder / "library.so")
 
     def _code(self) -> list[object]:
         """What is compiled: the function, and the types of what it is of and of the modules it reads."""
@@ -178,37 +167,14 @@ class _Caller(nn.Module):
         return self.function(*args, **kwargs)
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    """Where libraries are kept; where nothing can be, a folder for now."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdmpc2"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kept = os.access(folder, os.W_OK)
-    except (OSError, RuntimeError):  # the latter where there is no home
-        kept = False
-    if kept:
-        yield folder
-    else:
-        with tempfile.TemporaryDirectory() as own:
-            yield Path(own)
-
-
-def _remove_unused(folder: Path) -> None:
-    """Delete what has not been loaded for long: whatever libraries depend on changes now and then."""
-    for path in folder.glob("*.pt2"):
-        with suppress(OSError):  # another process was faster, or it is another user's
-            if time.time() - path.stat().st_mtime > KEPT:
-                path.unlink()
-
-
-def _open(path: Path) -> Run:
-    # Not `torch._inductor.aoti_load_package`, which loads the compiler and asks it about this machine.
-    run: Run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
-    return run
+def _layout(x: Tensor, leave_out: int) -> tuple[object, ...]:
+    """Dtype, and size and stride of every axis but the first ones; of a single entry no stride matters."""
+    axes = zip(x.shape[leave_out:], x.stride()[leave_out:], strict=True)
+    return x.dtype, [(size, stride if size > 1 else 1) for size, stride in axes]
 
 
 @lru_cache
 def _machine() -> tuple[object, ...]:
     """What every library of a process depends on."""
-    return torch.__version__, sorted(torch.cpu.get_capabilities().items()), OPTIONS
+    capabilities = sorted(torch.cpu.get_capabilities().items())
+    return torch.__version__, platform.libc_ver(), capabilities, OPTIONS

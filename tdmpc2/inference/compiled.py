@@ -62,18 +62,21 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[..., Any], *, what: str, cuda_graphs: bool = False):
-        self._function, self._what = function, what
-        if cuda_graphs:
-            graphs = torch.compile(function, mode="reduce-overhead")
-            self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
-        else:
-            self._compiled = torch.compile(function, options=OPTIONS)
-        self._called = False
+        self._function, self._what, self._cuda_graphs = function, what, cuda_graphs
+        self._compiled: Callable[..., Any] | None = None  # before the first call
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: they compile anew."""
+        return {**self.__dict__, "_compiled": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._called:
+        if self._compiled is not None:
             return self._compiled(*args, **kwargs)
-        self._called = True
+        if self._cuda_graphs:
+            graphs = torch.compile(self._function, mode="reduce-overhead")
+            self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
+        else:
+            self._compiled = torch.compile(self._function, options=OPTIONS)
         try:
             with announced(self._what), torch._dynamo.config.patch(run_gc_after_compile=False):
                 return self._compiled(*args, **kwargs)

@@ -101,8 +101,10 @@ class FastModel:
 
     def weights(self) -> Weights:
         """The model's weights as they are now."""
-        version = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if self._weights is None or version != self._version:
+        parameters = list(self.model.parameters())
+        tracked = not any(p.is_inference() for p in parameters)  # such tensors do not tell of changes
+        version = [(p.data_ptr(), p._version) for p in parameters] if tracked else []
+        if self._weights is None or not tracked or version != self._version:
             self._weights, self._version = copy_weights(self.model, self.dtype), version
         return self._weights
 
@@ -128,7 +130,7 @@ class FastModel:
         z = logits.unflatten(-1, (self.config.simnorm_dim, -1)).softmax(-2).flatten(-2)
         discount = at.discount * self.discount
         if self.config.episodic:  # nothing counts after the first latent predicted to be terminal
-            discount = discount * (mlp(z[None], w.termination, linear)[0, ..., 0] <= 0)
+            discount = discount * (mlp(z[None], w.termination, linear)[0, ..., 0] <= 0).float()
         return Rollout(at.total + at.discount * reward, discount, z)
 
     def _pi(self, z: Tensor, noise: Tensor, mask: Tensor, w: Weights, linear: Linear) -> Tensor:

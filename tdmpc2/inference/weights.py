@@ -84,7 +84,7 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
         policy=networks(model.policy),
         q=networks(model.q),
         termination=networks(model.termination_head) if c.episodic else (),
-        bins=torch.linspace(c.vmin, c.vmax, c.num_bins, device=device),
+        bins=torch.linspace(c.vmin, c.vmax, c.num_bins, dtype=torch.float32, device=device),
     )
 
 

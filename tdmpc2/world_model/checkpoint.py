@@ -135,6 +135,7 @@ def fused_name(name: str) -> str:
     return f"{part.removesuffix('.0')}.{index // 3}.{'ln.' * (index % 3)}{found[3]}"
 
 
+@torch.inference_mode(False)
 def load_world_model(
     path: str | Path,
     device: str | torch.device = "cpu",

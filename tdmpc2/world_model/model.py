@@ -40,7 +40,7 @@ class WorldModel(nn.Module):
         if c.num_tasks:
             self.task_emb = nn.Parameter(torch.empty(c.num_tasks, c.task_dim).uniform_(-0.02, 0.02))
             # No weight, so no checkpoint brings it: it is there also in a model made on the meta device.
-            masks = torch.zeros(c.num_tasks, c.action_dim, device="cpu")
+            masks = torch.zeros(c.num_tasks, c.action_dim, dtype=torch.float32, device="cpu")
             for i, dim in enumerate(c.action_dims):
                 masks[i, :dim] = 1.0
             self.register_buffer("action_masks", masks, persistent=False)

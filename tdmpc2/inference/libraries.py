@@ -1,0 +1,179 @@
+"""Where compiled libraries are kept, and how they are opened.
+
+A library is machine code, and whoever can put one where it is looked for runs code as its user. So libraries
+are kept in `$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, only where the folder and each file belong to
+this user, and nobody but the superuser can write to them or move them. Elsewhere a library lives as long as
+the process. A file ends with its SHA-256 digest, without which it is not opened: the linker would crash.
+
+What has not been loaded for a month is deleted when another library is made.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+
+KEPT = 30 * 24 * 3600.0  # seconds that a library is kept without being loaded
+ABANDONED = 24 * 3600.0  # seconds after which a folder is one that a killed process compiled in
+COMPILING = "tdmpc2-compiling-"  # how such folders begin
+DIGEST = hashlib.sha256().digest_size
+
+TEMPORARY = (lambda: Path(tempfile.gettempdir()), lambda: Path("/tmp"))  # where, if not in the cache
+
+_opened: dict[str, Run] = {}  # by name: all agents of a process share a library
+_one_by_one = threading.RLock()
+
+
+def library(name: str, make: Callable[[Path], Path]) -> Run:
+    """The library of that name, opened.
+
+    Args:
+        name: says all that the library depends on.
+        make: compiles the library within a folder, and returns where it is; called where none is kept.
+    """
+    with _one_by_one:
+        if name not in _opened:
+            _opened[name] = _kept(name) or _made(name, make)
+        return _opened[name]
+
+
+def cache_folder() -> Path:
+    """The folder of libraries, made if need be.
+
+    Raises:
+        OSError: it cannot be made, or others could put libraries there.
+    """
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not base.is_absolute():  # the standard: then it is to be ignored
+            base = Path.home() / ".cache"
+        folder = base.resolve() / "tdmpc2"
+    except RuntimeError as e:  # no home, or links in a circle
+        raise OSError(str(e)) from e
+    for path in [*reversed(folder.parents), folder]:
+        path.mkdir(mode=0o700, exist_ok=True)
+    check_private(folder)
+    return folder
+
+
+def check_private(folder: Path) -> None:
+    """Raise OSError where another user could put a file into `folder`, or another folder in its place."""
+    for path in [folder, *folder.parents]:
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise OSError(f"{path} is a link, or no folder")
+        if status.st_uid != os.geteuid() and (path == folder or status.st_uid != 0):
+            raise OSError(f"{path} belongs to another user")
+        # In a folder like /tmp others can make files, but not move ours.
+        if _others_write(status) and (path == folder or not status.st_mode & stat.S_ISVTX):
+            raise OSError(f"others can write to {path}: forbid it, with chmod go-w")
+
+
+def _others_write(status: os.stat_result) -> bool:
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _kept(name: str) -> Run | None:
+    """The library as it is kept; None where it is not."""
+    try:
+        path = cache_folder() / f"{name}.so"
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or _others_write(status):
+                return None
+            content = file.read()
+    except OSError:
+        return None
+    if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
+        return None  # damaged; the one to be made takes its place
+    with suppress(OSError):
+        os.utime(path)
+    return _open(path)
+
+
+def _made(name: str, make: Callable[[Path], Path]) -> Run:
+    """The library, made now, and kept if possible."""
+    with _temporary(cache_folder, *TEMPORARY) as own:
+        path = make(own)
+        try:
+            path = _keep(name, path.read_bytes())
+        except OSError as e:
+            Console(stderr=True).print(f"compiled code is not kept for the next start: {e}")
+        return _open(path)
+
+
+def _keep(name: str, content: bytes) -> Path:
+    """Write a library; returns where it is."""
+    folder = cache_folder()
+    _clean(folder, "*")
+    file, tmp = tempfile.mkstemp(dir=folder)
+    try:
+        with open(file, "wb") as f:
+            f.write(content + hashlib.sha256(content).digest())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, folder / f"{name}.so")
+    except BaseException:
+        os.unlink(tmp)
+        raise
+    return folder / f"{name}.so"
+
+
+def _open(path: Path) -> Run:
+    # Not by `torch._inductor`, which loads the compiler and asks it about this machine.
+    opener = torch._C._aoti.AOTIModelContainerRunnerCpu
+    try:
+        run: Run = opener(str(path), 1).run
+    except RuntimeError:  # the file system may be one that no code is run from
+        with _temporary(*TEMPORARY) as own:
+            run = opener(str(shutil.copyfile(path, own / path.name)), 1).run
+    return run
+
+
+@contextmanager
+def _temporary(*places: Callable[[], Path]) -> Iterator[Path]:
+    """A private folder in the first of `places` that will do, deleted afterwards."""
+    reason = ""
+    for place in places:
+        try:
+            parent = place().resolve()
+            if shlex.quote(str(parent)) != str(parent):  # the compiler is given paths as they are
+                raise OSError(f"nothing can be compiled in {parent}, because of the characters of its name")
+            _clean(parent, f"{COMPILING}*")
+            own = tempfile.TemporaryDirectory(prefix=COMPILING, dir=parent, ignore_cleanup_errors=True)
+        except OSError as e:
+            reason = str(e)
+            continue
+        with own:
+            check_private(Path(own.name))
+            yield Path(own.name)
+        return
+    raise OSError(reason)
+
+
+def _clean(folder: Path, pattern: str) -> None:
+    """Delete what has not been loaded for long, and what killed processes left."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # another process was faster
+            status = path.lstat()
+            age = time.time() - status.st_mtime
+            if status.st_uid != os.geteuid():
+                continue
+            if stat.S_ISDIR(status.st_mode) and age > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
+            elif age > (KEPT if path.suffix == ".so" else ABANDONED):
+                path.unlink()
