@@ -274,8 +274,8 @@ class SpeculativeAgent:
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1
-        self._watches = corrector is not None and self.plan_length > 0
-        if config.min_td_error is not None and not self._watches:
+        self._watches = config.min_td_error is not None
+        if self._watches and (corrector is None or not self.plan_length):
             raise ConfigError("min_td_error: only corrected plans are watched by their TD errors")
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:

@@ -78,9 +78,9 @@ class Iteration:
     """
 
     def __init__(self, model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig):
-        self.config, self.fast = config, FastModel(model, discount, dtype_of(compute))
-        self._run: Callable[..., Search] = self._eager
         what, device = "the planner", next(model.parameters()).device
+        self.config, self.fast = config, FastModel(model, discount, dtype_of(compute, device))
+        self._run: Callable[..., Search] = self._eager
         if compute.compile and device.type == "cpu":
             depends_on = config, model.config, discount, compute
             self._run = AheadOfTime(self._eager, Search._make, what=what, depends_on=depends_on)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdmpc2.config import ComputeConfig
 from tdmpc2.errors import ConfigError
-from tdmpc2.inference import FastModel
+from tdmpc2.inference import FastModel, compiled
 from tdmpc2.planner import NoiseSource, Plan, Planner, warm_start
 from tdmpc2.world_model import WorldModel, load_world_model
 
@@ -240,3 +240,17 @@ def test_planning_follows_the_weights_of_a_model_in_training(dtype: torch.dtype)
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32"):
         Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float16"))
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_processor_without_bfloat16_is_said_once(
+    has: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has})
+    compiled._say_slow.cache_clear()
+    cpu = torch.device("cpu")
+    assert compiled.dtype_of(ComputeConfig("float32"), cpu) == torch.float32
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        assert compiled.dtype_of(ComputeConfig("bfloat16"), cpu) == torch.bfloat16
+    assert capsys.readouterr().err.count("has no instructions for bfloat16") == (not has)

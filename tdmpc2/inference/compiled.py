@@ -4,6 +4,7 @@ import contextlib
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +23,23 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 PATIENCE = 4.0  # seconds of compiling before it is mentioned
 
 
-def dtype_of(compute: ComputeConfig) -> torch.dtype:
-    """The dtype that matrix products are computed in."""
+def dtype_of(compute: ComputeConfig, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products; says once where the processor would compute in it very slowly."""
+    if compute.precision == "bfloat16" and device.type == "cpu" and not computes_in_bfloat16():
+        _say_slow()
     return getattr(torch, compute.precision)
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this processor has instructions for matrix products in bfloat16."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+@cache
+def _say_slow() -> None:
+    Console(stderr=True).print(
+        "this processor has no instructions for bfloat16: precision=float32 is many times faster here"
+    )
 
 
 @contextlib.contextmanager

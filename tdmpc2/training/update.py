@@ -75,7 +75,7 @@ class Update:
         compute: ComputeConfig = EAGER,
     ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
-        self.dtype = dtype_of(compute)
+        self.dtype = dtype_of(compute, next(model.parameters()).device)
         self._targets, self._losses, self._judged = td_targets, world_model_losses, judge_policy
         if compute.compile:
             self._targets, self._losses, self._judged = (
