@@ -18,6 +18,7 @@ from tdmpc2.errors import CheckpointError, ConfigError, TaskError
 from tdmpc2.evaluation.disturbed import DisturbedConfig, evaluate_disturbed
 from tdmpc2.files import write_json
 from tdmpc2.teacher import Teacher, open_teacher
+from tdmpc2.training.trainer import TrainConfig, Trainer
 from tdmpc2.world_model import save_world_model
 
 TEACHER = str(Path(__file__).parent / "fixtures/official/state_small.pt")
@@ -120,6 +121,7 @@ def test_wrong_use() -> None:
         (ConfigError, lambda teacher: teacher.disturbed("pusch", 0.5)),
         (CheckpointError, lambda teacher: open_teacher("cartpole-swingup", TEACHER, BudgetOverride())),
         (ValueError, lambda teacher: replace(teacher, task_index=[]).env()),  # padding fails
+        (ConfigError, lambda teacher: Trainer(TrainConfig(task="walker-walk", model_size=1, buffer_size=9))),
     ],
 )
 def test_a_refused_environment_is_closed(

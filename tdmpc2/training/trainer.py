@@ -45,6 +45,7 @@ from ..config import (
     published_budget,
 )
 from ..envs import is_episodic, make_env, max_episode_steps
+from ..envs.guard import closed_on_error
 from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
 from ..files import atomic_write, difference, file_name, in_use, read_bytes
@@ -116,6 +117,12 @@ class Trainer:
         self.checkpoint = self.folder / "checkpoint.safetensors"
         torch.manual_seed(config.seed)
         self.env = make_env(config.task, config.seed, config.obs)
+        with closed_on_error(self.env):
+            self._build()
+
+    def _build(self) -> None:
+        """What training needs, before the first step."""
+        config = self.config
         model = WorldModel(self._architecture()).to(config.device).eval()
         self.planner = part(PlannerConfig, config)
         if self.planner.iterations == PlannerConfig.iterations:
