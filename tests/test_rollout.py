@@ -12,7 +12,7 @@ from stand_ins import Seeded, Silence, length
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import TEACHER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import build_corrector
-from tdmpc2.evaluation.rollout import Rollout, measure_latency, rollout
+from tdmpc2.evaluation.rollout import Rollout, measure_latency, random_returns, rollout
 from tdmpc2.world_model import WorldModel, load_world_model
 
 BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
@@ -61,17 +61,18 @@ def test_each_row_takes_the_next_seed_when_its_episode_ends(model: WorldModel) -
     assert episodes["planner_calls"].tolist() == [(length(s) + 1) // 2 for s in SEEDS]
     assert (episodes["fallbacks"] == 0).all()
     assert list(dict.fromkeys(steps["seed"])) == SEEDS
-    rewards = {}
+    actions: dict[int, np.ndarray] = {}
     for env in envs:
-        actions = iter(float(action[0]) for _, action in env.steps)
-        rewards |= {seed: list(itertools.islice(actions, length(seed))) for seed in env.seeds}
+        executed = iter([action for _, action in env.steps])
+        actions |= {s: np.stack([*itertools.islice(executed, length(s))]) for s in env.seeds}  # type: ignore[misc, arg-type]
     for seed, own in steps.groupby("seed"):
         assert own["t"].tolist() == list(range(length(seed)))
         assert own["kind"].tolist() == (["planned", "open_loop"] * 4)[: length(seed)], "a plan of its own"
-        assert own["reward"].tolist() == rewards[seed]
-    assert episodes.set_index("seed")["return"].to_dict() == {
-        s: pytest.approx(sum(r)) for s, r in rewards.items()
-    }
+        assert own["reward"].tolist() == actions[seed][:, 0].tolist()
+        change = np.linalg.norm(np.diff(actions[seed], axis=0), axis=-1)
+        assert own["action_change"].tolist() == pytest.approx([np.nan, *change], nan_ok=True)
+    returns = episodes.set_index("seed")["return"].to_dict()
+    assert returns == {s: pytest.approx(float(own[:, 0].sum())) for s, own in actions.items()}
     assert done[-1] == len(SEEDS) and done == sorted(done) and done[0] == 0
 
 
@@ -110,12 +111,13 @@ def test_the_first_episodes_are_labelled_in_runs_of_steps(
 ) -> None:
     monkeypatch.setattr("tdmpc2.evaluation.rollout.LABEL_EVERY", 4)
     monkeypatch.setattr("tdmpc2.evaluation.rollout.LABEL_RUN", 2)
-    envs, seeds = Environments(), [3, 7, 11, 8]  # 8 follows 3 in the labelled row
-    _, steps = rollout(agent_of(model, NAIVE, 2), envs, seeds, labeller=quiet_teacher(model, 1))
+    envs, seeds = Environments(), [3, 7, 11, 8]
+    _, steps = rollout(agent_of(model, NAIVE, 2), envs, seeds, labeller=quiet_teacher(model, 2))
     labelled = steps[steps["teacher_distance"].notna()]
-    # Runs begin at t = 0 and t = 4, where the second one's first label has no warm start.
-    assert labelled[["seed", "t"]].values.tolist() == [[3, 0], [3, 1], [3, 5]]
-    assert envs[0].seeds == [3, 8]
+    # Runs begin at the batch's steps 0 and 4, the second one without a warm start. The episode with seed 11
+    # begins at step 5, when the one with seed 3 is still running.
+    assert [env.seeds for env in envs] == [[3, 8], [7, 11]]
+    assert labelled[["seed", "t"]].values.tolist() == [[3, 0], [3, 1], [3, 5], [7, 0], [7, 1]]
     teacher, expected = quiet_teacher(model, 1), []
     for t in (0, 1, 4, 5):
         if t == 4:
@@ -123,13 +125,24 @@ def test_the_first_episodes_are_labelled_in_runs_of_steps(
         obs, action = envs[0].steps[t]
         expected.append(float(np.linalg.norm(action - teacher.plan(teacher.encode(obs)).mean[0, 0].numpy())))
     del expected[2]
-    assert labelled["teacher_distance"].tolist() == pytest.approx(expected, abs=1e-5)
+    assert labelled["teacher_distance"][:3].tolist() == pytest.approx(expected, abs=1e-5)
     assert expected[1] > 1e-3, "executed as planned a step before"
 
 
 def test_fewer_seeds_than_environments_are_refused(model: WorldModel) -> None:
     with pytest.raises(ValueError, match="3 environments for 2 seeds"):
         rollout(agent_of(model, NAIVE, 3), Seeded, [1, 2])
+
+
+def test_random_episodes_are_functions_of_their_seeds() -> None:
+    """A teacher that does no better than these fails, so they are the same each time."""
+    envs = Environments()
+    returns = random_returns(envs, [7, 3])
+    assert [env.seeds for env in envs] == [[7, 3]] and envs[0].closed
+    actions = np.stack([action for _, action in envs[0].steps])
+    assert len(actions) == length(7) + length(3) and np.abs(actions).max() <= 1
+    assert returns.tolist() == pytest.approx([actions[: length(7), 0].sum(), actions[length(7) :, 0].sum()])
+    assert random_returns(Seeded, [3, 7]).tolist() == returns[::-1].tolist()
 
 
 def test_latency_is_of_single_steps_from_the_first_one_on(
