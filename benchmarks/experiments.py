@@ -35,7 +35,7 @@ from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, in_order, read_json, write_json
-from tdmpc2.mismatch import calibrate_td_error, calibrate_thresholds
+from tdmpc2.mismatch import calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.refine import offsets, refine
 from tdmpc2.teacher import Teacher, open_teacher
@@ -46,7 +46,6 @@ from tdmpc2.world_model.model import WorldModel
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
 QUANTILES = (EvaluationConfig.quantile, 0.97)
-TD_QUANTILE = 0.9  # share of calibration episodes within the limit of TD errors
 LOSS_WORDS = {"mse": "squared distance", "l1": "L1 distance"}
 HEAD_UPDATES = 500  # in training the estimate of a corrector's own error
 DRAWS = 2  # plans that a label is the mean of
@@ -376,10 +375,6 @@ def main(config: ExperimentConfig) -> None:
         for quantile in QUANTILES:
             mode = replace(free, threshold=thresholds(rule, seen, quantile))
             accepting(f"{rule}, quantile {quantile}", mode, agent_type)
-            if rule == STANDARD:
-                limit, usual = calibrate_td_error(seen, TD_QUANTILE)
-                watching = replace(mode, min_td_error=limit, usual_td_error=usual)
-                accepting(f"{rule} or TD errors, quantile {quantile}", watching, agent_type)
     running_about.rename(about)
     running.rename(path)
 

@@ -95,7 +95,7 @@ class TrainConfig(PlannerConfig, UpdateConfig):
         """Raise ConfigError for a number that no run can have."""
         at_least(1, self, "steps", "buffer_size", "eval_freq", "eval_episodes", "checkpoint_freq")
         at_least(0, self, "seed", "seed_steps")
-        at_least(1, self, "threads", "model_size")
+        at_least(1, self, "threads")
         within(self, *SYMLOG, "vmin", "vmax")
 
 
