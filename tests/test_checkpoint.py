@@ -244,6 +244,7 @@ def test_what_an_original_file_does_not_say_can_be_given(tmp_path: Path) -> None
     assert (model.config.vmin, model.config.vmax, model.config.simnorm_dim) == (-5, 4, 4)
     obs, action = torch.linspace(-1, 1, 24), torch.zeros(6)
     assert (model.encode(obs).view(8, 4).sum(-1) - 1).abs().max() < 1e-5
+    assert fingerprint(model) != fingerprint(usual), "what is made for the one does not fit the other"
     z = usual.encode(obs)
     assert model.reward(z, action) != usual.reward(z, action)
     assert tdmpc2.load_agent(path, compute=EAGER, **given).model.config == model.config
@@ -253,6 +254,7 @@ def test_what_an_original_file_does_not_say_can_be_given(tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match=next(iter(wrong))):
             load_world_model(path, **wrong)
     save_world_model(tmp_path, model)
+    assert fingerprint(load_world_model(tmp_path)) == fingerprint(model)
     assert load_world_model(tmp_path).config == load_world_model(tmp_path, vmin=-5).config == model.config
     with pytest.raises(ConfigError, match=r"vmin=-6.*says itself that it is -5"):
         load_world_model(tmp_path, vmin=-6)
@@ -374,7 +376,7 @@ def test_weights_of_another_model_beside_a_config(tmp_path: Path) -> None:
     model.policy[0].bias += 1
     save_world_model(tmp_path / "b", model)
     shutil.copy(tmp_path / "a" / WEIGHTS, tmp_path / "b" / WEIGHTS)
-    refused(tmp_path / "b", "other weights than config.json")
+    refused(tmp_path / "b", "of another model than config.json")
 
 
 KEY = "_reward.1.weight"

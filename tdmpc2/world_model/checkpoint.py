@@ -12,6 +12,7 @@ Three namings were published:
 import hashlib
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -94,6 +95,7 @@ NUMBERED = [
     for i, names in enumerate([["weight", "bias", "ln.weight", "ln.bias"]] * 2 + [["weight", "bias"]])
     for name in names
 ]
+UNSAID = ("vmin", "vmax", "simnorm_dim")
 WRAPPERS = ("model", "state_dict")  # keys that a state dict may lie under
 # What compiling, parallel training and users' own modules put in front of a published name.
 IN_FRONT = re.compile(
@@ -250,8 +252,15 @@ def published_task_index(task: str, num_tasks: int) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (16 hex digits) of the weights: names a network whatever file it came in."""
+    """SHA-256 (16 hex digits) of the weights: names a network whatever file it came in.
+
+    With other bins or simplices than the published ones, the same weights are another network.
+    """
     digest = hashlib.sha256()
+    if isinstance(model, WorldModel):
+        said, published = ([getattr(c, name) for name in UNSAID] for c in (model.config, WorldModelConfig))
+        if said != published:
+            digest.update(" ".join(str(float(value)) for value in said).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().reshape(-1))
@@ -298,7 +307,7 @@ def _load_folder(folder: Path, given: Mapping[str, Any]) -> WorldModel:
     model = _empty(config)
     fill(model, state, path)
     if "weights" in saved and saved["weights"] != fingerprint(model):
-        raise CheckpointError(f"{path} holds other weights than {CONFIG} beside it says: restore both")
+        raise CheckpointError(f"{path} is of another model than {CONFIG} beside it: restore both")
     return model
 
 
@@ -357,7 +366,8 @@ def _read_pickle(path: Path) -> Any:
                         f"{path} is damaged: the checksum of {damaged} is wrong; download it again"
                     )
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of formats that PyTorch will give up
+                return torch.load(file, map_location="cpu", weights_only=True)
         except TDMPC2Error:
             raise
         except Exception as e:
