@@ -218,6 +218,20 @@ def test_an_evaluation_that_is_interrupted_is_made_again(
     assert_equal_runs(whole, tmp_path)
 
 
+def test_what_was_learnt_is_saved_before_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Trainer) -> None:
+        raise Killed
+
+    monkeypatch.setattr(trainer_module, "SAVE_EVERY", 1e9)
+    monkeypatch.setattr(Trainer, "_evaluate", interrupted)
+    lines: list[str] = []
+    with pytest.raises(Killed):
+        Trainer(tiny_config(tmp_path, steps=60, checkpoint_freq=1000)).run(report=lines.append)
+    assert lines == ["stopped at step 60; resume=true goes on from step 60"]
+
+
 def test_a_run_that_is_killed_while_it_saves_goes_on(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
