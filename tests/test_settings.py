@@ -32,6 +32,7 @@ MAY_BE_ZERO = {
     *("seed", "eval_seed", "calibration_seed", "collect_seed"),
     *("rounds", "label_episodes", "num_pi_trajs", "seed_steps", "vmin", "vmax"),
     *("enc_lr_scale", "rho", "temperature", "min_std", "weight_decay"),
+    "model_size",  # which the trainer looks up and refuses by name
 }
 
 

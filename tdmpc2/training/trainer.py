@@ -94,7 +94,7 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     def check_ranges(self) -> None:
         """Raise ConfigError for a number that no run can have."""
         at_least(1, self, "steps", "buffer_size", "eval_freq", "eval_episodes", "checkpoint_freq")
-        at_least(0, self, "seed", "seed_steps")
+        at_least(0, self, "seed", "seed_steps", "model_size")
         at_least(1, self, "threads")
         within(self, *SYMLOG, "vmin", "vmax")
 
