@@ -76,9 +76,11 @@ class Life:
         try:
             status = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
             return False
+        finally:  # also where this program is stopped
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
         if status:
             raise TDMPC2Error(f"status {status} in {self.log.parent}: {self.log.read_text()[-1000:]}")
         return True
