@@ -175,7 +175,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
     assert saved["eval_return"] == best == trainer.best_return
     assert saved["planner"]["num_samples"] == 8 and saved["discount"] == trainer.discount
     assert (teacher / "train_config.json").exists()
-    agent = tdmpc2.load_agent(teacher)
+    agent = tdmpc2.load_agent(teacher, compute=tdmpc2_config.EAGER)
     obs, _ = tdmpc2.make_env("cartpole-swingup").reset(seed=0)
     assert agent.act(obs).shape == (1,)
     assert list((tmp_path / "run/tensorboard").iterdir())
