@@ -118,6 +118,22 @@ def test_every_step_in_plan_has_a_threshold_of_its_own(model) -> None:
         assert "".join(k[0][0] for k in seen) == expected
 
 
+@pytest.mark.parametrize("threshold", [None, (1e6,)])
+def test_a_prediction_that_is_no_number_ends_the_plan(model, monkeypatch, threshold) -> None:
+    agent = agent_of(model, execution_horizon=3, threshold=threshold)
+    labeller = TDMPC2(model, BUDGET)
+    first, second, third = observations(3, 1)
+    plan = labeller.plan(labeller.encode(first))
+    agent.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "next", lambda z, *_: torch.full_like(z, torch.nan))
+        agent.act(first, plan)
+    torch.testing.assert_close(agent.act(second, plan), plan.actions[:, 0])
+    assert agent.info.kind.tolist() == [Kind.FALLBACK] and agent.info.mismatch.isnan().all()
+    agent.act(third, plan)
+    assert agent.info.kind.tolist() == [Kind.OPEN_LOOP] and agent.info.mismatch.isfinite().all()
+
+
 def test_fallback_executes_the_first_action_of_one_new_plan(model, monkeypatch) -> None:
     agent = agent_of(model, execution_horizon=3, threshold=(0.0,))
     agent.reset()
