@@ -217,3 +217,13 @@ def test_pixels_stay_bytes() -> None:
     assert batch.obs.dtype == torch.uint8 and batch.obs.shape == (4, 4, 9, 64, 64)
     first = batch.reward[0].long()
     assert torch.equal(batch.obs[2], images[first + 2])
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    """A shard's own name is never written again, so no later write would delete it."""
+    replay = filled([5, 5], 100)
+    replay.save(tmp_path, 0)
+    shards = names(tmp_path)
+    (tmp_path / ".000000000012.safetensors.0123456789ab.tmp").write_bytes(b"half")
+    Replay(100, HORIZON, seed=0).load(tmp_path, 0, 12, LIKE)
+    assert names(tmp_path) == shards

@@ -166,6 +166,8 @@ class Replay:
     def load(self, folder: Path, first: int, end: int, like: Episode) -> None:
         """Fill an empty buffer from its shards with rows `first` to `end`; later shards are deleted.
 
+        So is what a killed process left: nobody else may be writing to the folder.
+
         Args:
             folder: of the shards.
             first, end: of the buffer when its shards were last saved.
@@ -178,6 +180,8 @@ class Replay:
         for begin, path in _shards(folder):
             if begin >= end:  # written after the checkpoint that is gone on from
                 _delete(path)
+        for path in folder.glob(".*.tmp"):  # of shards that are never written again
+            _delete(path)
         shards = _shards(folder)
         while len(shards) > 1 and shards[1][0] <= first:
             shards.pop(0)
