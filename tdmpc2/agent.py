@@ -106,11 +106,6 @@ def corrected_step(x: list[Tensor]) -> Step:
 class TDMPC2:
     """The teacher: a world model, a planner and its warm start, replanning at every step.
 
-    In a loop of your own, `act` is called once an agent step. It takes what `tdmpc2.make_env` would give,
-    the entries in the order that the model was trained with: for dm_control the task's own order, not sorted
-    by name. Its actions are in [-1, 1]: scale them to the actuators, and hold each for as many control steps
-    as in training (the action repeat, 2 for dm_control). `reset` comes where an episode begins.
-
     Args:
         model: the world model, on the device to act on.
         planner: the planning budget.
@@ -176,9 +171,14 @@ class TDMPC2:
     def act(self, obs: Array, *, eval_mode: bool = True) -> Array:
         """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
 
+        In a loop of your own, keep to what the model was trained with, as `tdmpc2.make_env` does. An
+        observation has its entries in the same order: for dm_control that of the task, not sorted by name. An
+        action is scaled from [-1, 1] to the actuators' ranges and held for as many control steps (the action
+        repeat): 2 for dm_control. Call `reset` where an episode begins, and then `act` once an agent step.
+
         Args:
-            obs: of one agent step, laid out as in training (see the class): an array, which gives an array;
-                a tensor, which gives a tensor; or a sequence of numbers. Pixels are uint8.
+            obs: an array, which gives an array; a tensor, which gives a tensor; or a sequence of numbers.
+                Pixels are uint8.
             eval_mode: False adds the planner's exploration noise.
 
         Raises:
@@ -188,17 +188,16 @@ class TDMPC2:
         self._has_acted = True
         return like(action, obs, self.model.config)  # type: ignore[return-value]
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def encode(self, obs: object) -> Tensor:
         """Latents `[B, L]` of checked observations `[B, *obs_shape]` or `[*obs_shape]`, see `act`."""
         x = read_observation(obs, self.model.config, self.num_envs, self.device)
         z = self.model.encode(x, self.task)
         if not z.isfinite().all():
-            raise ObservationError("observation is too large for the encoder: check the environment")
+            fault = "is too large" if x.isfinite().all() else "holds NaN or infinity"
+            raise ObservationError(f"observation {fault}: check the environment")
         return z
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def plan(
         self,
@@ -235,8 +234,7 @@ class SpeculativeAgent:
     differs a little from the model, or the robot has fallen. A single mismatch shows neither.
 
     Args:
-        teacher: plans, and tells the number of rows; it becomes the agent's own. What `TDMPC2` says of a
-            loop of your own holds here too.
+        teacher: plans, and tells the number of rows; it becomes the agent's own.
         config: the mode of execution.
         corrector: corrects the steps after the first; None executes them as planned.
     """
@@ -321,10 +319,11 @@ class SpeculativeAgent:
     def act(self, obs: Array, plan: Plan | None = None, *, eval_mode: bool = True) -> Array:
         """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
 
-        `info` then says what happened.
+        `info` then says what happened. In a loop of your own, observations have the order of entries, and
+        actions the scale and the repeat, of the model's training; `TDMPC2.act` says more.
 
         Args:
-            obs: of one agent step, as `TDMPC2.act` takes it.
+            obs: as `TDMPC2.act` takes it.
             plan: one plan for every row, used wherever a replan is due instead of asking the teacher.
             eval_mode: False adds the planner's exploration noise to the first action of every plan; where
                 the agent does not plan, it does not explore.
@@ -544,6 +543,13 @@ def load_agent(
     **unsaid: Unpack[Unsaid],
 ) -> "TDMPC2 | SpeculativeAgent":
     """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
+
+        agent = tdmpc2.load_agent("pretrained/walker-walk")
+        agent.reset()
+        action = agent.act(obs)  # in [-1, 1], once an agent step
+
+    In a loop of your own, observations have the order of entries, and actions the scale and the repeat, of
+    the model's training: see `TDMPC2.act`. Processes that are forked off this one compute with one thread.
 
     Args and raises as `load_teacher`.
     """

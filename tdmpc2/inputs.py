@@ -24,7 +24,7 @@ def read_observation(
         device: to act on.
 
     Raises:
-        ObservationError: it is something else, has another shape, or is not finite.
+        ObservationError: it is something else, or has another shape.
     """
     if isinstance(obs, tuple) and obs and isinstance(obs[-1], dict):
         raise ObservationError(
@@ -48,10 +48,7 @@ def read_observation(
                 f"observation holds pixels of {x.dtype}: whole numbers from 0 to 255 are expected, uint8"
             )
         return x.to(device, torch.uint8)
-    x = x.to(device, torch.float32)
-    if not x.isfinite().all():
-        raise ObservationError("observation holds NaN or infinity: check the environment")
-    return x
+    return x.to(device, torch.float32)
 
 
 def read_mask(mask: object, num_envs: int, device: torch.device | str) -> Tensor | slice:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig
+from .errors import ConfigError
 from .inference import AheadOfTime, Compiled, FastModel, Origin, Weights, dtype_of
 from .world_model.model import WorldModel
 
@@ -32,7 +33,10 @@ class NoiseSource:
     """Where all of a planner's randomness comes from; tests put recorded noise in its place."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
-        self.generator = torch.Generator(device=device).manual_seed(seed)
+        try:
+            self.generator = torch.Generator(device=device).manual_seed(seed)
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise ConfigError(f"seed={seed}: must be a whole number of at most 64 bits") from e
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(

@@ -381,6 +381,12 @@ def test_there_is_at_least_one_environment(folders: dict[str, Path], num_envs: A
         tdmpc2.load_agent(folders["plain"], num_envs=num_envs)
 
 
+@pytest.mark.parametrize("seed", ["a", None, 2**64, -(2**64), np.nan])
+def test_a_seed_is_a_whole_number(folders: dict[str, Path], seed: Any) -> None:
+    with pytest.raises(ConfigError, match=f"seed={seed}"):
+        tdmpc2.load_agent(folders["plain"], seed=seed)
+
+
 def test_the_public_face() -> None:
     assert tdmpc2.Kind is Kind and tdmpc2.StepInfo is StepInfo
     assert tdmpc2.envs.make_env is tdmpc2.make_env and tdmpc2.envs.PadForModel

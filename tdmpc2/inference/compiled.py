@@ -45,7 +45,6 @@ def _say_slow() -> None:
 @contextlib.contextmanager
 def announced(what: str) -> Iterator[None]:
     """Around the compilation of `what`: where it takes long, a line says that it is going on."""
-    say = Console(stderr=True).print
     timer = threading.Timer(PATIENCE, say, [f"compiling {what}; the result is kept for the next start"])
     timer.daemon = True
     timer.start()
@@ -59,11 +58,16 @@ def announced(what: str) -> Iterator[None]:
             gc.enable()
 
 
+def say(line: str) -> None:
+    """A line on stderr, as it is."""
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def stays_uncompiled(what: str, error: Exception) -> None:
     """Say so, and why."""
     # The first line may only say which part of the compiler failed.
     reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-    Console(stderr=True).print(f"{what} stays uncompiled, and slower: {reason}")
+    say(f"{what} stays uncompiled, and slower: {reason}")
 
 
 class Compiled:

@@ -3,7 +3,8 @@
 A library is machine code, and whoever can put one where it is looked for runs code as its user. So libraries
 are kept in `$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, only where the folder and each file belong to
 this user, and nobody but the superuser can write to them or move them. Elsewhere a library lives as long as
-the process. A file ends with its SHA-256 digest, without which it is not opened: the linker would crash.
+the process. A file, `NAME.pt2`, is a shared library and its SHA-256 digest. What does not fit its digest is
+not opened: the linker would crash.
 
 What has not been loaded for a month is deleted when another library is made.
 """
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from rich.console import Console
 from torch import Tensor
+
+from .compiled import say
 
 Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
@@ -66,21 +68,22 @@ def cache_folder() -> Path:
         raise OSError(str(e)) from e
     for path in [*reversed(folder.parents), folder]:
         path.mkdir(mode=0o700, exist_ok=True)
-    check_private(folder)
+        _check(path, ours=path == folder)
     return folder
 
 
-def check_private(folder: Path) -> None:
-    """Raise OSError where another user could put a file into `folder`, or another folder in its place."""
-    for path in [folder, *folder.parents]:
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode):
-            raise OSError(f"{path} is a link, or no folder")
-        if status.st_uid != os.geteuid() and (path == folder or status.st_uid != 0):
-            raise OSError(f"{path} belongs to another user")
-        # In a folder like /tmp others can make files, but not move ours.
-        if _others_write(status) and (path == folder or not status.st_mode & stat.S_ISVTX):
-            raise OSError(f"others can write to {path}: forbid it, with chmod go-w")
+def _check(folder: Path, ours: bool) -> None:
+    """Raise OSError where another user could move what this one has in `folder`.
+
+    Or, where the folder has to be `ours` alone, where another one could put something there.
+    """
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise OSError(f"{folder} is a link, or no folder")
+    if status.st_uid != os.geteuid() and (ours or status.st_uid != 0):
+        raise OSError(f"{folder} belongs to another user")
+    if _others_write(status) and (ours or not status.st_mode & stat.S_ISVTX):  # not as in /tmp
+        raise OSError(f"others can write to {folder}: forbid it, with chmod go-w")
 
 
 def _others_write(status: os.stat_result) -> bool:
@@ -90,7 +93,7 @@ def _others_write(status: os.stat_result) -> bool:
 def _kept(name: str) -> Run | None:
     """The library as it is kept; None where it is not."""
     try:
-        path = cache_folder() / f"{name}.so"
+        path = cache_folder() / f"{name}.pt2"
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or _others_write(status):
@@ -112,7 +115,7 @@ def _made(name: str, make: Callable[[Path], Path]) -> Run:
         try:
             path = _keep(name, path.read_bytes())
         except OSError as e:
-            Console(stderr=True).print(f"compiled code is not kept for the next start: {e}")
+            say(f"compiled code is not kept for the next start: {e}")
         return _open(path)
 
 
@@ -126,11 +129,11 @@ def _keep(name: str, content: bytes) -> Path:
             f.write(content + hashlib.sha256(content).digest())
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, folder / f"{name}.so")
+        os.replace(tmp, folder / f"{name}.pt2")
     except BaseException:
         os.unlink(tmp)
         raise
-    return folder / f"{name}.so"
+    return folder / f"{name}.pt2"
 
 
 def _open(path: Path) -> Run:
@@ -153,14 +156,15 @@ def _temporary(*places: Callable[[], Path]) -> Iterator[Path]:
             parent = place().resolve()
             if shlex.quote(str(parent)) != str(parent):  # the compiler is given paths as they are
                 raise OSError(f"nothing can be compiled in {parent}, because of the characters of its name")
+            for path in [parent, *parent.parents]:
+                _check(path, ours=False)
             _clean(parent, f"{COMPILING}*")
             own = tempfile.TemporaryDirectory(prefix=COMPILING, dir=parent, ignore_cleanup_errors=True)
         except OSError as e:
             reason = str(e)
             continue
-        with own:
-            check_private(Path(own.name))
-            yield Path(own.name)
+        with own as name:
+            yield Path(name)
         return
     raise OSError(reason)
 
@@ -175,5 +179,5 @@ def _clean(folder: Path, pattern: str) -> None:
                 continue
             if stat.S_ISDIR(status.st_mode) and age > ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
-            elif age > (KEPT if path.suffix == ".so" else ABANDONED):
+            elif age > (KEPT if path.suffix == ".pt2" else ABANDONED):
                 path.unlink()
