@@ -36,6 +36,7 @@ class PaperConfig(BudgetOverride, EpisodesConfig):
     task: str
     checkpoint: str  # the teacher
     data: str  # a folder of shards that it labelled
+    device: str = "cpu"
     updates: int = 1_400  # of each corrector: as many as accelerate.py makes in all its rounds
     calibration_seed: int = 10_000
     calibration_episodes: int = 20
@@ -46,18 +47,20 @@ class PaperConfig(BudgetOverride, EpisodesConfig):
 
 def main(config: PaperConfig) -> None:
     console = Console()
-    teacher = open_teacher(config.task, config.checkpoint, config)
+    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
     runs, out = Path(config.runs) / config.task, Path(config.out) / config.task
     correctors: dict[str, BaseCorrector] = {}
     for loss in LOSSES:
         for name in CORRECTORS:
             folder = runs / "correctors" / loss
             if not (folder / name / "done").exists():
-                data = load_shards(config.data, teacher.fingerprint)
+                data = load_shards(config.data, teacher.fingerprint).to(config.device)
                 how = CorrectorTrainConfig(architecture=name, loss=loss, updates=config.updates)
                 train_corrector(teacher.model, data, how, folder)
                 (folder / name / "done").touch()
-            correctors[f"{name}, {loss}"] = load_corrector(folder / name, teacher.fingerprint)
+            correctors[f"{name}, {loss}"] = load_corrector(
+                folder / name, teacher.fingerprint, config.device
+            )
     subject = Subject(teacher, correctors)
     quantile, far = EvaluationConfig.quantile, max(PAPER_HORIZONS)
     seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)

@@ -43,6 +43,7 @@ class RulesConfig(BudgetOverride):
     task: str
     checkpoint: str  # the teacher
     correctors: str  # a folder of correctors
+    device: str = "cpu"
     architecture: str = "two_tower"
     execution_horizon: int = 24
     calibration_seed: int = 10_000
@@ -69,8 +70,8 @@ def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, Speculation
 
 def main(config: RulesConfig) -> None:
     console, name = Console(), config.architecture
-    teacher = open_teacher(config.task, config.checkpoint, config)
-    corrector = load_corrector(Path(config.correctors) / name, teacher.fingerprint)
+    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    corrector = load_corrector(Path(config.correctors) / name, teacher.fingerprint, config.device)
     steps_ahead = teacher.planner.horizon
     free = SpeculationConfig(config.execution_horizon, corrector=name, refine_steps=steps_ahead)
     seeds = range(config.calibration_seed, config.calibration_seed + config.episodes)
