@@ -58,9 +58,7 @@ def main(config: PaperConfig) -> None:
                 how = CorrectorTrainConfig(architecture=name, loss=loss, updates=config.updates)
                 train_corrector(teacher.model, data, how, folder)
                 (folder / name / "done").touch()
-            correctors[f"{name}, {loss}"] = load_corrector(
-                folder / name, teacher.fingerprint, config.device
-            )
+            correctors[f"{name}, {loss}"] = load_corrector(folder / name, teacher.fingerprint, config.device)
     subject = Subject(teacher, correctors)
     quantile, far = EvaluationConfig.quantile, max(PAPER_HORIZONS)
     seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)

@@ -292,7 +292,7 @@ class SpeculativeAgent:
                     ),
                 )
             else:
-                self._step = Compiled(self._eager_step, what=what)
+                self._step = Compiled(self._eager_step, what=what, device=device)
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
 
     @property

@@ -89,7 +89,7 @@ class Iteration:
             depends_on = config, model.config, discount, compute
             self._run = AheadOfTime(self._eager, Search._make, what=what, depends_on=depends_on)
         elif compute.compile:
-            self._run = Compiled(self._eager, what=what, cuda_graphs=device.type == "cuda")
+            self._run = Compiled(self._eager, what=what, device=device, cuda_graphs=device.type == "cuda")
 
     def __call__(
         self, at: Origin, prior: Tensor, mean: Tensor, std: Tensor, noise: NoiseSource, weights: Weights

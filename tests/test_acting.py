@@ -475,11 +475,21 @@ def test_copies_act_as_the_agent_itself(agent: str, compute: ComputeConfig, monk
 def test_copies_compile_anew(cuda_graphs: bool, monkeypatch) -> None:
     times: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda f, **how: times.append(how) or (lambda x: f(x)))
-    compiled, x = Compiled(torch.sin, what="it", cuda_graphs=cuda_graphs), torch.ones(2)
+    compiled = Compiled(torch.sin, what="it", device=torch.device("cpu"), cuda_graphs=cuda_graphs)
+    x = torch.ones(2)
     assert torch.equal(compiled(x), x.sin()) and torch.equal(compiled(x), x.sin())
     for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
         assert torch.equal(other(x), x.sin()) and torch.equal(other(x), x.sin())
     assert len(times) == 3 and ("mode" in times[0]) == cuda_graphs
+
+
+def test_only_on_a_cpu_the_wrapper_is_compiled(monkeypatch) -> None:
+    """On an H100 the backward pass of an update with it failed to compile."""
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda f, options: seen.append(options) or f)
+    for device in ("cpu", "cuda"):
+        Compiled(torch.sin, what="it", device=torch.device(device))(torch.ones(2))
+    assert seen[0]["cpp_wrapper"] and seen[1] is None
 
 
 FORK = """

@@ -76,12 +76,17 @@ class Compiled:
     Args:
         function: what is compiled.
         what: it is, for people.
+        device: that it computes on.
         cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only. Results
             are then copies, for the next replay writes where the last one wrote.
     """
 
-    def __init__(self, function: Callable[..., Any], *, what: str, cuda_graphs: bool = False):
+    def __init__(
+        self, function: Callable[..., Any], *, what: str, device: torch.device, cuda_graphs: bool = False
+    ):
         self._function, self._what, self._cuda_graphs = function, what, cuda_graphs
+        # On a GPU the backward pass of what has a C++ wrapper does not compile.
+        self._options = OPTIONS if device.type == "cpu" else None
         self._compiled: Callable[..., Any] | None = None  # before the first call
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +100,7 @@ class Compiled:
             graphs = torch.compile(self._function, mode="reduce-overhead")
             self._compiled = lambda *args, **kwargs: tree_map(torch.clone, graphs(*args, **kwargs))
         else:
-            self._compiled = torch.compile(self._function, options=OPTIONS)
+            self._compiled = torch.compile(self._function, options=self._options)
         try:
             with announced(self._what), torch._dynamo.config.patch(run_gc_after_compile=False):
                 return self._compiled(*args, **kwargs)

@@ -75,11 +75,12 @@ class Update:
         compute: ComputeConfig = EAGER,
     ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
-        self.dtype = dtype_of(compute, next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.dtype = dtype_of(compute, device)
         self._targets, self._losses, self._judged = td_targets, world_model_losses, judge_policy
         if compute.compile:
             self._targets, self._losses, self._judged = (
-                Compiled(f, what=f"the update's {f.__name__.replace('_', ' ')}")
+                Compiled(f, what=f"the update's {f.__name__.replace('_', ' ')}", device=device)
                 for f in (td_targets, world_model_losses, judge_policy)
             )
         model.requires_grad_(True).target_q.requires_grad_(False)
