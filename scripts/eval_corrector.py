@@ -13,9 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from tdmpc2 import cli
-from tdmpc2.accelerate import evaluate_correctors, save_agent
+from tdmpc2.accelerate import check_not_the_teachers, evaluate_correctors, save_agent
 from tdmpc2.config import BudgetOverride
-from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.evaluate import EvaluationConfig
 from tdmpc2.files import in_use
 from tdmpc2.teacher import open_teacher
@@ -34,8 +33,7 @@ class EvalCorrectorConfig(BudgetOverride, EvaluationConfig):
 
 def main(config: EvalCorrectorConfig) -> None:
     out, correctors, console = Path(config.out), Path(config.correctors), Console()
-    if out.resolve() == Path(config.checkpoint).resolve():
-        raise ConfigError(f"out={out} is the teacher's own folder: choose another one")
+    check_not_the_teachers(out, config.checkpoint)
     with in_use(out):
         teacher = open_teacher(config.task, config.checkpoint, config, config.device)
         evaluate_correctors(teacher, correctors, out / "evaluation", config, console)

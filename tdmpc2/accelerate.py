@@ -81,6 +81,7 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         FileError: the folder cannot be written.
     """
     out = Path(config.out or f"accelerated/{file_name(config.task)}")
+    check_not_the_teachers(out, config.checkpoint)
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
     with in_use(out):
@@ -164,6 +165,12 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, console: 
     save_agent(out, teacher, out / "evaluation", out / "correctors")
     console.print(f'done: agent = tdmpc2.load_agent("{out}")')
     return out
+
+
+def check_not_the_teachers(out: Path, checkpoint: str) -> None:
+    """Raise ConfigError where an agent would be written over the checkpoint of its teacher."""
+    if out.resolve() == Path(checkpoint).resolve():
+        raise ConfigError(f"out={out} is the teacher's own folder: choose another one")
 
 
 def save_agent(folder: Path, teacher: Teacher, evaluation: Path, correctors: Path) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 import tdmpc2
 from scripts import collect_corrector_data, eval_corrector, evaluate, train_corrector
 from tdmpc2 import cli
-from tdmpc2.accelerate import save_agent
+from tdmpc2.accelerate import AccelerateConfig, accelerate, save_agent
 from tdmpc2.agent import Kind
 from tdmpc2.config import EAGER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import build_corrector, load_corrector, save_corrector
@@ -196,6 +197,8 @@ def test_a_teacher_is_not_overwritten(folder: Path, run: Run) -> None:
     before = (folder / "own/config.json").read_bytes()
     arguments = [TASK, "checkpoint=own", *BUDGET, *SMALL, "correctors=correctors", "out=./own"]
     assert "teacher's own folder" in run(eval_corrector, *arguments, fails=True)
+    with pytest.raises(ConfigError, match="teacher's own folder"):
+        accelerate(AccelerateConfig(task=TASK.split("=")[1], checkpoint="own", out="./own"), Console())
     assert (folder / "own/config.json").read_bytes() == before
 
 
