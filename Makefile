@@ -20,8 +20,10 @@ lint: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-.venv/.installed: requirements.txt pyproject.toml
+.venv/.installed: requirements.txt requirements-no-deps.txt pyproject.toml
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 15) or sys.exit(\
+		'Python 3.11 to 3.14 is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.12 demo' % v)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps -e .
+	$(BIN)/pip install --quiet --no-deps -r requirements-no-deps.txt -e .
 	touch $@

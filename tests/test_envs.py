@@ -236,6 +236,21 @@ def test_a_wrong_name_gets_the_nearest_right_ones(wrong: str, right: str) -> Non
         make_env(wrong)
 
 
+def test_without_dm_control_there_are_gymnasiums_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above Python 3.12 pip installs dm_control only without its dependencies, so it may be missing."""
+    monkeypatch.setattr(dmc, "is_installed", lambda: False)
+    cached = dmc.tasks, dmc._normalised
+    for function in cached:
+        function.cache_clear()
+    try:
+        make_env("Pendulum-v1").close()
+        with pytest.raises(TaskError, match="pip install --no-deps dm_control"):
+            make_env("walker-walk")
+    finally:
+        for function in cached:
+            function.cache_clear()
+
+
 @pytest.mark.parametrize(
     "task, obs, error, message",
     [

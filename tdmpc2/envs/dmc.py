@@ -6,6 +6,7 @@ A name is the domain, a dash, and the task with its underscores turned into dash
 """
 
 import ctypes
+import importlib.util
 import os
 import sys
 from functools import cache
@@ -87,12 +88,19 @@ class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
 
 @cache
 def tasks() -> dict[str, tuple[str, str]]:
-    """Every name of every suite task, the published one first, with its domain and task."""
-    names = {}
+    """Every name of a suite task, the published one first, with domain and task; none without dm_control."""
+    names: dict[str, tuple[str, str]] = {}
+    if not is_installed():
+        return names
     for domain, task in suite().ALL_TASKS:
         for prefix in dict.fromkeys((ALIASES.get(domain, domain), domain)):
             names[f"{prefix}-{task.replace('_', '-')}"] = (domain, task)
     return names
+
+
+def is_installed() -> bool:
+    """Whether dm_control is: above Python 3.12 pip cannot bring it with its dependencies."""
+    return importlib.util.find_spec("dm_control") is not None
 
 
 def find(name: object) -> tuple[str, str] | None:

@@ -122,4 +122,6 @@ def _unknown(task: str) -> str:
     names = {name.lower(): name for name in [*dmc.tasks(), *gymnasium_tasks.tasks()]}
     near = [names[match] for match in get_close_matches(task.lower(), names, n=3)]
     hint = f"did you mean {', '.join(near)}?" if near else "tdmpc2.envs.list_tasks() has all names"
+    if not dmc.is_installed():
+        hint += "; dm_control's tasks need `pip install --no-deps dm_control`"
     return f"unknown task {task!r}; {hint}"
