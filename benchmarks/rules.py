@@ -25,7 +25,7 @@ from tdmpc2.mismatch import calibrate_td_error, calibrate_thresholds
 from tdmpc2.teacher import open_teacher
 
 PER_STEP = 0.97  # the first edition's quantile of the mismatches at every step in plan
-PER_PLAN = 0.9  # share of calibration plans whose mismatch stays below the thresholds
+PER_PLAN = (0.9, 0.97)  # shares of calibration plans whose mismatch stays below the thresholds
 TD_QUANTILE = 0.9  # share of calibration episodes whose mean of TD errors stays above the limit
 NEVER = -1e9  # no mean of TD errors is so low: they are recorded only
 WORLDS = {
@@ -57,15 +57,13 @@ def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, Speculation
     later = steps[steps["k"] > 0]
     per_step = tuple(later.groupby("k")["mismatch"].quantile(PER_STEP))
     limit, usual = calibrate_td_error(steps, TD_QUANTILE)
-    thresholds = {
-        f"per step {PER_STEP}": per_step,
-        f"per plan {PER_PLAN}": calibrate_thresholds(steps, PER_PLAN, horizon),
-    }
-    table = {"no fallback": free}
-    for name, threshold in thresholds.items():
-        table[name] = replace(free, threshold=threshold)
+    thresholds = {f"per step {PER_STEP}": per_step}
+    for quantile in PER_PLAN:
+        thresholds[f"per plan {quantile}"] = calibrate_thresholds(steps, quantile, horizon)
+    table = {name: replace(free, threshold=threshold) for name, threshold in thresholds.items()}
+    for name in (f"per step {PER_STEP}", f"per plan {PER_PLAN[-1]}"):
         table[f"{name} or TD errors"] = replace(table[name], min_td_error=limit, usual_td_error=usual)
-    return table
+    return {"no fallback": free, **table}
 
 
 def main(config: RulesConfig) -> None:
