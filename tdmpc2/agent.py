@@ -40,7 +40,7 @@ from .corrector import ARCHITECTURES, BaseCorrector, History, load_corrector
 from .errors import CheckpointError, ConfigError, ObservationError
 from .inference import AheadOfTime, Compiled, forks_have_one_thread
 from .inputs import Array, like, read_mask, read_observation
-from .mismatch import TD_STEPS, mismatch
+from .mismatch import mismatch
 from .planner import NoiseSource, Plan, Planner, warm_start
 from .refine import refine
 from .world_model.checkpoint import (
@@ -60,7 +60,7 @@ class Kind(IntEnum):
     PLANNED = 0  # a replan was due; its first action
     CORRECTED = 1  # a later action of the plan, corrected
     OPEN_LOOP = 2  # a later action of the plan, as it was planned
-    FALLBACK = 3  # the mismatch or the TD errors were out of bounds: replanned, the new plan's first action
+    FALLBACK = 3  # the mismatch was above the threshold: replanned, the new plan's first action
     PRIOR = 4  # no plan was made: the policy prior's action, or a corrector's in its place
 
 
@@ -70,7 +70,6 @@ class StepInfo(NamedTuple):
     kind: Tensor  # [B] long, values of Kind
     k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
-    td_error: Tensor  # [B], of the step before; NaN in an episode's first, and where none is watched
     correction: Tensor  # [B], norm of executed minus planned action
 
     @property
@@ -93,14 +92,12 @@ class Step(NamedTuple):
     planned: Tensor  # [B, A]
     action: Tensor  # [B, A], corrected and refined
     z_pred: Tensor  # [B, L], predicted for the next step
-    td_error: Tensor  # [B], of the step before
-    promised: Tensor  # [B], by this step, of the discounted value of the next
     history: History | None  # this step included
 
 
 def corrected_step(x: list[Tensor]) -> Step:
     """The tensors of a `Step` with a history, put together again."""
-    return Step(x[0], x[1], x[2], x[3], x[4], History(x[5], x[6]))
+    return Step(x[0], x[1], x[2], History(x[3], x[4]))
 
 
 class TDMPC2:
@@ -155,7 +152,7 @@ class TDMPC2:
             return None
         nothing = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
         kind, none = nothing.long(), torch.full_like(nothing, torch.nan)
-        return StepInfo(kind=kind, k=kind, mismatch=none, td_error=none, correction=nothing)
+        return StepInfo(kind=kind, k=kind, mismatch=none, correction=nothing)
 
     @torch.inference_mode(False)
     def reset(self, mask: object = None) -> None:
@@ -227,11 +224,8 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
-    With `refine_steps` the corrected action is refined (`refine`) before it is executed.
-
-    Two things end a plan early: a mismatch above the threshold, and a running mean of TD errors below
-    `min_td_error`. A low mean says that states have been worth less than predicted for some time: the world
-    differs a little from the model, or the robot has fallen. A single mismatch shows neither.
+    With `refine_steps` the corrected action is refined (`refine`) before it is executed. A mismatch above the
+    threshold ends a plan early.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
@@ -257,7 +251,6 @@ class SpeculativeAgent:
             planner = teacher.planner
             planner.config = replace(planner.config, iterations=config.iterations)
         self.teacher, self.config, self.corrector = teacher, config, corrector
-        self._min_td_error = -math.inf if config.min_td_error is None else config.min_td_error
         n, model = teacher.num_envs, teacher.model
         latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
         numbers: dict[str, Any] = dict(dtype=torch.float32, device=device)  # whatever PyTorch's default is
@@ -265,16 +258,11 @@ class SpeculativeAgent:
             self._thresholds = torch.tensor(config.threshold or (math.inf,), **numbers)
             self._actions = torch.zeros(n, horizon, action, **numbers)
             self._z_pred = torch.zeros(n, latent, **numbers)
-            self._promised = torch.full((n,), torch.nan, **numbers)
-            self._td_error = torch.full((n,), config.usual_td_error, **numbers)  # running mean
             self._k = torch.full((n,), config.execution_horizon, device=device)
             self._history = None if corrector is None else corrector.no_history(n)
         # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
         # step. A bool, so that one compilation serves all horizons.
         self._predicts = config.execution_horizon > 1
-        self._watches = config.min_td_error is not None
-        if self._watches and (corrector is None or not self.plan_length):
-            raise ConfigError("min_td_error: only corrected plans are watched by their TD errors")
         self._step: Callable[..., Step] = self._eager_step
         if teacher.planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
@@ -287,7 +275,7 @@ class SpeculativeAgent:
                     modules=(model, corrector),
                     depends_on=(
                         (model.config, corrector.config),
-                        (self.plan_length, self._predicts, self._watches, config.refine_steps),
+                        (self.plan_length, self._predicts, config.refine_steps),
                         (teacher.planner.discount, teacher.planner.config.temperature),
                     ),
                 )
@@ -309,8 +297,6 @@ class SpeculativeAgent:
         index = read_mask(mask, self.num_envs, self.teacher.device)
         self.teacher.reset(mask)
         self._k[index] = self.config.execution_horizon  # a replan is due
-        self._promised[index] = torch.nan
-        self._td_error[index] = self.config.usual_td_error
         if self._history is not None:
             self._history.valid[index] = False
 
@@ -335,17 +321,12 @@ class SpeculativeAgent:
         z = self.teacher.encode(obs)
         due = k >= self.config.execution_horizon
         drift = self._drift(z)
-        # A mismatch that is no number is too large. The TD errors are those up to the state before: one
-        # network less stands between an observation and its action.
-        replan = due | ~(drift <= self._threshold()) | (self._td_error < self._min_td_error)
+        replan = due | ~(drift <= self._threshold())  # a mismatch that is no number is too large
         if replan.any():
             self._replan(z, replan, plan, eval_mode)
 
-        step = self._step(
-            z, self._z_pred, self._actions, self._k, replan, self._promised, self._history, self.teacher.task
-        )
-        self._z_pred, self._promised, self._history = step.z_pred, step.promised, step.history
-        self._td_error += (step.td_error - self._td_error).nan_to_num() / TD_STEPS
+        step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history, self.teacher.task)
+        self._z_pred, self._history = step.z_pred, step.history
         self._k = self._k + 1
         self._last = (due, replan, k, drift, step)
         return like(step.action, obs, self.teacher.model.config)  # type: ignore[return-value]
@@ -363,7 +344,6 @@ class SpeculativeAgent:
             kind=torch.where(due, first, torch.where(replan, again, later)),
             k=torch.where(due, 0, k),
             mismatch=drift.masked_fill(due, torch.nan),
-            td_error=step.td_error,
             correction=(step.action - step.planned).norm(dim=-1),
         )
 
@@ -404,7 +384,6 @@ class SpeculativeAgent:
         plan: Tensor,
         k: Tensor,
         replan: Tensor,
-        promised: Tensor,
         history: History | None,
         task: Tensor | None,
     ) -> Step:
@@ -416,7 +395,6 @@ class SpeculativeAgent:
             plan: planned actions.
             k: step in plan.
             replan: `[B]`, where plans were made now.
-            promised: `[B]`, by the step before; NaN where there was none.
             history: of earlier steps, where there is a corrector.
             task: `[B]`, indices of tasks, of a multi-task model.
         """
@@ -431,13 +409,7 @@ class SpeculativeAgent:
                 action = torch.where(replan[:, None], planned, action)
         if self._predicts:
             z_pred = model.next(z_pred, action, task)
-        if self._watches:
-            value = model.value(z, model.prior(z, task), task).mean(0)
-            td_error = self.teacher.planner.discount * value - promised
-            promised = value - model.reward(z, action, task)
-        else:
-            td_error = promised = torch.full_like(promised, torch.nan)
-        return Step(planned, action, z_pred, td_error, promised, history)
+        return Step(planned, action, z_pred, history)
 
     def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
         """Corrected actions `[B, A]`, refined."""

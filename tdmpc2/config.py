@@ -222,9 +222,6 @@ class SpeculationConfig(Checked):
     execution_horizon: int = 3  # K: steps executed per plan
     # Mismatch above which the agent replans at step 1, 2, ... of a plan; the last holds for all later steps.
     threshold: tuple[float, ...] | None = None  # None: never
-    # Running mean of TD errors below which the agent replans, see `mismatch.TD_STEPS`; None: never.
-    min_td_error: float | None = None
-    usual_td_error: float = 0.0  # where that mean begins in an episode
     corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
     refine_steps: int = 0  # steps ahead that refining the corrected action looks; 0: it is not refined
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H

@@ -1,17 +1,9 @@
-"""How far reality has drifted from the plan, and how far it may before the plan is thrown away.
+"""How far reality has drifted from the plan, and how far it may before the plan is thrown away."""
 
-What a mismatch does not show, TD errors may: `r(z, a) + gamma V(z') - V(z)`, what a step really led to beside
-what was promised before it, all by the world model. A single one is mostly noise, but where the agent is
-losing, be it that the world is not as modelled, their mean falls.
-"""
-
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from .errors import DataError
-
-TD_STEPS = 50  # the last TD errors that their running mean is of, more or less: its time constant
 
 
 def mismatch(z: Tensor, z_pred: Tensor) -> Tensor:
@@ -48,24 +40,3 @@ def calibrate_thresholds(steps: pd.DataFrame, quantile: float, horizon: int) -> 
     plan = (steps["k"] == 0).cumsum()
     largest = (later["mismatch"] / later["k"].map(at_k)).groupby(plan).max()
     return tuple((at_k * largest.quantile(quantile)).tolist())
-
-
-def calibrate_td_error(steps: pd.DataFrame, quantile: float) -> tuple[float, float]:
-    """The limit that the mean of TD errors keeps above in a share `quantile` of episodes, and its start.
-
-    Not of steps: a single episode that is lost would have enough of them to set the limit.
-
-    Args:
-        steps: columns `seed, td_error`, of plans that were executed without fallback.
-        quantile: in (0, 1].
-
-    Raises:
-        DataError: there is no finite TD error to calibrate on.
-    """
-    usual = float(steps.groupby("seed")["td_error"].mean().median())
-    if not np.isfinite(usual):
-        raise DataError("no TD error to calibrate on: no calibration episode holds two steps")
-    less = (usual - steps["td_error"]).fillna(0.0)  # none in an episode's first step, where the mean begins
-    running = less.groupby(steps["seed"]).transform(lambda x: x.ewm(alpha=1 / TD_STEPS, adjust=False).mean())
-    worst = running.groupby(steps["seed"]).max().to_numpy()
-    return usual - float(np.quantile(worst, quantile)), usual

@@ -407,13 +407,13 @@ def test_both_agents_have_one_interface() -> None:
     info = AGENTS["teacher"]
     teacher = info()
     teacher.act(OBS)
-    assert repr(teacher.info) == "kind=PLANNED, k=0, mismatch=nan, td_error=nan, correction=0"
+    assert repr(teacher.info) == "kind=PLANNED, k=0, mismatch=nan, correction=0"
 
 
 def test_info_reads_in_words() -> None:
     one = torch.ones(1)
-    info = StepInfo(one.long(), 2 * one.long(), one / 3, -one, one / 7)
-    assert str(info) == "kind=CORRECTED, k=2, mismatch=0.3333, td_error=-1, correction=0.1429"
+    info = StepInfo(one.long(), 2 * one.long(), one / 3, one / 7)
+    assert str(info) == "kind=CORRECTED, k=2, mismatch=0.3333, correction=0.1429"
     assert info.kinds == [Kind.CORRECTED]
     rows = StepInfo(*(torch.cat([x, torch.zeros_like(x)]) for x in info))
     assert "kind=[CORRECTED, PLANNED], k=[2, 0], mismatch=[0.3333, 0]" in repr(rows)

@@ -21,7 +21,7 @@ from tdmpc2.config import (
 from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError, DataError, ObservationError
 from tdmpc2.evaluation.modes import ALONE, DISTILLED
-from tdmpc2.mismatch import TD_STEPS, calibrate_td_error, calibrate_thresholds
+from tdmpc2.mismatch import calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.refine import offsets, refine
 from tdmpc2.world_model import load_world_model
@@ -201,57 +201,6 @@ def test_a_batch_acts_as_its_rows_alone(model, architecture) -> None:
         torch.testing.assert_close(run([row])[:, 0], together[:, row], atol=1e-4, rtol=1e-4)
 
 
-def test_it_replans_a_step_after_the_running_mean_of_td_errors_fell_too_low(model) -> None:
-    corrector = noisy_corrector(model)
-    obs = observations(12, 1)
-
-    def run(**limits: float) -> tuple[pd.DataFrame, list[Kind]]:
-        agent = agent_of(model, corrector, execution_horizon=100, corrector="two_tower", **limits)
-        rows, kinds = [], []
-        for seed in (0, 1):  # the second episode begins anew
-            agent.reset()
-            for o in obs:
-                z = model.encode(o)
-                value, reward = model.value(z, model.prior(z)).mean(0), model.reward(z, agent.act(o))
-                rows.append((seed, value.item(), reward.item(), agent.info.td_error.item()))
-                kinds.append(Kind(int(agent.info.kind)))
-        return pd.DataFrame(rows, columns=["seed", "value", "reward", "td_error"]), kinds
-
-    free, kinds = run(min_td_error=-1e9)
-    assert kinds.count(Kind.FALLBACK) == 0
-    usual = free["td_error"].mean()
-    means = free["td_error"].fillna(usual).groupby(free["seed"])
-    limit = means.transform(lambda x: x.ewm(alpha=1 / TD_STEPS, adjust=False).mean()).median()
-    steps, kinds = run(min_td_error=limit, usual_td_error=usual)
-    assert 3 <= kinds.count(Kind.FALLBACK) <= 19
-    discount = TDMPC2(model, BUDGET).planner.discount
-    rows = list(steps.itertuples())
-    for before, row, kind in zip([None, *rows], rows, kinds, strict=False):
-        if row.Index % 12 == 0:  # an episode begins
-            assert kind == Kind.PLANNED and np.isnan(row.td_error)
-            mean = usual
-        else:
-            assert kind == (Kind.FALLBACK if mean < limit else Kind.CORRECTED)
-            td_error = before.reward + discount * row.value - before.value
-            assert row.td_error == pytest.approx(td_error, abs=1e-4)
-            mean += (td_error - mean) / TD_STEPS
-
-
-def test_td_errors_of_a_row_end_with_its_episode(model) -> None:
-    limits = {"usual_td_error": 50.0, "min_td_error": 49.9}  # far above all errors: one is enough
-    corrector = noisy_corrector(model)
-    agent = agent_of(model, corrector, 2, execution_horizon=100, corrector="two_tower", **limits)
-    agent.reset()
-    for t, obs in enumerate(observations(6, 2)):
-        if t == 3:
-            agent.reset(torch.tensor([False, True]))
-        agent.act(obs)
-        assert agent.info.td_error.isnan().tolist() == [t == 0, t in (0, 3)]
-        if t == 4:
-            assert agent.info.kind.tolist() == [Kind.FALLBACK, Kind.CORRECTED]
-    assert agent.info.kind.tolist() == [Kind.FALLBACK, Kind.FALLBACK]
-
-
 @pytest.mark.parametrize("steps", [1, 3])
 def test_what_the_corrector_answers_is_refined(model, steps: int) -> None:
     corrector = noisy_corrector(model)
@@ -349,7 +298,7 @@ def test_compiled_step_is_the_eager_one(architecture, name, task, monkeypatch, t
         mode = ALONE if architecture == DISTILLED else mode
         agent = SpeculativeAgent(TDMPC2(model, BUDGET, task=task, compute=compute), mode, corrector)
         agent.reset()
-        return [torch.cat([agent.act(o, plan)[0], agent.info.correction, agent.info.td_error]) for o in obs]
+        return [torch.cat([agent.act(o, plan)[0], agent.info.correction]) for o in obs]
 
     for horizon in (3, 5):
         compiled, eager = run(horizon, COMPILED), run(horizon, EAGER)
@@ -390,8 +339,6 @@ def test_bad_settings_are_named(model) -> None:
         agent_of(model, execution_horizon=0)
     with pytest.raises(ConfigError, match="refine_steps=-1"):
         agent_of(model, refine_steps=-1)
-    with pytest.raises(ConfigError, match="min_td_error"):
-        agent_of(model, min_td_error=0.0)
     with pytest.raises(ConfigError, match="plan_length=4"):
         agent_of(model, plan_length=4)
     multi = load_world_model(Path(__file__).parent / "fixtures/official/mt30_small.pt")
@@ -427,17 +374,3 @@ def test_what_cannot_be_calibrated_is_said() -> None:
         calibrate_thresholds(plans(np.full((3, 2), np.nan)), 0.5, 3)
     exact = calibrate_thresholds(plans(np.zeros((3, 2))), 0.5, 3)
     assert all(np.isfinite(exact)), "a world that is predicted exactly"
-
-
-def test_td_error_limit_is_what_most_episodes_keep_above_at_every_step() -> None:
-    dip = np.arange(1, 11) / 10
-    dip[9] = 100.0  # an episode that is lost
-    errors = 1.0 - np.outer(dip, np.r_[np.zeros(300), np.ones(TD_STEPS), np.zeros(300)])
-    errors[:, 0] = np.nan
-    steps = pd.DataFrame({"seed": np.repeat(np.arange(10), errors.shape[1]), "td_error": errors.ravel()})
-    limit, usual = calibrate_td_error(steps, 8 / 9)  # of ten episodes the ninth
-    assert usual == pytest.approx(np.median(np.nanmean(errors, 1)))
-    reached = 1 - (1 - 1 / TD_STEPS) ** TD_STEPS  # of a dip that lasts a time constant
-    assert limit == pytest.approx(1.0 - 0.9 * reached, abs=0.01)
-    with pytest.raises(DataError, match="no TD error"):
-        calibrate_td_error(steps[steps["td_error"].isna()], 0.9)

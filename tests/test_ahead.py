@@ -493,8 +493,6 @@ CHANGES: dict[type, dict[str, list[tuple[Any, set[str]]]]] = {
     SpeculationConfig: {
         "execution_horizon": [(1, STEP), (2, NEITHER), (50, NEITHER)],
         "threshold": [((0.5, 0.7), NEITHER)],
-        "min_td_error": [(-1.0, STEP)],
-        "usual_td_error": [(-1.0, NEITHER)],
         "refine_steps": [(1, STEP), (2, STEP), (3, STEP)],
         "plan_length": [(0, STEP), (1, STEP), (2, NEITHER)],
         "iterations": [(1, NEITHER)],

@@ -28,7 +28,7 @@ GOOD: list[Any] = [
     PlannerConfig(),
     ComputeConfig(),
     UpdateConfig(),
-    SpeculationConfig(threshold=(0.1, math.inf), min_td_error=-0.5),
+    SpeculationConfig(threshold=(0.1, math.inf)),
     CorrectorConfig(512, 6),
 ]
 

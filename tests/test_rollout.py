@@ -81,10 +81,7 @@ MODES = {
     "naive": NAIVE,
     "fallback": SpeculationConfig(execution_horizon=4, threshold=(0.95,)),
     "history": SpeculationConfig(execution_horizon=4, corrector="temporal"),
-    "td errors": SpeculationConfig(
-        execution_horizon=20, corrector="two_tower", min_td_error=0.445, usual_td_error=0.45
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -102,7 +99,7 @@ def test_an_episode_is_the_same_whatever_ran_before_it_and_beside_it(model: Worl
                     assert close, f"{column} of the episode with seed {seed}"
                 else:
                     assert own[column].tolist() == getattr(run, part)[column].tolist()
-    if name in ("fallback", "td errors"):
+    if name == "fallback":
         assert 0 < together.episodes["fallbacks"].sum() < together.episodes["length"].sum() - len(SEEDS)
 
 

@@ -16,7 +16,7 @@ from .metrics import PLANS
 # A label costs a plan: of so many steps, the first so many are labelled.
 LABEL_EVERY, LABEL_RUN = 50, 12
 STEP_COLUMNS = [
-    *("seed", "t", "kind", "k", "mismatch", "td_error", "delta_a"),
+    *("seed", "t", "kind", "k", "mismatch", "delta_a"),
     "action_change",  # norm of the action minus that of the step before, NaN in an episode's first
     *("reward", "teacher_distance"),
 ]
@@ -99,14 +99,14 @@ def _rollout(
         clock += 1
         change = np.linalg.norm(action - before, axis=-1)
         before[:] = action
-        kind, k, drift, td_error, delta = (x.tolist() for x in info)
+        kind, k, drift, delta = (x.tolist() for x in info)
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
             name = Kind(kind[i]).name.lower()
             if not in_first[i]:
                 distance[i] = np.nan
-            happened = (name, k[i], drift[i], td_error[i], delta[i], change[i], float(reward), distance[i])
+            happened = (name, k[i], drift[i], delta[i], change[i], float(reward), distance[i])
             steps.append((row_seed[i], t[i], *happened))
             t[i] += 1
             if terminated:
