@@ -97,7 +97,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(name: str, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    command = [sys.executable, "-m", "tdmpc2", name, *arguments]
     return subprocess.run(command, cwd=workdir, capture_output=True, text=True, timeout=300)
 
 
@@ -199,7 +199,7 @@ def test_episodes_made_before_there_was_a_setting_are_refused(finished: Path, wo
 def test_kill_9_and_go_on(one_corrector: Path, workdir: Path, seen: str) -> None:
     """Killed once that is there, and started again, it has the results of a run that was not."""
     out = workdir / f"killed-{Path(seen).name}"
-    command = [sys.executable, str(ROOT / "scripts/accelerate.py"), "task=short_task:Short-v0"]
+    command = [sys.executable, "-m", "tdmpc2", "accelerate", "task=short_task:Short-v0"]
     command += [f"checkpoint={TEACHER}", *SMALL, "architecture=two_tower", f"out={out}"]
     process = subprocess.Popen(command, cwd=workdir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / seen).exists():
@@ -308,7 +308,7 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
 
     save_world_model(workdir / "other", model)
     result = script(
-        "eval_corrector",
+        "compare",
         workdir,
         "task=short_task:Short-v0",
         "checkpoint=other",
@@ -320,9 +320,7 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
 
 def test_correctors_are_not_evaluated_on_what_they_were_trained_on(finished: Path, workdir: Path) -> None:
     arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false", "eval_episodes=3"]
-    result = script(
-        "eval_corrector", workdir, *arguments, "correctors=done/correctors", "out=no", "eval_seed=6"
-    )
+    result = script("compare", workdir, *arguments, "correctors=done/correctors", "out=no", "eval_seed=6")
     one_line(result, "was trained on episodes with seeds of this evaluation")
 
 
@@ -331,7 +329,7 @@ def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path
     half = load_corrector(finished / "correctors/two_tower", None)
     save_corrector(workdir / "half/two_tower", half, fingerprint(teacher))
     arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false"]
-    result = script("eval_corrector", workdir, *arguments, "correctors=half", "out=refused")
+    result = script("compare", workdir, *arguments, "correctors=half", "out=refused")
     one_line(result, "half/two_tower did not end")
 
 
@@ -540,7 +538,7 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = script("eval_disturbed", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
+    own = script("perturb", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
     one_line(own, "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())

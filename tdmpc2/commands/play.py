@@ -58,8 +58,6 @@ class Settings(BudgetOverride):
         at_least(0, self, "seed")
         if self.out and not self.out.endswith(".gif"):
             raise ConfigError(f"out={self.out}: must end with .gif")
-        if not self.out and not _has_display():
-            raise ConfigError("there is no display to open a window on: give out=FILE.gif")
 
 
 class Moment(NamedTuple):
@@ -80,6 +78,8 @@ class Show(NamedTuple):
 
 
 def main(settings: Settings) -> None:
+    if not settings.out and not _has_display():
+        raise ConfigError("there is no display to open a window on: give out=FILE.gif")
     console = Console()
     with Progress(console) as progress:
         shows = [_play(settings, False, progress)]
