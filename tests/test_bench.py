@@ -1,6 +1,7 @@
 """The benchmarks: the formula for required operations is what is really computed, and records are whole."""
 
 import json
+import os
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -105,7 +106,13 @@ def test_measuring_tells_fast_from_slow() -> None:
     assert 0 < seconds["fast"] < seconds["slow"]
 
 
-def test_bench_writes_records(tmp_path: Path, capsys) -> None:
+def test_each_measurement_has_a_process_of_its_own() -> None:
+    assert bench.alone(os.getpid, threads=1) != os.getpid()
+
+
+def test_bench_writes_records(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []  # threads of each measurement
+    monkeypatch.setattr(bench, "alone", lambda measurement, threads: alone.append(threads) or measurement())
     settings = {name: getattr(BUDGET, name) for name in vars(BUDGET)}
     out = tmp_path / "new" / "bench.json"
     config = bench.BenchConfig(
@@ -116,6 +123,7 @@ def test_bench_writes_records(tmp_path: Path, capsys) -> None:
         precisions=("float32",),
         compile=False,
         seconds=0.01,
+        threads=2,
         out=str(out),
     )
     bench.main(config)
@@ -123,6 +131,7 @@ def test_bench_writes_records(tmp_path: Path, capsys) -> None:
     assert written["machine"] and written["commit"]
     records = [Record(**r) for r in written["records"]]
     assert [(r.size, r.batch, r.dtype) for r in records] == [(1, 1, "float32"), (1, 2, "float32")]
+    assert alone == [2, 2]
     for r in records:
         assert r.flops and r.ceiling_flops_per_s and r.ratio_to_ceiling and r.speedup_over_reference
         expected = r.seconds * r.ceiling_flops_per_s / r.flops
