@@ -9,7 +9,7 @@ demo: .venv/.installed  ## the main job on a shipped teacher
 		calibration_episodes=3 eval_episodes=3 label_episodes=0 latency_steps=50
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py
