@@ -1,5 +1,6 @@
 """The command `tdmpc2`: its verbs, and those that have no other test."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tdmpc2.envs import list_tasks
 from tdmpc2.world_model import load_world_model, save_world_model
 
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS = 6
 
 
@@ -67,6 +69,13 @@ def test_help_names_every_verb(monkeypatch, capsys) -> None:
         assert [verb for verb in commands.VERBS if f"\n  {verb} " not in out] == []
     tdmpc2(monkeypatch, "train", "--help")
     assert capsys.readouterr().out.startswith("tdmpc2 train key=value")
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_are_commands(path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "key=value ..." in capsys.readouterr().out
 
 
 def test_a_wrong_verb_is_named(monkeypatch, capsys) -> None:
