@@ -4,12 +4,12 @@ BIN := .venv/bin
 .PHONY: demo test bench lint format
 
 demo: .venv/.installed  ## the main job on a shipped teacher
-	$(BIN)/python scripts/accelerate.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
+	$(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
 		out=accelerated/demo episodes=5 rounds=1 round_episodes=5 round_updates=100 updates=200 num_envs=5 \
 		calibration_episodes=3 eval_episodes=3 label_episodes=0 latency_steps=50
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py

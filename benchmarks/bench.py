@@ -58,6 +58,7 @@ agent.act(torch.zeros(int(sys.argv[3])))
 print(flush=True)
 """
 Measurement = Callable[[], Record]
+OBSERVATIONS, TIMED = 1000, 2000  # observations that differ; steps that are timed at least
 NEVER_AGAIN = 1_000_000  # steps of a plan, more than are measured
 SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_trajs=4)
 
@@ -207,12 +208,12 @@ def speculative_step(config: BenchConfig) -> Iterator[Measurement]:
 
 def step_record(architecture: str, config: BenchConfig) -> Record:
     agent = speculative_agent(architecture, config)
-    observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
+    observations = torch.randn(OBSERVATIONS, OBS_DIM, device=config.device).unbind()
     for obs in observations:
         agent.act(obs)
     times: list[float] = []
     end = time.perf_counter() + config.seconds
-    while time.perf_counter() < end or len(times) < 2000:
+    while time.perf_counter() < end or len(times) < TIMED:
         for obs in observations:
             begin = time.perf_counter()
             agent.act(obs)
@@ -235,7 +236,7 @@ def memory(config: BenchConfig) -> Iterator[Measurement]:
 
 def memory_record(config: BenchConfig) -> Record:
     agent = speculative_agent("temporal", config, execution_horizon=24)
-    observations = torch.randn(1000, OBS_DIM, device=config.device).unbind()
+    observations = torch.randn(OBSERVATIONS, OBS_DIM, device=config.device).unbind()
     begin, after_warm_up = time.perf_counter(), 0
     for i in range(config.memory_steps):
         if i == config.memory_steps // 10:

@@ -72,7 +72,7 @@ AS_IT_IS = {  # of each experiment the variant that the package has; of the othe
 class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
     """Which agent the experiments are made on, and how correctors are trained."""
 
-    agent: str  # a folder that scripts/accelerate.py made
+    agent: str  # a folder that `tdmpc2 accelerate` made
     task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
     architecture: str = "two_tower"
     eval_seed: int = 40_000

@@ -33,9 +33,9 @@ from tdmpc2.errors import ConfigError, TDMPC2Error
 ROOT = Path(__file__).resolve().parents[1]
 PLANNER = "compile=false num_samples=16 iterations=1 num_elites=4 num_pi_trajs=2"
 COMMANDS = {  # each run has a working directory of its own, and leaves `run` there
-    "training": "scripts/train.py task=InvertedPendulum-v5 model_size=1 steps=150 seed_steps=60 batch_size=8 "
+    "training": "train task=InvertedPendulum-v5 model_size=1 steps=150 seed_steps=60 batch_size=8 "
     f"eval_freq=50 eval_episodes=2 checkpoint_freq=30 work_dir=run resume=true {PLANNER}",
-    "accelerating": "scripts/accelerate.py task=cartpole-swingup "
+    "accelerating": "accelerate task=cartpole-swingup "
     f"checkpoint={ROOT}/pretrained/cartpole-swingup out=run episodes=3 rounds=1 round_episodes=3 "
     "round_updates=5 updates=10 calibration_episodes=2 eval_episodes=2 num_envs=3 label_episodes=0 "
     f"latency_steps=5 {PLANNER}",
@@ -61,7 +61,7 @@ class Life:
         self.log = folder / "output.txt"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *f"{ROOT}/{COMMANDS[what]}".split()],
+                [sys.executable, "-m", "tdmpc2", *COMMANDS[what].split()],
                 cwd=folder,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 stdout=output,

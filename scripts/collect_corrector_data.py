@@ -1,76 +1,7 @@
-"""Collect corrector data: whole episodes in which the teacher plans at every state.
+"""`tdmpc2 collect` by the name of the published layout."""
 
-    python scripts/collect_corrector_data.py task=cartpole-swingup \
-        checkpoint=pretrained/cartpole-swingup episodes=8 out=data/cartpole-swingup
-
-By default the teacher itself acts. `corrector=FOLDER execution_horizon=6` lets the speculative
-agent act while the teacher labels. Started again, it goes on with the first missing shard.
-"""
-
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-from rich.console import Console
-
-from tdmpc2.checked import at_least
 from tdmpc2.cli import run
-from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import FILE, load_corrector
-from tdmpc2.distillation import collect
-from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.modes import DISTILLED
-from tdmpc2.progress import Progress
-from tdmpc2.teacher import open_teacher
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(BudgetOverride):
-    """What is collected, where, and who acts."""
-
-    task: str  # e.g. walker-walk
-    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
-    out: str  # folder of the shards
-    episodes: int = 8
-    seed: int = 0  # of the first episode; the others follow
-    num_envs: int = 8  # episodes run as one batch, which makes one shard
-    execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
-    corrector: str = ""  # folder of the corrector that then acts; empty for none
-    device: str = "cpu"
-
-    def check_ranges(self) -> None:
-        at_least(1, self, "episodes", "num_envs", "execution_horizon")
-        at_least(0, self, "seed")
-
-
-def main(settings: Settings) -> None:
-    s = settings
-    teacher = open_teacher(s.task, s.checkpoint, s, s.device)
-    behaviour, correctors = SpeculationConfig(execution_horizon=s.execution_horizon), {}
-    if s.corrector:
-        folder = Path(s.corrector)
-        if within := sorted(path.parent for path in folder.glob(f"*/{FILE}")):
-            raise ConfigError(
-                f"corrector={folder} holds correctors: give one of {', '.join(map(str, within))}"
-            )
-        corrector = load_corrector(folder, teacher.fingerprint, s.device)
-        name = corrector.config.architecture
-        if s.execution_horizon == 1 and name != DISTILLED:
-            raise ConfigError("execution_horizon=1: then nothing is corrected; give 3 or more")
-        correctors[name] = corrector
-        behaviour = replace(behaviour, corrector=name)
-    with Progress(Console()) as progress:
-        paths = collect(
-            teacher,
-            s.out,
-            episodes=s.episodes,
-            seed=s.seed,
-            num_envs=s.num_envs,
-            behaviours=[behaviour],
-            correctors=correctors,
-            progress=progress,
-        )
-    print(f"{s.episodes} episodes in {len(paths)} shards in {s.out}")
-
+from tdmpc2.commands import collect
 
 if __name__ == "__main__":
-    run(Settings, main)
+    run(collect.Settings, collect.main)

@@ -2,10 +2,10 @@
 
     python scripts/write_results.py
 
-Each folder `results/TASK` holds what `scripts/accelerate.py` left in its `evaluation/` folder, but for the
-large table of single steps; in `disturbed/` it holds what `scripts/eval_disturbed.py` wrote;
+Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
+large table of single steps; in `disturbed/` it holds what `tdmpc2 perturb` wrote;
 `results/experiments` is of `benchmarks/experiments.py`, `results/bench.json` of `benchmarks/bench.py`,
-`results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `scripts/evaluate.py`.
+`results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
 Nothing in the README between marks such as `results` and `/results` is written by hand.
 """
 
@@ -117,7 +117,7 @@ def main(settings: Settings) -> None:
     results = Path(settings.results)
     tasks = sorted(p.parent for p in results.glob("*/summary.csv"))
     if not tasks:
-        raise DataError(f"no results in {settings.results}: run scripts/accelerate.py first")
+        raise DataError(f"no results in {settings.results}: run `tdmpc2 accelerate` first")
     found = {folder.name: read(folder) for folder in tasks}
     table = speculation_table(found)
     with atomic_write(results / "speculation.csv") as tmp:
@@ -332,7 +332,7 @@ def when_not(
     lines.append(
         "- **Something simpler does it,** at no more planner calls: "
         + (f"{', '.join(kept)}. " if kept else "on no task measured here. ")
-        + "The report names such modes; whether they do under disturbance, ask `scripts/eval_disturbed.py`."
+        + "The report names such modes; whether they do under disturbance, ask `tdmpc2 perturb`."
     )
     fell = [f"{r.task} ({r.setting} {interval(r)})" for r in table[table["chosen"] & ~holds].itertuples()]
     lines.append(
@@ -526,7 +526,7 @@ def command(folder: Path) -> str:
         if name not in ("work_dir", "resume") and value != usual.get(name)
     ]
     commit = read_json(folder / "config.json")["provenance"]["commit"]
-    return " ".join(["python scripts/train.py", *given, f" # at {commit}"])
+    return " ".join(["tdmpc2 train", *given, f" # at {commit}"])
 
 
 def section(folder: Path, results: TaskResults) -> str:

@@ -47,7 +47,7 @@ from .world_model import fingerprint, save_world_model
 
 @dataclass(frozen=True, kw_only=True)
 class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
-    """Everything that `scripts/accelerate.py` can be told."""
+    """Everything that `tdmpc2 accelerate` can be told."""
 
     task: str
     checkpoint: str  # an original .pt file or a folder of ours
@@ -251,7 +251,7 @@ def evaluate_correctors(
         near = [
             f for f in (folder.parent, folder / "correctors") if any((f / n).is_dir() for n in ARCHITECTURES)
         ]
-        advice = f"give {near[0]}" if near else "train one with scripts/train_corrector.py"
+        advice = f"give {near[0]}" if near else "train one with `tdmpc2 distill`"
         raise CheckpointError(f"{folder} is no folder of correctors: {advice}")
     seeds = [*config.eval_seeds, *config.calibration_seeds]
     check_unseen(seeds, [folder / name for name in found])

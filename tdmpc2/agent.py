@@ -145,6 +145,13 @@ class TDMPC2:
         self._has_acted = False
         forks_have_one_thread()
 
+    def __repr__(self) -> str:
+        c, size = self.planner.config, sum(p.numel() for p in self.model.parameters())
+        return (
+            f"TDMPC2({self.num_envs} rows; {size / 1e6:.1f}M parameters; {c.num_samples} samples, "
+            f"{c.iterations} iterations, horizon {c.horizon})"
+        )
+
     @property
     def info(self) -> StepInfo | None:
         """What happened in the last `act`: every row was planned. None before the first."""
@@ -282,6 +289,9 @@ class SpeculativeAgent:
             else:
                 self._step = Compiled(self._eager_step, what=what, device=device)
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
+
+    def __repr__(self) -> str:
+        return f"SpeculativeAgent({self.config.in_words()}; {self.teacher})"
 
     @property
     def num_envs(self) -> int:

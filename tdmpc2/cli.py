@@ -1,16 +1,15 @@
-"""How every script starts: a dataclass of settings, `key=value` arguments, one line for every mistake.
+"""How every command starts: a dataclass of settings, `key=value` arguments, one line for every mistake.
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PlannerConfig):
         task: str                 # no default: required
         seed: int | None = None   # the comment is what --help prints
 
-    if __name__ == "__main__":
-        cli.run(Config, main)     # main receives a Config
+    cli.run(Config, main)         # main receives a Config
 
-    python scripts/train.py task=walker-walk model_size=5          one run
-    python scripts/train.py --multirun task=walker-walk seed=1,2   a sweep, Hydra's launchers included
-    python scripts/train.py --help                                 all settings
+    tdmpc2 train task=walker-walk model_size=5          one run
+    tdmpc2 train --multirun task=walker-walk seed=1,2   a sweep, Hydra's launchers included
+    tdmpc2 train --help                                 all settings
 
 Fields are flat. Their types: bool, int, float, str, Enum, `T | None`, and `tuple[T, ...]`, which a user
 writes as `[1,2]`. Text is taken as it is, whatever characters it has: `checkpoint=models/José (1),v=2.pt`.
@@ -44,7 +43,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import hydra
 import torch
@@ -97,20 +96,20 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
         # A signal first: where the terminal is gone, another error follows from it.
         if stopped:
             ended = f"stopped by {stopped[0].name}: what was written so far stays; run it again to go on"
-            _exit(ended, 128 + stopped[0])
+            fail(ended, 128 + stopped[0])
         if isinstance(e, KeyboardInterrupt):
-            _exit("interrupted: what was written so far stays", 128 + signal.SIGINT)
+            fail("interrupted: what was written so far stays", 128 + signal.SIGINT)
         if isinstance(e, BrokenPipeError):  # nobody reads on, as after `| head`
             sys.stdout = None  # type: ignore[assignment]  # what is left in it is not written
             sys.exit(128 + signal.SIGPIPE)
         if (line := _mistake(e)) is None:
             raise
-        _exit(f"error: {line}", 1)
+        fail(f"error: {line}")
 
 
 def usage(config_type: type[Config]) -> str:
     """All settings with their defaults and the comments beside them in the source, class by class."""
-    lines = [f"python {Path(sys.argv[0]).name} key=value ..."]
+    lines = [f"{_program()} key=value ..."]
     left = {field.name: field for field in fields(config_type)}
     for cls in config_type.__mro__:
         own = [left.pop(name) for name in vars(cls).get("__annotations__", {}) if name in left]
@@ -150,7 +149,7 @@ def provenance() -> dict[str, str]:
         "MuJoCo": mujoco.__version__,
     }
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": " ".join([_program(), *map(shlex.quote, sys.argv[1:])]),
         "commit": _commit(),
         "machine": ", ".join(machine),
         "versions": ", ".join(f"{name} {v}" for name, v in versions.items())
@@ -325,6 +324,12 @@ def _default(field: "Field[Any]") -> str:
     return f"{field.name}={text}"
 
 
+def _program() -> str:
+    """What was started, as a user would type it."""
+    program = sys.argv[0]
+    return f"python {os.path.relpath(program)}" if program.endswith(".py") else program
+
+
 @cache
 def _commit() -> str:
     from . import __version__
@@ -364,7 +369,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _exit(message: str, status: int) -> None:
+def fail(message: str, status: int = 1) -> NoReturn:
+    """End the process with a line on stderr."""
     with suppress(OSError):  # the terminal may be gone
         print(message, file=sys.stderr)
     sys.exit(status)

@@ -232,6 +232,17 @@ class SpeculationConfig(Checked):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         super().__post_init__()
 
+    def in_words(self) -> str:
+        """What is executed, e.g. `6 steps a plan, corrector two_tower, refined`."""
+        steps = self.execution_horizon
+        plans = "a new plan at every step" if steps == 1 else f"{steps} steps a plan"
+        words = ["no plans" if self.plan_length == 0 else plans]
+        if self.corrector:
+            words.append(f"corrector {self.corrector}")
+        if self.refine_steps:
+            words.append("refined")
+        return ", ".join(words)
+
 
 TEACHER = SpeculationConfig(execution_horizon=1)  # TD-MPC2 itself: it replans at every step
 

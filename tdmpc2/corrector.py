@@ -290,5 +290,5 @@ def load_corrector(
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a corrector's file."""
     if not exists(path):
-        raise CheckpointError(f"no corrector at {path}: train one with scripts/train_corrector.py")
+        raise CheckpointError(f"no corrector at {path}: train one with `tdmpc2 distill`")
     return read_tensors(path, FORMAT, "train it again", CheckpointError)

@@ -10,7 +10,7 @@ from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .envs.guard import closed_on_error
-from .errors import CheckpointError, TaskError
+from .errors import CheckpointError, ConfigError, TaskError
 from .world_model import WorldModel, fingerprint
 from .world_model.checkpoint import published_task_index, saved_config
 
@@ -63,11 +63,12 @@ class Teacher:
         return teacher
 
 
-def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str = "cpu") -> Teacher:
+def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, device: str = "cpu") -> Teacher:
     """Open a checkpoint for a task.
 
     Args:
-        task: its name; for a published multi-task checkpoint it also says which of its tasks.
+        task: its name; for a published multi-task checkpoint it also says which of its tasks. None: the task
+            that the checkpoint says it is of.
         checkpoint: an original .pt file or a folder of ours.
         budget: changes of the planning budget that the checkpoint comes with, and of how to compute.
         device: to act on.
@@ -80,6 +81,9 @@ def open_teacher(task: str, checkpoint: str, budget: BudgetOverride, device: str
         TaskError: there is no such task.
     """
     model, planner, _ = read_teacher(checkpoint, device, **budget.unsaid())
+    task = task or saved_config(checkpoint).get("task")
+    if task is None:
+        raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
     precision = budget.precision or saved_compute(checkpoint).precision
     compute = ComputeConfig(precision=precision, compile=budget.compile)
     config = model.config

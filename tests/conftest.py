@@ -14,6 +14,8 @@ from hypothesis import settings
 FIXTURES = Path(__file__).parent / "fixtures"
 
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache")
+# What calls compiled kernels is the slowest to compile, and tests call it a few times.
+os.environ["AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL"] = "O0"
 torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("tests")

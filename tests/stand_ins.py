@@ -63,6 +63,21 @@ class Silence:
         return torch.arange(2)
 
 
+class Tracing:
+    """Stands for `library`, without the compiler, which takes half a minute: it runs what would be compiled.
+
+    Tracing finds what cannot be compiled of a function, and what depends on the inputs it was traced with.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[str, Any] = {}  # by the names of the libraries
+
+    def __call__(self, name: str, make: Any) -> Any:
+        if name not in self.made:
+            self.made[name] = make.func.__self__._traced(*make.args)
+        return self.made[name]
+
+
 class Seeded(gym.Env[np.ndarray, np.ndarray]):
     """An episode with an even seed terminates, one with an odd seed is cut off, after 3 to 7 steps."""
 

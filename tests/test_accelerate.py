@@ -1,11 +1,13 @@
 """The whole main job on a short task of a user's own, with a tiny teacher; and what ends it."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from rich.console import Console
 import tdmpc2
 from benchmarks import experiments
 from scripts import write_results
+from tdmpc2 import commands
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
 from tdmpc2.agent import Kind, load_teacher
@@ -97,8 +100,17 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def script(name: str, workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    return subprocess.run(command, cwd=workdir, capture_output=True, text=True, timeout=300)
+    """Run a verb as its command line would, in this process, which has PyTorch loaded."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(workdir)
+        patch.syspath_prepend(workdir)
+        patch.setattr(sys, "argv", ["tdmpc2", name, *arguments])
+        try:
+            commands.main()
+        except SystemExit as e:
+            status = e.code  # type: ignore[assignment]
+    return subprocess.CompletedProcess(["tdmpc2", name, *arguments], status, out.getvalue(), err.getvalue())
 
 
 def accelerate(workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -115,9 +127,21 @@ def finished(workdir: Path) -> Path:
     return workdir / "done"
 
 
+def without_figures(patch: pytest.MonkeyPatch) -> None:
+    """The report is an empty file: its figures, which take seconds, are in `finished`."""
+
+    def write_report(out: Path, *_: Any) -> Path:
+        (out / "report.html").touch()
+        return out / "report.html"
+
+    patch.setattr(evaluate, "write_report", write_report)
+
+
 @pytest.fixture(scope="module")
 def one_corrector(workdir: Path) -> Path:
-    result = accelerate(workdir, "architecture=two_tower", "out=one")
+    with pytest.MonkeyPatch.context() as patch:
+        without_figures(patch)
+        result = accelerate(workdir, "architecture=two_tower", "out=one")
     assert result.returncode == 0, result.stderr
     return workdir / "one"
 
@@ -195,19 +219,20 @@ def test_episodes_made_before_there_was_a_setting_are_refused(finished: Path, wo
     path.write_text(text)
 
 
-@pytest.mark.parametrize("seen", ["data/round-1", "evaluation/modes/naive_3"])
-def test_kill_9_and_go_on(one_corrector: Path, workdir: Path, seen: str) -> None:
-    """Killed once that is there, and started again, it has the results of a run that was not."""
-    out = workdir / f"killed-{Path(seen).name}"
-    command = [sys.executable, str(ROOT / "scripts/accelerate.py"), "task=short_task:Short-v0"]
+def test_kill_9_and_go_on(one_corrector: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed twice, and started again each time, it has the results of a run that was not."""
+    out = workdir / "killed"
+    command = [sys.executable, "-m", "tdmpc2", "accelerate", "task=short_task:Short-v0"]
     command += [f"checkpoint={TEACHER}", *SMALL, "architecture=two_tower", f"out={out}"]
-    process = subprocess.Popen(command, cwd=workdir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / seen).exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "config.json").exists()
+    for seen in ("data/round-1", "evaluation/modes/naive_3"):  # it is killed once that is there
+        process = subprocess.Popen(command, cwd=workdir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (out / seen).exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (out / "config.json").exists()
+    without_figures(monkeypatch)
     assert accelerate(workdir, "architecture=two_tower", f"out={out}").returncode == 0
     for name in ("episodes.csv", "steps.csv", "by_step_in_plan.csv"):
         assert (out / "evaluation" / name).read_bytes() == (one_corrector / "evaluation" / name).read_bytes()
@@ -220,6 +245,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     """
     monkeypatch.syspath_prepend(workdir)
     import_module("short_task:Short-v0")
+    without_figures(monkeypatch)
     less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 2, "latency_steps": 4}
     settings = {**OmegaConf.from_dotlist(SMALL), **less}
     job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)
@@ -308,7 +334,7 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
 
     save_world_model(workdir / "other", model)
     result = script(
-        "eval_corrector",
+        "compare",
         workdir,
         "task=short_task:Short-v0",
         "checkpoint=other",
@@ -320,9 +346,7 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
 
 def test_correctors_are_not_evaluated_on_what_they_were_trained_on(finished: Path, workdir: Path) -> None:
     arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false", "eval_episodes=3"]
-    result = script(
-        "eval_corrector", workdir, *arguments, "correctors=done/correctors", "out=no", "eval_seed=6"
-    )
+    result = script("compare", workdir, *arguments, "correctors=done/correctors", "out=no", "eval_seed=6")
     one_line(result, "was trained on episodes with seeds of this evaluation")
 
 
@@ -331,7 +355,7 @@ def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path
     half = load_corrector(finished / "correctors/two_tower", None)
     save_corrector(workdir / "half/two_tower", half, fingerprint(teacher))
     arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false"]
-    result = script("eval_corrector", workdir, *arguments, "correctors=half", "out=refused")
+    result = script("compare", workdir, *arguments, "correctors=half", "out=refused")
     one_line(result, "half/two_tower did not end")
 
 
@@ -540,7 +564,7 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = script("eval_disturbed", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
+    own = script("perturb", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
     one_line(own, "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
         disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())

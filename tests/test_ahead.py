@@ -343,20 +343,27 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @torch.no_grad()
-def test_weights_are_inputs(cache: Path) -> None:
-    one, x = Shifted(nn.Linear(3, 2), 1.0), torch.randn(1, 3)
+def test_weights_are_inputs_and_inputs_may_lie_in_memory_in_any_way(cache: Path) -> None:
+    one, x = Shifted(nn.Linear(3, 2), 1.0), torch.randn(2, 3)
     torch.testing.assert_close(one.compiled(x), one.run(x))
-    assert one.compiled._runs[False, torch.get_num_threads()] is not None
+    assert one.compiled._runs[True, torch.get_num_threads()] is not None
+    columns = torch.randn(3, 8)
+    for rows in (columns.T.contiguous(), columns.T, columns.T[::2]):
+        torch.testing.assert_close(one.compiled(rows), one.run(rows))
     other = Shifted(nn.Linear(3, 2), 1.0)
     torch.testing.assert_close(other.compiled(x), other.run(x))
     assert len(list(cache.iterdir())) == 1, "one library, whatever the weights"
     before = one.compiled(x)
     one.module.weight.add_(1.0)
-    torch.testing.assert_close(one.compiled(x), before + x.sum(), msg="later changes are followed")
+    torch.testing.assert_close(
+        one.compiled(x), before + x.sum(1, keepdim=True), msg="later changes are followed"
+    )
     for copied in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         copied.module.weight.add_(1.0)
-        torch.testing.assert_close(copied.compiled(x), one.run(x) + x.sum(), msg="a copy has its own weights")
-        assert copied.compiled._runs[False, torch.get_num_threads()] is not None
+        torch.testing.assert_close(
+            copied.compiled(x), one.run(x) + x.sum(1, keepdim=True), msg="a copy has its own weights"
+        )
+        assert copied.compiled._runs[True, torch.get_num_threads()] is not None
 
 
 @torch.no_grad()
@@ -379,14 +386,6 @@ def test_all_but_weights_is_in_the_name(names: dict[str, str]) -> None:
         name_of(nn.Linear(4, 2), x=torch.zeros(1, 4)),
     ]
     assert len({name, *others}) == 1 + len(others)
-
-
-@torch.no_grad()
-def test_inputs_may_lie_in_memory_in_any_way(cache: Path) -> None:
-    it, x = Shifted(nn.Linear(3, 2)), torch.randn(3, 8)
-    for rows in (x.T.contiguous(), x.T, x.T[::2]):
-        torch.testing.assert_close(it.compiled(rows), it.run(rows))
-    assert it.compiled._runs[True, torch.get_num_threads()] is not None
 
 
 def test_weights_that_it_does_not_know_of_are_refused(cache: Path) -> None:

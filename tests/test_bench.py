@@ -1,6 +1,7 @@
 """The benchmarks: the formula for required operations is what is really computed, and records are whole."""
 
 import json
+import os
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -82,10 +83,12 @@ def test_reference_update_is_the_update() -> None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_other_benchmarks_measure_something() -> None:
+def test_other_benchmarks_measure_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once, as short as can be; memory with steps enough to tell a leak."""
+    monkeypatch.setattr(bench, "OBSERVATIONS", 50)
+    monkeypatch.setattr(bench, "TIMED", 100)
     config = bench.BenchConfig(
-        sizes=(1,), precisions=("float32",), compile=False, seconds=0.01, memory_steps=3000
+        sizes=(1,), precisions=("float32",), compile=False, seconds=0.01, memory_steps=1000
     )
     (update,) = (measurement() for measurement in bench.update(config))
     assert update.flops and update.ratio_to_ceiling and update.speedup_over_reference
@@ -93,7 +96,7 @@ def test_other_benchmarks_measure_something() -> None:
     assert [s.name for s in steps] == ["speculative_step_two_tower", "speculative_step_temporal"]
     assert all(s.p99_seconds and s.p99_seconds > s.seconds > 0 for s in steps)
     (memory,) = (measurement() for measurement in bench.memory(config))
-    # What it keeps of one step alone, a latent and a history, is some kilobytes: 2,700 steps would show.
+    # What it keeps of one step alone, a latent and a history, is some kilobytes: 900 steps would show.
     assert memory.resident_growth_bytes is not None and memory.resident_growth_bytes < 2_000_000
 
 
@@ -103,7 +106,13 @@ def test_measuring_tells_fast_from_slow() -> None:
     assert 0 < seconds["fast"] < seconds["slow"]
 
 
-def test_bench_writes_records(tmp_path: Path, capsys) -> None:
+def test_each_measurement_has_a_process_of_its_own() -> None:
+    assert bench.alone(os.getpid, threads=1) != os.getpid()
+
+
+def test_bench_writes_records(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[int] = []  # threads of each measurement
+    monkeypatch.setattr(bench, "alone", lambda measurement, threads: alone.append(threads) or measurement())
     settings = {name: getattr(BUDGET, name) for name in vars(BUDGET)}
     out = tmp_path / "new" / "bench.json"
     config = bench.BenchConfig(
@@ -114,6 +123,7 @@ def test_bench_writes_records(tmp_path: Path, capsys) -> None:
         precisions=("float32",),
         compile=False,
         seconds=0.01,
+        threads=2,
         out=str(out),
     )
     bench.main(config)
@@ -121,6 +131,7 @@ def test_bench_writes_records(tmp_path: Path, capsys) -> None:
     assert written["machine"] and written["commit"]
     records = [Record(**r) for r in written["records"]]
     assert [(r.size, r.batch, r.dtype) for r in records] == [(1, 1, "float32"), (1, 2, "float32")]
+    assert alone == [2, 2]
     for r in records:
         assert r.flops and r.ceiling_flops_per_s and r.ratio_to_ceiling and r.speedup_over_reference
         expected = r.seconds * r.ceiling_flops_per_s / r.flops

@@ -459,7 +459,7 @@ def test_help(start, capsys):
     assert start("--help") == []
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert lines[0] == "python demo.py key=value ..."
+    assert lines[0] == "python scripts/demo.py key=value ..."
     assert lines.index("What this script alone has.") < lines.index("What several scripts share.")
     for line in (
         "task=... (required)",

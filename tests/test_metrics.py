@@ -39,12 +39,12 @@ STEPS = pd.DataFrame(
     {
         "mode": ["baseline", "fast", "fast", "fast"],
         "seed": 100,
-        "t": [0, 0, 1, 2],
+        "t": [1, 0, 1, 2],
         "kind": ["planned", "planned", "corrected", "fallback"],
         "k": [0, 0, 1, 2],
         "mismatch": [np.nan, np.nan, 0.5, 2.0],
         "delta_a": [0.0, 0.0, 0.4, 0.0],
-        "action_change": [np.nan, np.nan, 0.2, 0.6],
+        "action_change": [1.5, np.nan, 0.2, 0.6],
         "reward": [1.0, 1.0, 0.0, 0.0],
         "teacher_distance": [np.nan, np.nan, np.nan, np.nan],
     }

@@ -46,9 +46,8 @@ def test_outcomes_are_those_of_the_tests(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_page_is_of_this_list() -> None:
-    """Of the mutants that were run, tests noticed every one."""
+    """Every mutant was run, and tests noticed it."""
     page = (ROOT / "docs/mutation.md").read_text()
     results = mutants.from_page(page, MUTANTS)
     assert page == mutants.to_page(results)
-    assert {r.by for r in results} - {mutants.NOT_RUN}, "run tests/mutants.py"
-    assert mutants.NOBODY not in {r.by for r in results}
+    assert not {r.by for r in results} & {mutants.NOT_RUN, mutants.NOBODY}, "run tests/mutants.py"

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,21 +9,22 @@ import pandas as pd
 import pytest
 
 from scripts import write_results
+from tdmpc2 import cli
 from tdmpc2.errors import DataError
 from tdmpc2.evaluation.aggregate import TaskResults, speculation_table
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_nothing_is_typed_by_hand(tmp_path: Path) -> None:
+def test_nothing_is_typed_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("results", "pretrained"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
     readme = shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "results/speculation.csv").unlink()
-    command = [sys.executable, ROOT / "scripts/write_results.py", f"results={tmp_path / 'results'}"]
-    command += [f"pretrained={tmp_path / 'pretrained'}", f"readme={readme}", f"docs={tmp_path / 'docs'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    arguments = [f"{name}={tmp_path / name}" for name in ("results", "pretrained", "docs")]
+    monkeypatch.setattr(sys, "argv", ["scripts/write_results.py", *arguments, f"readme={readme}"])
+    monkeypatch.chdir(tmp_path)
+    cli.run(write_results.Settings, write_results.main)
     written = [path.relative_to(tmp_path) for path in (tmp_path / "docs").iterdir()]
     assert {p.name for p in written} == {p.name for p in (ROOT / "docs").iterdir()} - {"mutation.md"}
     for name in ["README.md", "results/speculation.csv", *written]:

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 
 import tdmpc2
-from scripts import collect_corrector_data, eval_corrector, evaluate, train_corrector
 from tdmpc2 import cli
 from tdmpc2.accelerate import AccelerateConfig, accelerate, save_agent
 from tdmpc2.agent import Kind
+from tdmpc2.commands import collect, compare, distill, evaluate
 from tdmpc2.config import EAGER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import build_corrector, load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard
@@ -70,13 +70,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         choose_at_once(patch)
-        start(patch, collect_corrector_data, *TEACHING, "episodes=3", "num_envs=2", "out=data/teacher")
+        start(patch, collect, *TEACHING, "episodes=3", "num_envs=2", "out=data/teacher")
         train = [f"checkpoint={TEACHER}", "data=data", "out=correctors", *TRAINING]
-        start(patch, train_corrector, *train, "architecture=two_tower")
+        start(patch, distill, *train, "architecture=two_tower")
         more = ["corrector=correctors/two_tower", "execution_horizon=3", "seed=3", "episodes=3"]
-        start(patch, collect_corrector_data, *TEACHING, *more, "out=data/round")
-        start(patch, train_corrector, *train, "architecture=two_tower", "loss=mse")
-        start(patch, eval_corrector, *TEACHING, "correctors=correctors", "out=agent", *SMALL)
+        start(patch, collect, *TEACHING, *more, "out=data/round")
+        start(patch, distill, *train, "architecture=two_tower", "loss=mse")
+        start(patch, compare, *TEACHING, "correctors=correctors", "out=agent", *SMALL)
     return folder
 
 
@@ -89,11 +89,8 @@ def choose_at_once(patch: pytest.MonkeyPatch) -> None:
 
 def start(patch: pytest.MonkeyPatch, script: Any, *arguments: str) -> None:
     """Run a script as its command line would."""
-    settings = next(
-        c for c in vars(script).values() if isinstance(c, type) and c.__module__ == script.__name__
-    )
-    patch.setattr(sys, "argv", ["scripts/x.py", *arguments])
-    cli.run(settings, script.main)
+    patch.setattr(sys, "argv", ["tdmpc2 x", *arguments])
+    cli.run(script.Settings, script.main)
 
 
 @pytest.fixture
@@ -169,26 +166,26 @@ def test_an_agent_and_its_teacher_are_evaluated_by_the_same_script(folder: Path,
 def test_evaluating_again_goes_on_and_leaves_the_same_agent(folder: Path, run: Run) -> None:
     files = ("model.safetensors", "correctors/two_tower/corrector.safetensors", "evaluation/episodes.csv")
     before = [(folder / "agent" / name).read_bytes() for name in files]
-    run(eval_corrector, *TEACHING, "correctors=agent/correctors", "out=agent", *SMALL)
+    run(compare, *TEACHING, "correctors=agent/correctors", "out=agent", *SMALL)
     assert [(folder / "agent" / name).read_bytes() for name in files] == before
     refused = run(
-        eval_corrector, *TEACHING, "correctors=correctors", "out=agent", *SMALL, "quantile=0.5", fails=True
+        compare, *TEACHING, "correctors=correctors", "out=agent", *SMALL, "quantile=0.5", fails=True
     )
     assert "quantile=0.9, not 0.5" in refused
 
 
 def test_the_folder_of_correctors_is_said(run: Run) -> None:
     evaluating = [*TEACHING, *SMALL, "out=nothing"]
-    line = run(eval_corrector, *evaluating, "correctors=correctors/two_tower", fails=True)
+    line = run(compare, *evaluating, "correctors=correctors/two_tower", fails=True)
     assert "correctors/two_tower is no folder of correctors: give correctors" in line
-    line = run(eval_corrector, *evaluating, "correctors=agent", fails=True)
+    line = run(compare, *evaluating, "correctors=agent", fails=True)
     assert "give agent/correctors" in line
-    line = run(eval_corrector, *evaluating, "correctors=data", fails=True)
-    assert "train one with scripts/train_corrector.py" in line
+    line = run(compare, *evaluating, "correctors=data", fails=True)
+    assert "train one with `tdmpc2 distill`" in line
     collecting = [*TEACHING, "out=nothing", "episodes=1"]
-    line = run(collect_corrector_data, *collecting, "corrector=correctors", fails=True)
+    line = run(collect, *collecting, "corrector=correctors", fails=True)
     assert "give one of correctors/two_tower" in line
-    line = run(collect_corrector_data, *collecting, "corrector=correctors/two_tower", fails=True)
+    line = run(collect, *collecting, "corrector=correctors/two_tower", fails=True)
     assert "execution_horizon=1: then nothing is corrected" in line
 
 
@@ -196,7 +193,7 @@ def test_a_teacher_is_not_overwritten(folder: Path, run: Run) -> None:
     tdmpc2.world_model.save_world_model(folder / "own", tdmpc2.load_world_model(TEACHER))
     before = (folder / "own/config.json").read_bytes()
     arguments = [TASK, "checkpoint=own", *BUDGET, *SMALL, "correctors=correctors", "out=./own"]
-    assert "teacher's own folder" in run(eval_corrector, *arguments, fails=True)
+    assert "teacher's own folder" in run(compare, *arguments, fails=True)
     with pytest.raises(ConfigError, match="teacher's own folder"):
         accelerate(AccelerateConfig(task=TASK.split("=")[1], checkpoint="own", out="./own"), Console())
     assert (folder / "own/config.json").read_bytes() == before
@@ -220,9 +217,9 @@ def test_a_corrector_that_was_trained_again_meanwhile_is_noticed(
 @pytest.mark.parametrize(
     ("script", "arguments", "busy"),
     [
-        (collect_corrector_data, (*TEACHING, "out=data/teacher"), "data/teacher"),
-        (train_corrector, (f"checkpoint={TEACHER}", "data=data", "out=correctors", *TRAINING), "correctors"),
-        (eval_corrector, (*TEACHING, *SMALL, "correctors=correctors", "out=agent"), "agent"),
+        (collect, (*TEACHING, "out=data/teacher"), "data/teacher"),
+        (distill, (f"checkpoint={TEACHER}", "data=data", "out=correctors", *TRAINING), "correctors"),
+        (compare, (*TEACHING, *SMALL, "correctors=correctors", "out=agent"), "agent"),
         (evaluate, (*TEACHING, "episodes=1", "out=returned"), "returned"),
     ],
 )

@@ -280,7 +280,7 @@ def test_kill_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert any(float(row["termination_loss"] or 0) > 0 for row in rows)
 
     settings = {**TINY, "task": task, "threads": 1, "work_dir": tmp_path / "parts", "resume": True}
-    command = [sys.executable, str(ROOT / "scripts/train.py")]
+    command = [sys.executable, "-m", "tdmpc2", "train"]
     command += [f"{key}={value}" for key, value in settings.items()]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
     train_csv, checkpoint = (tmp_path / "parts" / name for name in ("train.csv", "checkpoint.safetensors"))

@@ -131,7 +131,7 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
     """
     paths = sorted(Path(folder).rglob("shard-*.safetensors"))
     if not paths:
-        raise DataError(f"no shards in {folder}: make some with scripts/collect_corrector_data.py")
+        raise DataError(f"no shards in {folder}: make some with `tdmpc2 collect`")
     shards, seeds = [], torch.zeros(0, dtype=torch.long)
     common: dict[str, Any] = {}
     for path in paths:

@@ -46,7 +46,7 @@ STRENGTHS = {
 class DisturbedConfig(BudgetOverride, EpisodesConfig):
     """What is evaluated under disturbance."""
 
-    agent: str  # a folder that scripts/accelerate.py made
+    agent: str  # a folder that `tdmpc2 accelerate` made
     task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
     out: str = ""  # folder for the results; default: disturbed/ in the agent's
     device: str = "cpu"
@@ -61,7 +61,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         disturbance, on the same seeds.
 
     Raises:
-        CheckpointError: the folder is not one that `scripts/accelerate.py` finished.
+        CheckpointError: the folder is not one that `tdmpc2 accelerate` finished.
         ConfigError: a setting cannot be, there is no such kind, the agent was made with episodes of these
             seeds, or the folder for the results has other settings.
         TaskError: the task cannot be disturbed.
@@ -70,7 +70,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         raise ConfigError(f"kinds={list(config.kinds)}: choose of {', '.join(STRENGTHS)}")
     folder = Path(config.agent)
     if not (folder / "evaluation" / "provenance.json").exists():
-        raise CheckpointError(f"{folder} holds no finished run of scripts/accelerate.py")
+        raise CheckpointError(f"{folder} holds no finished run of `tdmpc2 accelerate`")
     task = config.task or read_config(folder)["task"]
     teacher = open_teacher(task, str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")

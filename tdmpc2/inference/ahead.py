@@ -105,13 +105,12 @@ class AheadOfTime:
             stays_uncompiled(self._what, e)
             return None
 
-    def _compile(
-        self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int, folder: Path
-    ) -> Path:
-        """Compile within `folder`; returns the library."""
+    def _traced(
+        self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int
+    ) -> torch.fx.GraphModule:
+        """The function's operations; takes and gives lists of tensors, as a library does."""
 
         def flat(inputs: list[Tensor]) -> list[Tensor]:
-            """Takes and gives lists of tensors, as a library does."""
             given = iter(inputs)
             args, kwargs = tree_unflatten([next(given) if p else None for p in present], spec)
             weights = dict(zip(self._weights, given, strict=True))
@@ -124,13 +123,20 @@ class AheadOfTime:
             graph = torch.export.export(_Caller(flat), (inputs,), dynamic_shapes=(shapes,), strict=False)
         if graph.constants:
             raise _Baked(f"{self._what} reads tensors that are neither arguments nor of its modules")
+        return graph.module(check_guards=False)
+
+    def _compile(
+        self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int, folder: Path
+    ) -> Path:
+        """Compile within `folder`; returns the library."""
+        graph = self._traced(spec, present, inputs, varying)
         options = {**OPTIONS, "aot_inductor.precompile_headers": False}
         from torch._inductor.utils import fresh_cache  # takes seconds to import
 
         # Others may be compiling the same: in a common cache one reads what another has written half.
         with fresh_cache(dir=str(folder)), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own code brings them on
-            made = torch._inductor.aot_compile(graph.module(check_guards=False), (inputs,), options=options)
+            made = torch._inductor.aot_compile(graph, (inputs,), options=options)
             return Path(str(made)).rename(folder / "library.so")
 
     def _code(self) -> list[object]:

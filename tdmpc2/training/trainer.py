@@ -69,7 +69,7 @@ FREE_ON_RESUME = {*("steps", "checkpoint_freq", "work_dir", "resume", "threads",
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(PlannerConfig, UpdateConfig):
-    """Everything that `scripts/train.py` can be told; steps are agent steps."""
+    """Everything that `tdmpc2 train` can be told; steps are agent steps."""
 
     task: str
     model_size: int = 5  # millions of parameters

@@ -455,7 +455,7 @@ def _instead(path: Path) -> str:
     if (folder / "train_config.json").exists():
         return f"{path} belongs to a training run without a teacher: its first evaluation will make one"
     if (folder / "settings.json").exists() and (folder / "data").is_dir():
-        return f"{path} belongs to an unfinished run of scripts/accelerate.py: start that again"
+        return f"{path} belongs to an unfinished run of `tdmpc2 accelerate`: start that again"
     if (folder / "corrector.safetensors").exists():
         return f"{path} is a corrector: give the teacher that it belongs to, or the agent"
     if path == folder and (found := sorted(folder.glob(f"*/{CONFIG}"))):

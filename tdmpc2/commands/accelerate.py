@@ -1,0 +1,13 @@
+"""Make a checkpoint act faster, with the evidence for it: the main job.
+
+tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup
+"""
+
+from rich.console import Console
+
+from ..accelerate import AccelerateConfig as Settings
+from ..accelerate import accelerate
+
+
+def main(settings: Settings) -> None:
+    accelerate(settings, Console())

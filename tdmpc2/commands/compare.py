@@ -1,0 +1,40 @@
+"""Evaluate trained correctors in every mode beside the baseline, and make an agent of the chosen mode.
+
+    tdmpc2 compare task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
+        correctors=correctors/cartpole-swingup out=agents/cartpole-swingup
+
+`correctors` is a folder that `tdmpc2 distill` wrote. `out` becomes an agent as `tdmpc2 accelerate` leaves it:
+`tdmpc2.load_agent(out)` opens it, and its report is in `out/evaluation`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ..accelerate import check_not_the_teachers, evaluate_correctors, save_agent
+from ..config import BudgetOverride
+from ..evaluation.evaluate import EvaluationConfig
+from ..files import in_use
+from ..teacher import open_teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BudgetOverride, EvaluationConfig):
+    """Which correctors are compared, how, and where the agent comes."""
+
+    task: str
+    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
+    correctors: str  # folder of two_tower/, temporal/, distilled/, or some of them
+    out: str  # folder of the agent and its evaluation
+    device: str = "cpu"
+
+
+def main(settings: Settings) -> None:
+    out, correctors, console = Path(settings.out), Path(settings.correctors), Console()
+    check_not_the_teachers(out, settings.checkpoint)
+    with in_use(out):
+        teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
+        evaluate_correctors(teacher, correctors, out / "evaluation", settings, console)
+        save_agent(out, teacher, out / "evaluation", correctors)
+    console.print(f'done: agent = tdmpc2.load_agent("{out}")')

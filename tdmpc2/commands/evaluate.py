@@ -1,0 +1,97 @@
+"""The return of an agent: tdmpc2 evaluate checkpoint=FOLDER_OR_FILE.
+
+An accelerated agent acts in its mode, a teacher replans at every step; the result says which. The
+planning budget is the one saved with the checkpoint, else the published one, unless `num_samples=`,
+`iterations=` or `num_elites=` say otherwise. With `out=FOLDER` the result is written to `episodes.csv` and
+`evaluation.json` there.
+"""
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import SpeculativeAgent
+from ..agent import read_mode
+from ..checked import at_least
+from ..cli import provenance
+from ..config import TEACHER, BudgetOverride
+from ..evaluation.modes import BASELINE
+from ..evaluation.rollout import rollout
+from ..files import atomic_write, in_use, write_json
+from ..progress import Progress
+from ..teacher import open_teacher
+from ..world_model.checkpoint import saved_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BudgetOverride):
+    """Which agent acts, and how long."""
+
+    task: str | None = None  # None: the checkpoint's own
+    checkpoint: str  # a teacher (an original .pt file or a folder of ours) or an accelerated agent
+    episodes: int = 10  # run as one batch
+    seed: int = 1000  # of the first episode; the others follow
+    device: str = "cpu"
+    threads: int | None = None  # of torch; None: its own choice
+    out: str = ""  # folder for the result; "" writes nothing
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "episodes", "threads")
+        at_least(0, self, "seed")
+
+
+def main(settings: Settings) -> None:
+    with in_use(settings.out) if settings.out else nullcontext():
+        evaluate(settings)
+
+
+def evaluate(settings: Settings) -> None:
+    """Run the episodes, print them, and write them to `settings.out`."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
+    mode, corrector = read_mode(settings.checkpoint, teacher.model)
+    name = BASELINE if mode == TEACHER else saved_config(settings.checkpoint).get("mode", "speculative")
+    agent = SpeculativeAgent(teacher.agent(settings.episodes, settings.seed), mode, corrector)
+    seeds = range(settings.seed, settings.seed + settings.episodes)
+    console = Console()
+    with Progress(console) as progress, progress.add("evaluating", unit="steps") as stage:
+        result = rollout(agent, teacher.env, seeds, on_step=lambda done: stage.advance())
+    episodes = result.episodes
+    planner_calls = float(episodes["planner_calls"].sum() / episodes["length"].sum())
+    returns = episodes["return"]
+    budget = asdict(teacher.planner)
+    table = Table(title=teacher.task)
+    for column in ("seed", "return", "length", "planner calls"):
+        table.add_column(column, justify="right")
+    for row in episodes.to_dict("records"):
+        calls = f"{row['planner_calls'] / row['length']:.1%}"
+        table.add_row(str(row["seed"]), f"{row['return']:.1f}", str(row["length"]), calls)
+    table.add_section()
+    table.add_row("mean", f"{returns.mean():.1f}", f"{episodes['length'].mean():.0f}", f"{planner_calls:.1%}")
+    table.add_row("sd", f"{returns.std(ddof=0):.1f}", "", "")
+    console.print(table)
+    console.print(f"mode: {name} ({mode.in_words()})")
+    console.print(
+        "planning budget: {num_samples} samples, {iterations} iterations, {num_elites} elites, "
+        "horizon {horizon}".format(**budget)
+    )
+    if settings.out:
+        with atomic_write(Path(settings.out) / "episodes.csv") as tmp:
+            episodes.to_csv(tmp, index=False)
+        result_json = {
+            "mean": float(returns.mean()),
+            "sd": float(returns.std(ddof=0)),
+            "planner_calls": planner_calls,
+            "mode": name,
+            "speculation": asdict(mode),
+            "settings": asdict(settings),
+            "planner": budget,
+            "teacher": teacher.fingerprint,
+            "provenance": provenance(),
+        }
+        write_json(Path(settings.out) / "evaluation.json", result_json)

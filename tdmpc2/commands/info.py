@@ -1,0 +1,74 @@
+"""Say what a checkpoint is, without acting: tdmpc2 info FOLDER_OR_FILE."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ..agent import read_mode, read_teacher
+from ..config import TEACHER, ModelOverride
+from ..evaluation.modes import BASELINE
+from ..files import read_json
+from ..world_model import fingerprint
+from ..world_model.checkpoint import saved_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelOverride):
+    """Which checkpoint."""
+
+    agent: str  # an original .pt file, a teacher or an accelerated agent; a path alone means this
+
+
+def main(settings: Settings) -> None:
+    for name, value in about(settings):
+        print(f"{name:18}{value}")
+
+
+def about(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What there is to say, by name."""
+    path = settings.agent
+    model, planner, discount = read_teacher(path, **settings.unsaid())
+    saved, c = saved_config(path), model.config
+    mode, corrector = read_mode(path, model)
+    if "task" in saved:
+        yield "task", saved["task"]
+    elif c.num_tasks:
+        yield "tasks", f"{c.num_tasks}: give task= where it shall act"
+    parameters = sum(p.numel() for p in model.parameters())
+    yield "world model", f"{parameters:,} parameters, latents of {c.latent_dim}, {c.num_q} Q heads"
+    yield "observations", "x".join(map(str, c.obs_shape)) + (" pixels" if c.pixels else "")
+    yield "actions", f"{c.action_dim}, in [-1, 1]"
+    yield (
+        "planning budget",
+        f"{planner.num_samples} samples, {planner.iterations} iterations, {planner.num_elites} elites, "
+        f"horizon {planner.horizon}",
+    )
+    yield "discount", f"{discount:.4g}"
+    yield "mode", f"{BASELINE if mode == TEACHER else saved.get('mode', '')}: {mode.in_words()}"
+    if corrector is not None:
+        yield "corrector", f"{sum(p.numel() for p in corrector.parameters()):,} parameters"
+    if mode.threshold:
+        low, high = min(mode.threshold), max(mode.threshold)
+        yield "thresholds", f"{low:.3g} to {high:.3g}: mismatches above which it replans"
+    if "eval_return" in saved:
+        yield "return", f"{saved['eval_return']:.1f}, when it was trained, at step {saved.get('step', 0):,}"
+    yield from _evaluation(Path(path) / "evaluation", saved.get("mode", ""))
+    yield "weights", fingerprint(model)
+    yield from saved.get("provenance", {}).items()
+
+
+def _evaluation(folder: Path, mode: str) -> Iterator[tuple[str, str]]:
+    """What an accelerated agent's own evaluation says of it."""
+    if not (folder / "summary.csv").exists():
+        return
+    summary = pd.read_csv(folder / "summary.csv").set_index("mode")
+    if mode in summary.index:
+        row = summary.loc[mode]
+        yield (
+            "evaluated",
+            f"return {row['return_mean']:.1f}, {row['return_ratio']:.3f} of replanning at every step; "
+            f"{row['planner_calls']:.1%} planner calls",
+        )
+    yield "chosen because", read_json(folder / "chosen.json")["why"]

@@ -1,0 +1,198 @@
+"""Show an agent at work.
+
+    tdmpc2 play pretrained/walker-walk                 a window, where there is a display
+    tdmpc2 play pretrained/walker-walk out=walk.gif    a file
+
+Under the picture runs the episode, a column a step. Its colour says what the step was: planned, corrected, a
+fallback. The curves are the mismatch and the reward. `baseline=true` puts the same teacher beside it: it
+replans at every step, from the same seed.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+from rich.console import Console
+
+from ..agent import Kind, SpeculativeAgent, read_mode
+from ..checked import at_least
+from ..config import TEACHER, BudgetOverride
+from ..errors import ConfigError
+from ..files import atomic_write
+from ..progress import Progress
+from ..teacher import open_teacher
+
+COLOURS = {
+    Kind.PLANNED: "#3b6fb6",
+    Kind.CORRECTED: "#5aa469",
+    Kind.OPEN_LOOP: "#9aa0a6",
+    Kind.FALLBACK: "#d1495b",
+    Kind.PRIOR: "#a97bc4",
+}
+SIZE = 288  # pixels, of the picture
+MARGIN, LINE, BAND, CURVES = 8, 14, 12, 44  # pixels
+INK, PAPER = "#202124", "#ffffff"
+MISMATCH, REWARD = "#d1495b", "#e0a030"
+GIF_FPS = 25  # at most; browsers slow down what is faster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BudgetOverride):
+    """Who is shown, and for how long."""
+
+    agent: str  # an accelerated agent or a teacher; a path alone means this
+    task: str | None = None  # None: the agent's own
+    seed: int = 1000
+    steps: int = 250  # at most
+    baseline: bool = False  # also the teacher that replans at every step
+    out: str = ""  # a .gif file; "" for a window
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "steps")
+        at_least(0, self, "seed")
+        if self.out and not self.out.endswith(".gif"):
+            raise ConfigError(f"out={self.out}: must end with .gif")
+
+
+class Moment(NamedTuple):
+    """What an agent did in a step, and what was seen then."""
+
+    picture: Image.Image
+    kind: Kind
+    mismatch: float  # NaN where a plan was due
+    reward: float
+
+
+class Show(NamedTuple):
+    """An episode of an agent."""
+
+    name: str
+    fps: float  # of the task itself
+    moments: list[Moment]
+
+
+def main(settings: Settings) -> None:
+    if not settings.out and not _has_display():
+        raise ConfigError("there is no display to open a window on: give out=FILE.gif")
+    console = Console()
+    with Progress(console) as progress:
+        shows = [_play(settings, False, progress)]
+        if settings.baseline:
+            shows.append(_play(settings, True, progress))
+    if settings.out:
+        _write(shows, Path(settings.out))
+        console.print(f"{settings.out}: " + "; ".join(map(_summary, shows)))
+    else:
+        _window(shows)
+
+
+def _play(settings: Settings, baseline: bool, progress: Progress) -> Show:
+    """An episode of the agent, or of its teacher."""
+    teacher = open_teacher(settings.task, settings.agent, settings)
+    mode, corrector = (TEACHER, None) if baseline else read_mode(settings.agent, teacher.model)
+    agent = SpeculativeAgent(teacher.agent(1, settings.seed), mode, corrector)
+    moments = []
+    name = "replanning at every step" if mode == TEACHER else mode.in_words()
+    with closing(teacher.env()) as env, progress.add(name, settings.steps, unit="steps") as stage:
+        obs, _ = env.reset(seed=settings.seed)
+        agent.reset()
+        for _ in range(settings.steps):
+            obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
+            info = agent.info
+            assert info is not None
+            picture = Image.fromarray(np.asarray(env.render(), dtype=np.uint8)).resize((SIZE, SIZE))
+            moments.append(Moment(picture, info.kinds[0], info.mismatch.item(), float(reward)))
+            stage.advance()
+            if terminated or truncated:
+                break
+    return Show(name, env.metadata.get("render_fps", 50), moments)
+
+
+def _summary(show: Show) -> str:
+    """The return so far, and how many steps planned."""
+    planned = sum(m.kind in (Kind.PLANNED, Kind.FALLBACK) for m in show.moments)
+    total = sum(m.reward for m in show.moments)
+    return f"{show.name}: return {total:.0f} in {len(show.moments)} steps, {planned} plans"
+
+
+def _frames(shows: Sequence[Show], every: int) -> Iterator[Image.Image]:
+    """Every so many steps a picture of all shows, side by side."""
+    width = len(shows) * (SIZE + MARGIN) + MARGIN
+    height = SIZE + 3 * LINE + BAND + CURVES + 3 * MARGIN
+    for t in range(0, max(len(show.moments) for show in shows), every):
+        image = Image.new("RGB", (width, height), PAPER)
+        for i, show in enumerate(shows):
+            _draw(image, show, min(t, len(show.moments) - 1), MARGIN + i * (SIZE + MARGIN))
+        yield image
+
+
+def _draw(image: Image.Image, show: Show, t: int, left: int) -> None:
+    """The picture of step `t`, and under it all steps up to that one."""
+    past = show._replace(moments=show.moments[: t + 1])
+    pen = ImageDraw.Draw(image)
+    name, _, rest = _summary(past).partition(": ")
+    pen.text((left, 2), name, INK)
+    pen.text((left, 2 + LINE), rest, INK)
+    image.paste(show.moments[t].picture, (left, 2 * LINE + MARGIN))
+    top = SIZE + 2 * LINE + 2 * MARGIN
+    step = SIZE / len(show.moments)
+    for i, moment in enumerate(past.moments):
+        pen.rectangle((left + i * step, top, left + (i + 1) * step, top + BAND), COLOURS[moment.kind])
+    top += BAND + 2
+    for colour, values in (
+        (MISMATCH, [m.mismatch for m in show.moments]),
+        (REWARD, [m.reward for m in show.moments]),
+    ):
+        scale = max(np.nanmax([*values, 1e-9]), 1e-9)
+        points = [
+            (left + (i + 0.5) * step, top + CURVES * (1 - max(value, 0.0) / scale))
+            for i, value in enumerate(values[: t + 1])
+            if np.isfinite(value)
+        ]
+        if len(points) > 1:
+            pen.line(points, colour)
+    x = float(left)
+    seen = {m.kind for m in show.moments}
+    legend = [(k.name.lower().replace("_", " "), COLOURS[k]) for k in Kind if k in seen]
+    for word, colour in [*legend, ("mismatch", MISMATCH), ("reward", REWARD)]:
+        pen.text((x, top + CURVES), word, colour)
+        x += pen.textlength(word) + MARGIN
+
+
+def _write(shows: Sequence[Show], path: Path) -> None:
+    """All frames as a GIF that repeats."""
+    every = max(1, round(shows[0].fps / GIF_FPS))
+    frames = [frame.quantize(64, dither=Image.Dither.NONE) for frame in _frames(shows, every)]
+    duration = round(1000 * every / shows[0].fps)
+    with atomic_write(path) as tmp:
+        frames[0].save(
+            tmp, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True
+        )
+
+
+def _window(shows: Sequence[Show]) -> None:
+    """Show all frames at the task's own speed, until the window is closed."""
+    import pygame
+
+    pygame.init()
+    clock, frames = pygame.time.Clock(), list(_frames(shows, 1))
+    screen = pygame.display.set_mode(frames[0].size)
+    pygame.display.set_caption(shows[0].name)
+    while True:
+        for frame in frames:
+            if any(event.type == pygame.QUIT for event in pygame.event.get()):
+                pygame.quit()
+                return
+            screen.blit(pygame.image.frombytes(frame.tobytes(), frame.size, "RGB"), (0, 0))
+            pygame.display.flip()
+            clock.tick(shows[0].fps)
+
+
+def _has_display() -> bool:
+    return sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))

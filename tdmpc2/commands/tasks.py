@@ -1,0 +1,20 @@
+"""List the tasks that are built in: tdmpc2 tasks like=walker."""
+
+from dataclasses import dataclass
+
+from ..envs import list_tasks
+from ..errors import TaskError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Which tasks are listed."""
+
+    like: str = ""  # part of a name; empty for all
+
+
+def main(settings: Settings) -> None:
+    names = [name for name in list_tasks() if settings.like.lower() in name.lower()]
+    if not names:
+        raise TaskError(f"no built-in task has {settings.like!r} in its name; `tdmpc2 tasks` lists all")
+    print("\n".join(names))

@@ -1,0 +1,131 @@
+"""The command `tdmpc2`: its verbs, and those that have no other test."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box
+from PIL import Image
+
+from tdmpc2 import commands
+from tdmpc2.config import EAGER, PlannerConfig
+from tdmpc2.envs import list_tasks
+from tdmpc2.world_model import load_world_model, save_world_model
+
+TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+STEPS = 6
+
+
+class Seen(gym.Env):
+    """Six steps of a world that can be rendered; the picture brightens from step to step."""
+
+    observation_space = Box(-np.inf, np.inf, (24,), np.float32)
+    action_space = Box(-1.0, 1.0, (6,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
+    render_mode = "rgb_array"
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.np_random.normal(size=24).astype(np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.np_random.normal(size=24).astype(np.float32), 1.0, False, False, {}
+
+    def render(self):
+        return np.full((40, 40, 3), 40 * self.t, np.uint8)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    gym.register("Seen-v0", entry_point=Seen, max_episode_steps=STEPS)
+    budget = PlannerConfig(num_samples=16, iterations=1, num_elites=4, num_pi_trajs=4)
+    save_world_model(
+        tmp_path / "teacher",
+        load_world_model(TEACHER),
+        task="Seen-v0",
+        discount=0.95,
+        planner=vars(budget),
+        precision=EAGER.precision,
+    )
+    yield tmp_path / "teacher"
+    del gym.registry["Seen-v0"]
+
+
+def tdmpc2(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["tdmpc2", *map(str, arguments)])
+    commands.main()
+
+
+def test_help_names_every_verb(monkeypatch, capsys) -> None:
+    for arguments in ([], ["--help"]):
+        tdmpc2(monkeypatch, *arguments)
+        out = capsys.readouterr().out
+        assert [verb for verb in commands.VERBS if f"\n  {verb} " not in out] == []
+    tdmpc2(monkeypatch, "train", "--help")
+    assert capsys.readouterr().out.startswith("tdmpc2 train key=value")
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
+def test_scripts_are_commands(path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    runpy.run_path(str(path), run_name="__main__")
+    assert "key=value ..." in capsys.readouterr().out
+
+
+def test_a_wrong_verb_is_named(monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit) as e:
+        tdmpc2(monkeypatch, "acelerate", "task=a")
+    assert e.value.code == 1
+    assert capsys.readouterr().err == "error: 'acelerate' is no verb; did you mean accelerate?\n"
+
+
+def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> None:
+    tdmpc2(monkeypatch, "info", teacher)
+    out = capsys.readouterr().out
+    for word in ("Seen-v0", "16 samples, 1 iterations", "a new plan at every step", "0.95"):
+        assert word in out
+    tdmpc2(monkeypatch, "info", TEACHER)  # an original file says less
+    assert "512 samples" in capsys.readouterr().out
+
+
+def test_tasks(monkeypatch, capsys) -> None:
+    tdmpc2(monkeypatch, "tasks", "like=Walker-")
+    assert capsys.readouterr().out.split() == [name for name in list_tasks() if "walker-" in name.lower()]
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "tasks", "like=qqq")
+
+
+def test_evaluate_takes_the_task_from_the_checkpoint(monkeypatch, capsys, teacher: Path) -> None:
+    tdmpc2(monkeypatch, "evaluate", f"checkpoint={teacher}", "episodes=2", "compile=false")
+    assert "6.0" in capsys.readouterr().out  # the return of six steps
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "evaluate", f"checkpoint={TEACHER}")
+    assert "does not say what it was made for" in capsys.readouterr().err
+
+
+def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> None:
+    out = tmp_path / "a.gif"
+    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "compile=false", "baseline=true")
+    with Image.open(out) as gif:
+        assert gif.n_frames == STEPS // 2, "50 steps a second make 25 frames"
+        seen = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            seen.append(np.asarray(gif.convert("L"))[150, [150, gif.width - 150]].tolist())
+    assert all(left == right for left, right in seen), "both agents see the same"
+    assert seen[0] < seen[1] < seen[2]
+
+
+def test_play_needs_a_display_or_a_file(monkeypatch, capsys, teacher: Path) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "play", teacher)
+    assert "give out=FILE.gif" in capsys.readouterr().err
