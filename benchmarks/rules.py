@@ -21,13 +21,11 @@ from tdmpc2.errors import TaskError
 from tdmpc2.evaluation.evaluate import Subject, write_csv
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import write_json
-from tdmpc2.mismatch import calibrate_td_error, calibrate_thresholds
+from tdmpc2.mismatch import calibrate_thresholds
 from tdmpc2.teacher import open_teacher
 
 PER_STEP = 0.97  # the first edition's quantile of the mismatches at every step in plan
 PER_PLAN = (0.9, 0.97)  # shares of calibration plans whose mismatch stays below the thresholds
-TD_QUANTILE = 0.9  # share of calibration episodes whose mean of TD errors stays above the limit
-NEVER = -1e9  # no mean of TD errors is so low: they are recorded only
 WORLDS = {
     "as modelled": None,
     "push 0.3": ("push", 0.3),
@@ -56,13 +54,10 @@ def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, Speculation
     horizon = free.execution_horizon
     later = steps[steps["k"] > 0]
     per_step = tuple(later.groupby("k")["mismatch"].quantile(PER_STEP))
-    limit, usual = calibrate_td_error(steps, TD_QUANTILE)
     thresholds = {f"per step {PER_STEP}": per_step}
     for quantile in PER_PLAN:
         thresholds[f"per plan {quantile}"] = calibrate_thresholds(steps, quantile, horizon)
     table = {name: replace(free, threshold=threshold) for name, threshold in thresholds.items()}
-    for name in (f"per step {PER_STEP}", f"per plan {PER_PLAN[-1]}"):
-        table[f"{name} or TD errors"] = replace(table[name], min_td_error=limit, usual_td_error=usual)
     return {"no fallback": free, **table}
 
 
@@ -73,8 +68,7 @@ def main(config: RulesConfig) -> None:
     steps_ahead = teacher.planner.horizon
     free = SpeculationConfig(config.execution_horizon, corrector=name, refine_steps=steps_ahead)
     seeds = range(config.calibration_seed, config.calibration_seed + config.episodes)
-    watched = replace(free, min_td_error=NEVER)
-    steps = Subject(teacher, {name: corrector}).rollout(watched, seeds, config.episodes).steps
+    steps = Subject(teacher, {name: corrector}).rollout(free, seeds, config.episodes).steps
     compared = {BASELINE: TEACHER, **rules(free, steps)}
     seeds = range(config.eval_seed, config.eval_seed + config.episodes)
     tables = []
