@@ -92,17 +92,18 @@ one before.
 """
 RULES = """# Rules that give plans up
 
-A two-tower corrector executes 24 steps of each plan, refined three steps ahead. `per step 0.97` is a threshold at every
-step in plan: the 0.97 quantile of the mismatches there. `per plan q` is one rate of false alarms a plan: a share q of
-the calibration plans stays below all thresholds. `or TD errors` also gives a plan up while the running mean of TD
-errors is below its 0.9 quantile over calibration episodes. `per step 0.97 or TD errors` was the first edition's rule.
-Ratios are to replanning at every step in the same world on the same seeds.
+A two-tower corrector executes 24 steps of each plan, refined three steps ahead. `per step 0.97` is a
+threshold at every step in plan: the 0.97 quantile of the mismatches there. `per plan q` is one rate of
+false alarms a plan: a share q of the calibration plans stays below all thresholds. `or TD errors` also
+gives a plan up while the running mean of TD errors is below its 0.9 quantile over calibration episodes.
+`per step 0.97 or TD errors` was the first edition's rule. Ratios are to replanning at every step in the
+same world on the same seeds.
 
 No rule is best everywhere, and so few episodes tell few of them apart. Without pushes every interval holds
-1 or lies above it, also that of `no fallback`: there the rules differ in planner calls. Under pushes on cartpole-swingup fallbacks are needed. There TD
-errors raise what the 0.97 rules keep, but `per plan 0.9` keeps as much with fewer planner calls, and without a second
-monitor. So TD errors were taken out, and `per plan 0.9` is the default. Where nothing disturbs an agent, `quantile=0.97`
-asks the planner less often.
+1 or lies above it, also that of `no fallback`: there the rules differ in planner calls. Under pushes on
+cartpole-swingup fallbacks are needed. There TD errors raise what the 0.97 rules keep, but `per plan 0.9`
+keeps as much with fewer planner calls, and without a second monitor. So TD errors were taken out, and `per
+plan 0.9` is the default. Where nothing disturbs an agent, `quantile=0.97` asks the planner less often.
 
 """
 BUDGET = "budget"  # the experiment whose reference is of another one
