@@ -112,7 +112,7 @@ def usage(config_type: type[Config]) -> str:
     lines = [f"{_program()} key=value ..."]
     left = {field.name: field for field in fields(config_type)}
     for cls in config_type.__mro__:
-        own = [left.pop(name) for name in vars(cls).get("__annotations__", {}) if name in left]
+        own = [left.pop(name) for name in inspect.get_annotations(cls) if name in left]
         if not own:
             continue
         comments = dict(re.findall(r"^    (\w+):.*?  #\s*(.*)$", inspect.getsource(cls), re.MULTILINE))

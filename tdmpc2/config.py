@@ -232,6 +232,13 @@ class SpeculationConfig(Checked):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         super().__post_init__()
 
+    def check_ranges(self) -> None:
+        within(self, 1, 1_000_000, "execution_horizon")
+        within(self, 0, 100, "refine_steps", "plan_length")
+        within(self, 1, 1000, "iterations")
+        if self.threshold is not None and not (self.threshold and min(self.threshold) >= 0):
+            raise ConfigError(f"threshold={self.threshold}: must be numbers, at least 0, or null")
+
     def in_words(self) -> str:
         """What is executed, e.g. `6 steps a plan, corrector two_tower, refined`."""
         steps = self.execution_horizon

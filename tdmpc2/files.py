@@ -81,6 +81,8 @@ def in_use(folder: str | Path) -> Iterator[None]:
         raise ConfigError(
             f"{folder} is in use by another process: wait until that ends, or choose another folder"
         ) from e
+    except BrokenPipeError:  # of a terminal, not of the folder
+        raise
     except OSError as e:
         where = e.filename or folder
         raise FileError(f"{where} cannot be written: {e.strerror or e}") from e

@@ -67,8 +67,9 @@ def test_help_names_every_verb(monkeypatch, capsys) -> None:
         tdmpc2(monkeypatch, *arguments)
         out = capsys.readouterr().out
         assert [verb for verb in commands.VERBS if f"\n  {verb} " not in out] == []
-    tdmpc2(monkeypatch, "train", "--help")
-    assert capsys.readouterr().out.startswith("tdmpc2 train key=value")
+    for verb in commands.VERBS:
+        tdmpc2(monkeypatch, verb, "--help")
+        assert capsys.readouterr().out.startswith(f"tdmpc2 {verb} key=value")
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.stem)
@@ -90,6 +91,9 @@ def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> N
     out = capsys.readouterr().out
     for word in ("Seen-v0", "16 samples, 1 iterations", "a new plan at every step", "0.95"):
         assert word in out
+    elsewhere = teacher.rename(teacher.parent / "v=2, new")
+    tdmpc2(monkeypatch, "info", elsewhere)
+    assert "Seen-v0" in capsys.readouterr().out, "a path may have any characters"
     tdmpc2(monkeypatch, "info", TEACHER)  # an original file says less
     assert "512 samples" in capsys.readouterr().out
 

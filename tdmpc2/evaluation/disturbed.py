@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
-from ..corrector import load_corrector
+from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
 from ..teacher import Teacher, open_teacher
@@ -31,7 +31,7 @@ from .evaluate import (
     write_csv,
 )
 from .metrics import summarise
-from .modes import BASELINE, DISTILLED, REFINED
+from .modes import BASELINE, DISTILLED, REFINED, families, simple_modes
 from .rollout import Rollout
 
 STRENGTHS = {
@@ -74,6 +74,14 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     task = config.task or read_config(folder)["task"]
     teacher = open_teacher(task, str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
+    # Names from a file become parts of paths: only those that there are.
+    known = {BASELINE, "prior", DISTILLED, DISTILLED + REFINED, *simple_modes(1)}
+    known |= {f.mode_name(k) for f in families(tuple(ARCHITECTURES)) for k in f.horizons}
+    if not (
+        known.issuperset({about["chosen"], *about["modes"]})
+        and about["correctors"].keys() <= ARCHITECTURES.keys()
+    ):
+        raise CheckpointError(f"{folder} names modes or correctors that this version has not: make it anew")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
     check_unseen(config.eval_seeds, paths.values())
     calibrated = EvaluationConfig(
