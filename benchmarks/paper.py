@@ -37,7 +37,7 @@ class PaperConfig(BudgetOverride, EpisodesConfig):
     checkpoint: str  # the teacher
     data: str  # a folder of shards that it labelled
     device: str = "cpu"
-    updates: int = 1_400  # of each corrector: as many as accelerate.py makes in all its rounds
+    updates: int = 1_400  # of each corrector: as many as `tdmpc2 accelerate` makes in all its rounds
     calibration_seed: int = 10_000
     calibration_episodes: int = 20
     num_envs: int = 20

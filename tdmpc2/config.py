@@ -236,8 +236,8 @@ class SpeculationConfig(Checked):
         within(self, 1, 1_000_000, "execution_horizon")
         within(self, 0, 100, "refine_steps", "plan_length")
         within(self, 1, 1000, "iterations")
-        if self.threshold is not None and not (self.threshold and min(self.threshold) >= 0):
-            raise ConfigError(f"threshold={self.threshold}: must be numbers, at least 0, or null")
+        if self.threshold is not None and not self.threshold:
+            raise ConfigError("threshold=(): must have a number for each step, or be null")
 
     def in_words(self) -> str:
         """What is executed, e.g. `6 steps a plan, corrector two_tower, refined`."""

@@ -41,7 +41,7 @@ class CorrectorTrainConfig(Checked):
     seed: int = 0
     updates: int = 600  # at most
     batch_size: int = 32  # stretches
-    loss: str = "l1"  # distance to the teacher's action: l1, or mse, the squared one of the paper
+    loss: str = "mse"  # distance to the teacher's action: squared as in the paper, or absolute, l1
     rollout_steps: int = 24  # corrected steps of a stretch
     rollout_coef: float = 1.0  # weight of the rollout loss beside the distillation loss
     residual_coef: float = 1e-3  # lambda: weight of ||delta_a||^2

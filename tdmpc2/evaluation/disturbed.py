@@ -77,11 +77,9 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     # Names from a file become parts of paths: only those that there are.
     known = {BASELINE, "prior", DISTILLED, DISTILLED + REFINED, *simple_modes(1)}
     known |= {f.mode_name(k) for f in families(tuple(ARCHITECTURES)) for k in f.horizons}
-    if not (
-        known.issuperset({about["chosen"], *about["modes"]})
-        and about["correctors"].keys() <= ARCHITECTURES.keys()
-    ):
-        raise CheckpointError(f"{folder} names modes or correctors that this version has not: make it anew")
+    named = {about["chosen"], *about["modes"]}
+    if not (named <= known and set(about["correctors"]) <= set(ARCHITECTURES)):
+        raise CheckpointError(f"{folder} names modes or correctors that there are not: make it anew")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
     check_unseen(config.eval_seeds, paths.values())
     calibrated = EvaluationConfig(
