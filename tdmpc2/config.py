@@ -235,7 +235,7 @@ class SpeculationConfig(Checked):
     def check_ranges(self) -> None:
         within(self, 1, 1_000_000, "execution_horizon")
         within(self, 0, 100, "refine_steps", "plan_length")
-        within(self, 1, 1000, "iterations")
+        within(self, 1, 1_000, "iterations")
         if self.threshold is not None and not self.threshold:
             raise ConfigError("threshold=(): must have a number for each step, or be null")
 
