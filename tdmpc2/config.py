@@ -115,6 +115,13 @@ class PlannerConfig(Checked):
         if not 0 <= self.min_std <= self.max_std:
             raise ConfigError(f"min_std={self.min_std}: must be from 0 to max_std, {self.max_std}")
 
+    def in_words(self) -> str:
+        """The planning budget, e.g. `512 samples, 6 iterations, 64 elites, horizon 3`."""
+        return (
+            f"{self.num_samples} samples, {self.iterations} iterations, {self.num_elites} elites, "
+            f"horizon {self.horizon}"
+        )
+
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -235,7 +242,7 @@ class SpeculationConfig(Checked):
     def check_ranges(self) -> None:
         within(self, 1, 1_000_000, "execution_horizon")
         within(self, 0, 100, "refine_steps", "plan_length")
-        within(self, 1, 1_000, "iterations")
+        within(self, 1, 1000, "iterations")
         if self.threshold is not None and not self.threshold:
             raise ConfigError("threshold=(): must have a number for each step, or be null")
 

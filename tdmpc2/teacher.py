@@ -81,7 +81,8 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
         TaskError: there is no such task.
     """
     model, planner, _ = read_teacher(checkpoint, device, **budget.unsaid())
-    task = task or saved_config(checkpoint).get("task")
+    saved = saved_config(checkpoint)
+    task = task or saved.get("task")
     if task is None:
         raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
     precision = budget.precision or saved_compute(checkpoint).precision
@@ -100,7 +101,7 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
     with closing(env):
         obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
         discount = discount_of(max_episode_steps(env))
-    made_for = saved_config(checkpoint).get("task", task)
+    made_for = saved.get("task", task)
     if not same_task(made_for, task):
         raise CheckpointError(f"{checkpoint} was made for {made_for}; {task} is another task")
     assert obs_shape is not None

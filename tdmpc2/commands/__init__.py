@@ -7,7 +7,6 @@ receives one.
 import importlib
 import inspect
 import sys
-from collections.abc import Container
 from difflib import get_close_matches
 
 from ..cli import fail, run
@@ -38,14 +37,14 @@ def main() -> None:
         hint = f"did you mean {near[0]}?" if near else "`tdmpc2 --help` lists all"
         fail(f"error: {verb!r} is no verb; {hint}")
     module = importlib.import_module(f".{verb}", __name__)
-    names = inspect.get_annotations(module.Settings)
-    if arguments and next(iter(names)) == "agent" and not _is_setting(arguments[0], names):
+    first = next(iter(inspect.get_annotations(module.Settings)))
+    if arguments and first == "agent" and not _is_setting(arguments[0]):
         arguments[0] = f"agent={arguments[0]}"  # a path alone
     sys.argv = [f"tdmpc2 {verb}", *arguments]
     run(module.Settings, module.main)
 
 
-def _is_setting(argument: str, names: Container[str]) -> bool:
+def _is_setting(argument: str) -> bool:
     """Whether it is an option or `key=value`; a path may have an `=` too."""
     name, equals, _ = argument.partition("=")
-    return argument.startswith("-") or (bool(equals) and (name.isidentifier() or name in names))
+    return argument.startswith("-") or (bool(equals) and name.isidentifier())

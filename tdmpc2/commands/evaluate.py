@@ -64,7 +64,6 @@ def evaluate(settings: Settings) -> None:
     episodes = result.episodes
     planner_calls = float(episodes["planner_calls"].sum() / episodes["length"].sum())
     returns = episodes["return"]
-    budget = asdict(teacher.planner)
     table = Table(title=teacher.task)
     for column in ("seed", "return", "length", "planner calls"):
         table.add_column(column, justify="right")
@@ -76,10 +75,7 @@ def evaluate(settings: Settings) -> None:
     table.add_row("sd", f"{returns.std(ddof=0):.1f}", "", "")
     console.print(table)
     console.print(f"mode: {name} ({mode.in_words()})")
-    console.print(
-        "planning budget: {num_samples} samples, {iterations} iterations, {num_elites} elites, "
-        "horizon {horizon}".format(**budget)
-    )
+    console.print(f"planning budget: {teacher.planner.in_words()}")
     if settings.out:
         with atomic_write(Path(settings.out) / "episodes.csv") as tmp:
             episodes.to_csv(tmp, index=False)
@@ -90,7 +86,7 @@ def evaluate(settings: Settings) -> None:
             "mode": name,
             "speculation": asdict(mode),
             "settings": asdict(settings),
-            "planner": budget,
+            "planner": asdict(teacher.planner),
             "teacher": teacher.fingerprint,
             "provenance": provenance(),
         }

@@ -40,11 +40,7 @@ def about(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "world model", f"{parameters:,} parameters, latents of {c.latent_dim}, {c.num_q} Q heads"
     yield "observations", "x".join(map(str, c.obs_shape)) + (" pixels" if c.pixels else "")
     yield "actions", f"{c.action_dim}, in [-1, 1]"
-    yield (
-        "planning budget",
-        f"{planner.num_samples} samples, {planner.iterations} iterations, {planner.num_elites} elites, "
-        f"horizon {planner.horizon}",
-    )
+    yield "planning budget", planner.in_words()
     yield "discount", f"{discount:.4g}"
     yield "mode", f"{BASELINE if mode == TEACHER else saved.get('mode', '')}: {mode.in_words()}"
     if corrector is not None:

@@ -22,11 +22,12 @@ from rich.console import Console
 
 from ..agent import Kind, SpeculativeAgent, read_mode
 from ..checked import at_least
-from ..config import TEACHER, BudgetOverride
+from ..config import TEACHER, BudgetOverride, SpeculationConfig
+from ..corrector import BaseCorrector
 from ..errors import ConfigError
 from ..files import atomic_write
 from ..progress import Progress
-from ..teacher import open_teacher
+from ..teacher import Teacher, open_teacher
 
 COLOURS = {
     Kind.PLANNED: "#3b6fb6",
@@ -82,9 +83,10 @@ def main(settings: Settings) -> None:
         raise ConfigError("there is no display to open a window on: give out=FILE.gif")
     console = Console()
     with Progress(console) as progress:
-        shows = [_play(settings, False, progress)]
+        teacher = open_teacher(settings.task, settings.agent, settings)
+        shows = [_play(settings, teacher, *read_mode(settings.agent, teacher.model), progress)]
         if settings.baseline:
-            shows.append(_play(settings, True, progress))
+            shows.append(_play(settings, teacher, TEACHER, None, progress))
     if settings.out:
         _write(shows, Path(settings.out))
         console.print(f"{settings.out}: " + "; ".join(map(_summary, shows)))
@@ -92,10 +94,14 @@ def main(settings: Settings) -> None:
         _window(shows)
 
 
-def _play(settings: Settings, baseline: bool, progress: Progress) -> Show:
-    """An episode of the agent, or of its teacher."""
-    teacher = open_teacher(settings.task, settings.agent, settings)
-    mode, corrector = (TEACHER, None) if baseline else read_mode(settings.agent, teacher.model)
+def _play(
+    settings: Settings,
+    teacher: Teacher,
+    mode: SpeculationConfig,
+    corrector: BaseCorrector | None,
+    progress: Progress,
+) -> Show:
+    """An episode of the teacher in a mode."""
     agent = SpeculativeAgent(teacher.agent(1, settings.seed), mode, corrector)
     moments = []
     name = "replanning at every step" if mode == TEACHER else mode.in_words()
@@ -149,7 +155,7 @@ def _draw(image: Image.Image, show: Show, t: int, left: int) -> None:
         (MISMATCH, [m.mismatch for m in show.moments]),
         (REWARD, [m.reward for m in show.moments]),
     ):
-        scale = max(np.nanmax([*values, 1e-9]), 1e-9)
+        scale = np.nanmax([*values, 1e-9])
         points = [
             (left + (i + 0.5) * step, top + CURVES * (1 - max(value, 0.0) / scale))
             for i, value in enumerate(values[: t + 1])

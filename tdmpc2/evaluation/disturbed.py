@@ -20,7 +20,7 @@ from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
 from ..teacher import Teacher, open_teacher
-from ..world_model.checkpoint import read_config, saved_as
+from ..world_model.checkpoint import saved_as
 from .evaluate import (
     EpisodesConfig,
     EvaluationConfig,
@@ -71,8 +71,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     folder = Path(config.agent)
     if not (folder / "evaluation" / "provenance.json").exists():
         raise CheckpointError(f"{folder} holds no finished run of `tdmpc2 accelerate`")
-    task = config.task or read_config(folder)["task"]
-    teacher = open_teacher(task, str(folder), config, config.device)
+    teacher = open_teacher(config.task, str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
     # Names from a file become parts of paths: only those that there are.
     known = {BASELINE, "prior", DISTILLED, DISTILLED + REFINED, *simple_modes(1)}
