@@ -19,14 +19,27 @@ from tdmpc2.config import BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
 from tdmpc2.distillation.losses import LOSSES
-from tdmpc2.evaluation.evaluate import EpisodesConfig, EvaluationConfig, Subject, run_modes, write_csv
+from tdmpc2.errors import ConfigError
+from tdmpc2.evaluation.evaluate import (
+    EpisodesConfig,
+    EvaluationConfig,
+    Subject,
+    check_unseen,
+    claim,
+    overlap,
+    run_modes,
+    write_csv,
+)
 from tdmpc2.evaluation.metrics import summarise
 from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
-from tdmpc2.files import write_json
+from tdmpc2.files import in_use, write_json
 from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.progress import Progress
 from tdmpc2.teacher import open_teacher
 
 CORRECTORS = ("two_tower", "temporal")
+# Settings that may change on resume.
+NOT_COMPARED = ("checkpoint", "data", "device", "compile", "runs", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +59,38 @@ class PaperConfig(BudgetOverride, EpisodesConfig):
 
 
 def main(config: PaperConfig) -> None:
-    console = Console()
+    with Progress(Console()) as progress, in_use(Path(config.runs) / config.task):
+        compare(config, progress)
+
+
+def compare(config: PaperConfig, progress: Progress) -> None:
+    """Train what is missing, evaluate, and write the results."""
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)
     runs, out = Path(config.runs) / config.task, Path(config.out) / config.task
+    seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)
+    if overlap(seeds, config.eval_seeds):
+        raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+    data = load_shards(config.data, teacher.fingerprint).to(config.device)
+    settings = {
+        "teacher": teacher.fingerprint,
+        "planner": asdict(teacher.planner),
+        "precision": teacher.compute.precision,
+        "episodes of the data": sorted(data.seed.unique().tolist()),
+        **{name: value for name, value in asdict(config).items() if name not in NOT_COMPARED},
+    }
+    claim(runs, settings)
     correctors: dict[str, BaseCorrector] = {}
     for loss in LOSSES:
         for name in CORRECTORS:
             folder = runs / "correctors" / loss
             if not (folder / name / "done").exists():
-                data = load_shards(config.data, teacher.fingerprint).to(config.device)
                 how = CorrectorTrainConfig(architecture=name, loss=loss, updates=config.updates)
                 train_corrector(teacher.model, data, how, folder)
                 (folder / name / "done").touch()
             correctors[f"{name}, {loss}"] = load_corrector(folder / name, teacher.fingerprint, config.device)
+            check_unseen([*seeds, *config.eval_seeds], [folder / name])
     subject = Subject(teacher, correctors)
     quantile, far = EvaluationConfig.quantile, max(PAPER_HORIZONS)
-    seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)
     modes = simple_modes(teacher.planner.iterations)
     del modes["half_budget"]
     for corrector in correctors:
@@ -72,13 +101,13 @@ def main(config: PaperConfig) -> None:
             steps = teacher.planner.horizon if refined else 0
             free = SpeculationConfig(far, corrector=corrector, refine_steps=steps)
             seen = run_modes(
-                subject, {f"{family.name}-{loss}": free}, config, seeds, runs / "calibration", console
+                subject, {f"{family.name}-{loss}": free}, config, seeds, runs / "calibration", progress
             )
             for k in PAPER_HORIZONS:
                 modes[f"{family.mode_name(k)}, {loss}"] = replace(
                     free, execution_horizon=k, threshold=calibrate_thresholds(seen.steps, quantile, k)
                 )
-    result = run_modes(subject, modes, config, config.eval_seeds, runs / "modes", console)
+    result = run_modes(subject, modes, config, config.eval_seeds, runs / "modes", progress)
     write_csv(out / "episodes.csv", result.episodes)
     write_csv(out / "summary.csv", summarise(result.episodes, result.steps, None))
     about = {
@@ -86,6 +115,7 @@ def main(config: PaperConfig) -> None:
         "config": asdict(config),
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),
+        "precision": teacher.compute.precision,
         "modes": {name: asdict(mode) for name, mode in modes.items()},
     }
     write_json(out / "provenance.json", about)

@@ -17,8 +17,8 @@ from rich.console import Console
 from tdmpc2 import cli
 from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
-from tdmpc2.errors import TaskError
-from tdmpc2.evaluation.evaluate import Subject, write_csv
+from tdmpc2.errors import ConfigError, TaskError
+from tdmpc2.evaluation.evaluate import Subject, check_unseen, overlap, write_csv
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import write_json
 from tdmpc2.mismatch import calibrate_thresholds
@@ -68,9 +68,12 @@ def main(config: RulesConfig) -> None:
     steps_ahead = teacher.planner.horizon
     free = SpeculationConfig(config.execution_horizon, corrector=name, refine_steps=steps_ahead)
     seeds = range(config.calibration_seed, config.calibration_seed + config.episodes)
+    held_out = range(config.eval_seed, config.eval_seed + config.episodes)
+    if overlap(seeds, held_out):
+        raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+    check_unseen([*seeds, *held_out], [Path(config.correctors) / name])
     steps = Subject(teacher, {name: corrector}).rollout(free, seeds, config.episodes).steps
     compared = {BASELINE: TEACHER, **rules(free, steps)}
-    seeds = range(config.eval_seed, config.eval_seed + config.episodes)
     tables = []
     for world, disturbance in WORLDS.items():
         try:
@@ -80,7 +83,7 @@ def main(config: RulesConfig) -> None:
             continue
         subject = Subject(own, {name: corrector})
         for rule, compared_mode in compared.items():
-            episodes = subject.rollout(compared_mode, seeds, config.episodes).episodes
+            episodes = subject.rollout(compared_mode, held_out, config.episodes).episodes
             tables.append(episodes.assign(world=world, rule=rule))
             calls = episodes["planner_calls"].sum() / episodes["length"].sum()
             console.print(

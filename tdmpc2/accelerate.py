@@ -23,26 +23,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from .checked import at_least
 from .cli import provenance
 from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
-from .distillation import CorrectorTrainConfig, collect, error_table, load_shards, train_corrector
+from .distillation import (
+    CorrectorTrainConfig,
+    collect,
+    episode_returns,
+    error_table,
+    load_shards,
+    train_corrector,
+)
 from .errors import CheckpointError, ConfigError
 from .evaluation.evaluate import (
+    Choice,
     EvaluationConfig,
     Subject,
     check_unseen,
     evaluate,
+    failure,
     overlap,
 )
-from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
+from .evaluation.modes import ALONE, DISTILLED, HORIZONS
+from .evaluation.rollout import random_returns
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
+from .world_model.checkpoint import CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,7 @@ class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
             raise ConfigError("collection seeds overlap those of calibration or evaluation: change one")
 
 
-def accelerate(config: AccelerateConfig, console: Console) -> Path:
+def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
     """Collect, train both correctors, calibrate, choose, evaluate, report; returns the agent's folder.
 
     Raises:
@@ -81,14 +90,14 @@ def accelerate(config: AccelerateConfig, console: Console) -> Path:
         FileError: the folder cannot be written.
     """
     out = Path(config.out or f"accelerated/{file_name(config.task)}")
-    check_not_the_teachers(out, config.checkpoint)
+    check_room_for_agent(out, config.checkpoint)
     teacher = open_teacher(config.task, config.checkpoint, config, config.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
     with in_use(out):
-        return _accelerate(config, teacher, out, console)
+        return _accelerate(config, teacher, out, progress)
 
 
-def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, console: Console) -> Path:
+def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress: Progress) -> Path:
     c = config
     # The teacher is known by its weights, wherever its file and this folder lie.
     settings = {name: value for name, value in asdict(c).items() if name not in ("checkpoint", "out")}
@@ -113,36 +122,38 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, console: 
     ) -> None:
         if not any((out / "data" / folder).glob("shard-*")):
             write_json(out / "data" / folder / "provenance.json", made_by)
-        with Progress(console) as progress:
-            collect(
-                teacher,
-                out / "data" / folder,
-                episodes=episodes,
-                seed=first,
-                num_envs=c.num_envs,
-                behaviours=behaviours,
-                correctors=correctors,
-                bursts=correctors is not None,
-                progress=progress,
-            )
+        collect(
+            teacher,
+            out / "data" / folder,
+            episodes=episodes,
+            seed=first,
+            num_envs=c.num_envs,
+            behaviours=behaviours,
+            correctors=correctors,
+            bursts=correctors is not None,
+            progress=progress,
+        )
 
     def train(folder: Path, initial: Mapping[str, BaseCorrector], updates: int) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
             how = replace(c, updates=updates)
-            with Progress(console) as progress:
-                trained = train_corrector(teacher.model, data, how, folder, initial, progress)
-            console.print(error_table(trained))
+            trained = train_corrector(teacher.model, data, how, folder, initial, progress)
+            progress.table(error_table(trained))
             write_json(folder / "provenance.json", made_by)
             write_json(folder / "done.json", {name: t.errors._asdict() for name, t in trained.items()})
         names = read_json(folder / "done.json")
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
 
-    console.print(f"[bold]{c.task}[/]: the teacher's own episodes")
+    progress.print(f"{c.task}: the teacher's own episodes")
     gather("teacher", c.collect_seed, c.episodes)
+    returns = episode_returns(out / "data" / "teacher")
+    random = random_returns(teacher.env, range(c.collect_seed, c.collect_seed + c.episodes))
+    if fault := failure(float(returns.mean()), random):
+        progress.print(f"WARNING: {fault}; nothing will be chosen")
     correctors: dict[str, BaseCorrector] = {}
     for r in range(c.rounds):
-        console.print(f"round {r + 1} of {c.rounds}: episodes under the correctors so far")
+        progress.print(f"round {r + 1} of {c.rounds}: episodes under the correctors so far")
         correctors = train(out / "rounds" / str(r + 1), correctors, c.round_updates)
         behaviours = [
             SpeculationConfig(execution_horizon=horizon, corrector=n)
@@ -154,23 +165,25 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, console: 
             behaviours.append(ALONE)
         first = c.collect_seed + c.episodes + r * c.round_episodes
         gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
-    console.print("the final correctors")
+    progress.print("the final correctors")
     train(out / "correctors", correctors, c.updates)
-    chosen = evaluate_correctors(
-        teacher, out / "correctors", out / "evaluation", c, console, trained=_where_made(out)
+    choice = evaluate_correctors(
+        teacher, out / "correctors", out / "evaluation", c, progress, trained=_where_made(out)
     )
-    if chosen == BASELINE:
+    if choice.more_data_may_help:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
-        console.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
+        progress.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
     save_agent(out, teacher, out / "evaluation", out / "correctors")
-    console.print(f'done: agent = tdmpc2.load_agent("{out}")')
+    progress.print(f'done: agent = tdmpc2.load_agent("{out}")')
     return out
 
 
-def check_not_the_teachers(out: Path, checkpoint: str) -> None:
-    """Raise ConfigError where an agent would be written over the checkpoint of its teacher."""
+def check_room_for_agent(out: Path, checkpoint: str) -> None:
+    """Raise ConfigError where an agent would be written over its teacher's or another checkpoint."""
     if out.resolve() == Path(checkpoint).resolve():
         raise ConfigError(f"out={out} is the teacher's own folder: choose another one")
+    if (out / CONFIG).exists() and not (out / "evaluation" / "settings.json").exists():
+        raise ConfigError(f"out={out} holds another checkpoint: choose another one")
 
 
 def save_agent(folder: Path, teacher: Teacher, evaluation: Path, correctors: Path) -> None:
@@ -235,10 +248,10 @@ def evaluate_correctors(
     folder: Path,
     out: Path,
     config: EvaluationConfig,
-    console: Console,
+    progress: Progress,
     trained: str = "",
-) -> str:
-    """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode's name.
+) -> Choice:
+    """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode.
 
     `trained` says where data and correctors were made, for the report.
 
@@ -274,4 +287,4 @@ def evaluate_correctors(
     meta = {**provenance(), "validation": validation}
     if trained:
         meta["trained"] = trained
-    return evaluate(Subject(teacher, networks), config, out, meta, console)
+    return evaluate(Subject(teacher, networks), config, out, meta, progress)

@@ -139,7 +139,7 @@ class ComputeConfig(Checked):
 
 
 EAGER = ComputeConfig()
-ELSEWHERE = ("device", "compile")  # settings that a run may go on with other values of
+ELSEWHERE = ("device", "compile")  # settings that may change on resume
 # What scripts and `load_agent` use where an accelerated agent does not say. Not bfloat16, which is faster
 # where the processor has it: elsewhere it is slower, and float32 is the same everywhere to within rounding.
 COMPILED = ComputeConfig(compile=True)

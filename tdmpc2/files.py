@@ -64,6 +64,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise FileError(f"{path} cannot be written: {reason}") from e
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise FileError where the file could not be written, before the work whose result it shall hold."""
+    there = Path(path).exists()
+    try:
+        with open(path, "ab"):
+            pass
+        if not there:
+            os.unlink(path)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e.strerror}") from e
+
+
 @contextmanager
 def in_use(folder: str | Path) -> Iterator[None]:
     """Make `folder` if need be, and keep other processes out of it meanwhile.

@@ -18,7 +18,7 @@ from types import TracebackType
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 INTERVAL = 30.0  # seconds between two lines of a running stage
@@ -107,6 +107,13 @@ class Progress:
         """Show a line that stays."""
         if self._console is not None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Show a table that stays, at least 110 columns wide: Rich cuts, a terminal only wraps."""
+        if self._console is not None:
+            width, self._console.width = self._console.width, max(self._console.width, 110)
+            self._console.print(table)
+            self._console.width = width
 
     def __enter__(self) -> "Progress":
         self._bars.start()

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from rich.console import Console
 
 import tdmpc2
 from benchmarks import experiments
@@ -34,6 +33,7 @@ from tdmpc2.evaluation import disturbed, evaluate
 from tdmpc2.evaluation.metrics import act_columns, act_times
 from tdmpc2.evaluation.rollout import random_returns
 from tdmpc2.files import read_json, write_json
+from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
 
@@ -250,24 +250,24 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     settings = {**OmegaConf.from_dotlist(SMALL), **less}
     job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)
     grown, at_once = (replace(job, out=str(workdir / name)) for name in ("grown", "at-once"))
-    run_job(grown, Console())
+    run_job(grown, SILENT)
     corrector = "two_tower/corrector.safetensors"
     first = (workdir / "grown/correctors" / corrector).read_bytes()
     begun = workdir / "grown/settings.json"
     write_json(begun, {**read_json(begun), "device": "cuda", "compile": True})
     for config in (grown, at_once):
-        run_job(replace(config, rounds=2), Console())
+        run_job(replace(config, rounds=2), SILENT)
     for name in (f"correctors/{corrector}", "evaluation/episodes.csv", "evaluation/chosen.json"):
         assert (workdir / "grown" / name).read_bytes() == (workdir / "at-once" / name).read_bytes()
     assert (workdir / "grown/rounds/2" / corrector).read_bytes() == first
     assert (workdir / "grown/rounds/2/evaluation/report.html").exists()
     assert read_json(begun)["device"] == "cpu"
     write_json(begun, {**read_json(begun), "device": "cuda"})
-    run_job(replace(grown, rounds=2), Console())
+    run_job(replace(grown, rounds=2), SILENT)
     assert not set(ELSEWHERE) & set(read_json(workdir / "grown/evaluation/settings.json")["config"])
     assert "commit " in read_json(workdir / "grown/evaluation/provenance.json")["trained"]
     with pytest.raises(ConfigError, match="rounds=2, not 1"):
-        run_job(grown, Console())
+        run_job(grown, SILENT)
 
 
 def one_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -315,7 +315,7 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
 def test_a_mistake_is_found_before_anything_is_written(mistake: dict[str, Any], tmp_path: Path) -> None:
     given = {"task": "walker-walk", "checkpoint": str(TEACHER), "out": str(tmp_path / "a"), **mistake}
     with pytest.raises(ConfigError, match=next(iter(mistake))):
-        run_job(AccelerateConfig(**given), Console())
+        run_job(AccelerateConfig(**given), SILENT)
     assert not (tmp_path / "a").exists()
 
 
@@ -409,7 +409,7 @@ def choose(
     config = evaluate.EvaluationConfig(**settings)  # type: ignore[arg-type]
     speculation = {name: SpeculationConfig(horizon) for name, (horizon, *_) in table.items()}
     subject = evaluate.Subject(teacher, {})
-    return evaluate.choose(subject, speculation, latency, config, folder, Console()), tried[1:]
+    return evaluate.choose(subject, speculation, latency, config, folder, SILENT), tried[1:]
 
 
 SMALL_BUDGET = BudgetOverride(num_samples=16, iterations=1, num_elites=4, num_pi_trajs=4, compile=False)
@@ -487,9 +487,9 @@ def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.M
     modes = {"baseline": SpeculationConfig(1), "naive": SpeculationConfig(4)}
     monkeypatch.setattr(evaluate, "holds_up", lambda summary, least: pd.Series(True, summary.index))
     subject = evaluate.Subject(teacher, {})
-    latency = evaluate._latency(subject, modes, config, tmp_path / "latency.csv", Console())
+    latency = evaluate._latency(subject, modes, config, tmp_path / "latency.csv", SILENT)
     latency["act_ms"] = np.where(latency["kind"] == "planned", 10.0, 1.0)
-    mode, why = evaluate.choose(subject, modes, latency, config, tmp_path, Console())
+    mode, why = evaluate.choose(subject, modes, latency, config, tmp_path, SILENT)
     assert mode == "naive" and "where both are pushed" in why
     calm, pushed = (pd.read_csv(tmp_path / name / "baseline/episodes.csv") for name in ("modes", "pushed"))
     assert list(calm["seed"]) == list(pushed["seed"]) and (calm["return"] != pushed["return"]).any()
@@ -550,7 +550,7 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = disturbed.DisturbedConfig(
         agent=str(folder), kinds=("obs_noise",), eval_episodes=3, num_envs=3, compile=False
     )
-    table = disturbed.evaluate_disturbed(config, Console())
+    table = disturbed.evaluate_disturbed(config, SILENT)
     chosen = json.loads((finished / "evaluation/chosen.json").read_text())["mode"]
     modes = list(dict.fromkeys(["baseline", chosen, "naive_6", "distilled_refined", "prior"]))
     assert list(table["mode"]) == 2 * modes and list(table["strength"]) == len(modes) * [0.0] + len(modes) * [
@@ -558,22 +558,22 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     returns = table.pivot(index="mode", columns="strength", values="return_mean")
     assert (returns[0.0] != returns[3.0]).all(), "every mode sees the noise"
-    pd.testing.assert_frame_equal(disturbed.evaluate_disturbed(config, Console()), table)  # read back
+    pd.testing.assert_frame_equal(disturbed.evaluate_disturbed(config, SILENT), table)  # read back
     with pytest.raises(ConfigError, match="not 2"):
-        disturbed.evaluate_disturbed(replace(config, eval_episodes=2, num_envs=2), Console())
+        disturbed.evaluate_disturbed(replace(config, eval_episodes=2, num_envs=2), SILENT)
 
 
 def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = script("perturb", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
     one_line(own, "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
-        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), Console())
+        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), SILENT)
     with pytest.raises(ConfigError, match="storm"):
-        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), Console())
+        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), SILENT)
     with pytest.raises(ConfigError, match="num_envs=0"):
-        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), Console())
+        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), SILENT)
     monkeypatch.syspath_prepend(workdir)
     import_module("short_task:Short-v0")
     calibrated = disturbed.DisturbedConfig(agent=str(finished), eval_seed=10_001)
     with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
-        disturbed.evaluate_disturbed(calibrated, Console())
+        disturbed.evaluate_disturbed(calibrated, SILENT)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from benchmarks import experiments
 from tdmpc2 import load_agent, load_world_model, make_env
@@ -17,6 +16,7 @@ from tdmpc2.envs.dmc import DmControl
 from tdmpc2.errors import CheckpointError, ConfigError, TaskError
 from tdmpc2.evaluation.disturbed import DisturbedConfig, evaluate_disturbed
 from tdmpc2.files import write_json
+from tdmpc2.progress import SILENT
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.training.trainer import TrainConfig, Trainer
 from tdmpc2.world_model import save_world_model
@@ -147,7 +147,7 @@ def test_a_downloaded_folder_runs_no_code(tmp_path: Path, monkeypatch: pytest.Mo
     save_world_model(tmp_path, model, task="evil:Evil-v0")
     write_json(tmp_path / "evaluation/provenance.json", {})
     for evaluates in (
-        lambda: evaluate_disturbed(DisturbedConfig(agent=".", compile=False), Console()),
+        lambda: evaluate_disturbed(DisturbedConfig(agent=".", compile=False), SILENT),
         lambda: experiments.main(experiments.ExperimentConfig(agent=".", compile=False)),
     ):
         with pytest.raises(

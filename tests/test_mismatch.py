@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 from stand_ins import Seeded
 
 from tdmpc2.config import EAGER, PlannerConfig
 from tdmpc2.evaluation.evaluate import EvaluationConfig, Subject, calibrate
 from tdmpc2.mismatch import calibrate_thresholds, mismatch
+from tdmpc2.progress import SILENT
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import fingerprint, load_world_model
 
@@ -48,7 +48,7 @@ def test_each_mode_is_given_the_thresholds_of_its_own_steps(tmp_path: Path) -> N
     model = load_world_model(Path(__file__).parent / "fixtures/official/state_small.pt")
     teacher = OfSeeds("seeds", model, BUDGET, 0.99, fingerprint(model), None, EAGER)
     config = EvaluationConfig(calibration_episodes=6, num_envs=2, quantile=0.8)
-    modes = calibrate(Subject(teacher, {}), config, tmp_path, Console(quiet=True))
+    modes = calibrate(Subject(teacher, {}), config, tmp_path, SILENT)
     steps = pd.read_csv(tmp_path / "free/plan/steps.csv")
     assert set(steps["kind"]) == {"planned", "open_loop"}, "executed without fallback"
     assert steps["seed"].unique().tolist() == list(range(10_000, 10_006))

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from tdmpc2.evaluation.metrics import summarise
-from tdmpc2.evaluation.report import headline, notes, print_table, styles, write_report
+from tdmpc2.evaluation.report import headline, in_terminal, notes, styles, write_report
+from tdmpc2.progress import Progress
 
 Tables = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]
 META = {
@@ -185,7 +186,7 @@ def test_table_fits_the_terminal() -> None:
     summary = summarise(*results(names, seeds=3))
     summary[["return_mean", "return_worst5"]] = 1234.5
     out = StringIO()
-    print_table(summary, Console(file=out, width=60))
+    Progress(Console(file=out, width=60)).table(in_terminal(summary))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 110
     assert all(name in text for name in names) and "…" not in text, "a narrow terminal loses nothing"

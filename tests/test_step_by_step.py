@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 
 import tdmpc2
 from tdmpc2 import cli
@@ -24,6 +23,7 @@ from tdmpc2.distillation.dataset import read_shard
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation import evaluate as evaluation
 from tdmpc2.files import in_use, read_json
+from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
 
@@ -195,7 +195,7 @@ def test_a_teacher_is_not_overwritten(folder: Path, run: Run) -> None:
     arguments = [TASK, "checkpoint=own", *BUDGET, *SMALL, "correctors=correctors", "out=./own"]
     assert "teacher's own folder" in run(compare, *arguments, fails=True)
     with pytest.raises(ConfigError, match="teacher's own folder"):
-        accelerate(AccelerateConfig(task=TASK.split("=")[1], checkpoint="own", out="./own"), Console())
+        accelerate(AccelerateConfig(task=TASK.split("=")[1], checkpoint="own", out="./own"), SILENT)
     assert (folder / "own/config.json").read_bytes() == before
 
 

@@ -47,4 +47,5 @@ def main() -> None:
 def _is_setting(argument: str) -> bool:
     """Whether it is an option or `key=value`; a path may have an `=` too."""
     name, equals, _ = argument.partition("=")
-    return argument.startswith("-") or (bool(equals) and name.isidentifier())
+    of_hydra = name.startswith(("hydra.", "hydra/", "+hydra."))
+    return argument.startswith("-") or (bool(equals) and (name.isidentifier() or of_hydra))

@@ -7,7 +7,9 @@ from rich.console import Console
 
 from ..accelerate import AccelerateConfig as Settings
 from ..accelerate import accelerate
+from ..progress import Progress
 
 
 def main(settings: Settings) -> None:
-    accelerate(settings, Console())
+    with Progress(Console()) as progress:
+        accelerate(settings, progress)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..accelerate import check_not_the_teachers, evaluate_correctors, save_agent
+from ..accelerate import check_room_for_agent, evaluate_correctors, save_agent
 from ..config import BudgetOverride
 from ..evaluation.evaluate import EvaluationConfig
 from ..files import in_use
+from ..progress import Progress
 from ..teacher import open_teacher
 
 
@@ -31,10 +32,10 @@ class Settings(BudgetOverride, EvaluationConfig):
 
 
 def main(settings: Settings) -> None:
-    out, correctors, console = Path(settings.out), Path(settings.correctors), Console()
-    check_not_the_teachers(out, settings.checkpoint)
-    with in_use(out):
+    out, correctors = Path(settings.out), Path(settings.correctors)
+    check_room_for_agent(out, settings.checkpoint)
+    with in_use(out), Progress(Console()) as progress:
         teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
-        evaluate_correctors(teacher, correctors, out / "evaluation", settings, console)
+        evaluate_correctors(teacher, correctors, out / "evaluation", settings, progress)
         save_agent(out, teacher, out / "evaluation", correctors)
-    console.print(f'done: agent = tdmpc2.load_agent("{out}")')
+        progress.print(f'done: agent = tdmpc2.load_agent("{out}")')

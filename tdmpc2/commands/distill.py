@@ -28,9 +28,8 @@ class Settings(ModelOverride, CorrectorTrainConfig):
 def main(settings: Settings) -> None:
     model = load_world_model(settings.checkpoint, settings.device, **settings.unsaid())
     data = load_shards(settings.data, fingerprint(model)).to(settings.device)
-    console = Console()
-    with Progress(console) as progress:
+    with Progress(Console()) as progress:
         trained = train_corrector(
             model, data, part(CorrectorTrainConfig, settings), settings.out, progress=progress
         )
-    console.print(error_table(trained))
+        progress.table(error_table(trained))

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ..agent import read_mode, read_teacher
 from ..config import TEACHER, ModelOverride
+from ..errors import DataError
 from ..evaluation.modes import BASELINE
 from ..files import read_json
 from ..world_model import fingerprint
@@ -59,12 +60,14 @@ def _evaluation(folder: Path, mode: str) -> Iterator[tuple[str, str]]:
     """What an accelerated agent's own evaluation says of it."""
     if not (folder / "summary.csv").exists():
         return
-    summary = pd.read_csv(folder / "summary.csv").set_index("mode")
-    if mode in summary.index:
-        row = summary.loc[mode]
-        yield (
-            "evaluated",
-            f"return {row['return_mean']:.1f}, {row['return_ratio']:.3f} of replanning at every step; "
-            f"{row['planner_calls']:.1%} planner calls",
-        )
-    yield "chosen because", read_json(folder / "chosen.json")["why"]
+    try:
+        summary = pd.read_csv(folder / "summary.csv").set_index("mode")
+        why = str(read_json(folder / "chosen.json")["why"])
+        if mode in summary.index:
+            numbers = ("return_mean", "return_ratio", "planner_calls")
+            mean, ratio, calls = (float(summary.loc[mode, name]) for name in numbers)
+            kept = f"return {mean:.1f}, {ratio:.3f} of replanning at every step"
+            yield "evaluated", f"{kept}; {calls:.1%} planner calls"
+    except (KeyError, TypeError, ValueError) as e:  # pandas' errors are ValueErrors
+        raise DataError(f"{folder} is damaged or of another version: make the agent anew") from e
+    yield "chosen because", why

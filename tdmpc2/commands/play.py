@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
@@ -24,8 +26,8 @@ from ..agent import Kind, SpeculativeAgent, read_mode
 from ..checked import at_least
 from ..config import TEACHER, BudgetOverride, SpeculationConfig
 from ..corrector import BaseCorrector
-from ..errors import ConfigError
-from ..files import atomic_write
+from ..errors import ConfigError, TaskError
+from ..files import atomic_write, check_writable
 from ..progress import Progress
 from ..teacher import Teacher, open_teacher
 
@@ -79,18 +81,21 @@ class Show(NamedTuple):
 
 
 def main(settings: Settings) -> None:
-    if not settings.out and not _has_display():
+    if settings.out:
+        check_writable(settings.out)
+    elif not _has_display():
         raise ConfigError("there is no display to open a window on: give out=FILE.gif")
-    console = Console()
-    with Progress(console) as progress:
+    elif find_spec("pygame") is None:
+        raise ConfigError("a window needs pygame: `pip install pygame`, or give out=FILE.gif")
+    with Progress(Console()) as progress:
         teacher = open_teacher(settings.task, settings.agent, settings)
         shows = [_play(settings, teacher, *read_mode(settings.agent, teacher.model), progress)]
         if settings.baseline:
             shows.append(_play(settings, teacher, TEACHER, None, progress))
-    if settings.out:
-        _write(shows, Path(settings.out))
-        console.print(f"{settings.out}: " + "; ".join(map(_summary, shows)))
-    else:
+        if settings.out:
+            _write(shows, Path(settings.out))
+            progress.print(f"{settings.out}: " + "; ".join(map(_summary, shows)))
+    if not settings.out:
         _window(shows)
 
 
@@ -112,12 +117,22 @@ def _play(
             obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
             info = agent.info
             assert info is not None
-            picture = Image.fromarray(np.asarray(env.render(), dtype=np.uint8)).resize((SIZE, SIZE))
-            moments.append(Moment(picture, info.kinds[0], info.mismatch.item(), float(reward)))
+            moments.append(Moment(_picture(env), info.kinds[0], info.mismatch.item(), float(reward)))
             stage.advance()
             if terminated or truncated:
                 break
     return Show(name, env.metadata.get("render_fps", 50), moments)
+
+
+def _picture(env: gym.Env) -> Image.Image:
+    """What the environment renders; TaskError where that is no picture."""
+    pixels = env.render() if env.render_mode == "rgb_array" else None
+    if not (isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3):
+        raise TaskError(
+            "the environment renders no pictures: give it render_mode='rgb_array' where it is registered "
+            "(gymnasium.register(..., kwargs={'render_mode': 'rgb_array'}))"
+        )
+    return Image.fromarray(pixels.astype(np.uint8)).resize((SIZE, SIZE))
 
 
 def _summary(show: Show) -> str:

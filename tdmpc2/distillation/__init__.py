@@ -1,7 +1,7 @@
 """How a corrector is made: data from where agents go, labelled by the teacher, and training."""
 
 from .collect import collect
-from .dataset import Recording, load_shards
+from .dataset import Recording, episode_returns, load_shards
 from .train import CorrectorTrainConfig, Errors, Trained, error_table, train_corrector
 
 __all__ = [
@@ -9,8 +9,8 @@ __all__ = [
     "Errors",
     "Recording",
     "Trained",
-    "check",
     "collect",
+    "episode_returns",
     "error_table",
     "load_shards",
     "train_corrector",

@@ -167,6 +167,16 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
     )
 
 
+def episode_returns(folder: str | Path) -> Tensor:
+    """Returns `[E]` of the episodes in a folder of shards, in no order; raises as `load_shards`."""
+    returns = []
+    for path in Path(folder).glob("shard-*.safetensors"):
+        tensors, _ = read_shard(path)
+        ends = (tensors["episode_end"].nonzero().squeeze(1) + 1).tolist()
+        returns += [r.sum() for r in tensors["reward"].tensor_split(ends[:-1])]
+    return torch.stack(returns)
+
+
 def episode_bounds(episode_end: Tensor) -> tuple[Tensor, Tensor]:
     """First and last step `[N]`, `[N]` of each step's episode, from the marks `[N]` of ends."""
     last = episode_end.nonzero().squeeze(1)

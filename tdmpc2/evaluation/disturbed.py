@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
 from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
-from ..files import read_json, write_json
+from ..files import in_use, read_json, write_json
+from ..progress import Progress
 from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import saved_as
 from .evaluate import (
@@ -31,7 +31,7 @@ from .evaluate import (
     write_csv,
 )
 from .metrics import summarise
-from .modes import BASELINE, DISTILLED, REFINED, families, simple_modes
+from .modes import BASELINE, DISTILLED, REFINED, mode_names
 from .rollout import Rollout
 
 STRENGTHS = {
@@ -53,7 +53,7 @@ class DisturbedConfig(BudgetOverride, EpisodesConfig):
     kinds: tuple[str, ...] = tuple(STRENGTHS)
 
 
-def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFrame:
+def evaluate_disturbed(config: DisturbedConfig, progress: Progress) -> pd.DataFrame:
     """The chosen mode beside the baseline and what cannot know that it is lost, under every disturbance.
 
     Returns:
@@ -74,10 +74,8 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
     teacher = open_teacher(config.task, str(folder), config, config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
     # Names from a file become parts of paths: only those that there are.
-    known = {BASELINE, "prior", DISTILLED, DISTILLED + REFINED, *simple_modes(1)}
-    known |= {f.mode_name(k) for f in families(tuple(ARCHITECTURES)) for k in f.horizons}
     named = {about["chosen"], *about["modes"]}
-    if not (named <= known and set(about["correctors"]) <= set(ARCHITECTURES)):
+    if not (named <= mode_names() and set(about["correctors"]) <= set(ARCHITECTURES)):
         raise CheckpointError(f"{folder} names modes or correctors that there are not: make it anew")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
     check_unseen(config.eval_seeds, paths.values())
@@ -97,7 +95,7 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         try:
             worlds |= {(kind, strength): teacher.disturbed(kind, strength) for strength in STRENGTHS[kind]}
         except TaskError as e:
-            console.print(f"without {kind}: {e}")
+            progress.print(f"without {kind}: {e}")
             reasons.append(str(e))
     if not worlds:
         raise TaskError(reasons[0])
@@ -111,16 +109,17 @@ def evaluate_disturbed(config: DisturbedConfig, console: Console) -> pd.DataFram
         "seeds": list(config.eval_seeds),
         "num_envs": config.num_envs,
     }
-    claim(out, settings)
-    results: dict[tuple[str, float], Rollout] = {}
-    for (kind, strength), world in worlds.items():
-        console.print(f"{kind} {strength}")
-        subject, name = Subject(world, correctors), out / f"{kind}-{strength}"
-        results[kind, strength] = run_modes(subject, modes, config, config.eval_seeds, name, console)
-    table = _together({key: summarise(r.episodes, r.steps, None) for key, r in results.items()})
-    write_csv(out / "episodes.csv", _together({key: r.episodes for key, r in results.items()}))
-    write_csv(out / "summary.csv", table)
-    write_json(out / "provenance.json", {**provenance(), **settings})
+    with in_use(out):
+        claim(out, settings)
+        results: dict[tuple[str, float], Rollout] = {}
+        for (kind, strength), world in worlds.items():
+            progress.print(f"{kind} {strength}")
+            subject, name = Subject(world, correctors), out / f"{kind}-{strength}"
+            results[kind, strength] = run_modes(subject, modes, config, config.eval_seeds, name, progress)
+        table = _together({key: summarise(r.episodes, r.steps, None) for key, r in results.items()})
+        write_csv(out / "episodes.csv", _together({key: r.episodes for key, r in results.items()}))
+        write_csv(out / "summary.csv", table)
+        write_json(out / "provenance.json", {**provenance(), **settings})
     return table
 
 

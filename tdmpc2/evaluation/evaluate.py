@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..agent import SpeculativeAgent
 from ..checked import Checked, at_least
@@ -33,11 +31,12 @@ from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, difference, read_json, write_json
 from ..mismatch import calibrate_thresholds
+from ..progress import Progress
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import act_columns, act_times, by_step_in_plan, holds_up, summarise
 from .modes import ALONE, BASELINE, DISTILLED, PRIOR, SIMPLER, families, simple_modes
-from .report import print_table, write_report
+from .report import in_terminal, write_report
 from .rollout import Rollout, measure_latency, random_returns, rollout
 
 REFINING_LOSS = 0.01  # of the return, that refining by a single step may cost
@@ -115,6 +114,7 @@ class Choice(NamedTuple):
 
     mode: str
     why: str  # in words
+    more_data_may_help: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Subject:
 
 
 def calibrate(
-    subject: Subject, config: EvaluationConfig, out: Path, console: Console
+    subject: Subject, config: EvaluationConfig, out: Path, progress: Progress
 ) -> dict[str, SpeculationConfig]:
     """All modes, the baseline first, with thresholds from episodes without fallback on the calibration seeds.
 
@@ -157,32 +157,31 @@ def calibrate(
     seeds = config.calibration_seeds
     modes = simple_modes(subject.teacher.planner.iterations)
     episodes: dict[str, pd.DataFrame] = {}
-    with _progress(console) as progress:
-        for family in families(list(subject.correctors)):
-            free = ALONE
-            if family.horizons:
-                free = SpeculationConfig(max(family.horizons), corrector=family.corrector)
-            elif not family.refined:  # nothing to calibrate
-                modes[DISTILLED] = ALONE
-                continue
-            runs = {}
-            for n in dict.fromkeys([1, subject.teacher.planner.horizon]) if family.refined else [0]:
-                name = family.name + (f"_{n}" if family.refined else "")
-                mode = replace(free, refine_steps=n)
-                runs[n] = _run_mode(subject, name, mode, config, seeds, out / "free", progress)
-                episodes[name] = runs[n].episodes
-            returns = {n: run.episodes["return"].mean() for n, run in runs.items()}
-            most = max(returns.values())
-            n = min(n for n in returns if returns[n] >= most - REFINING_LOSS * abs(most))
-            if not family.horizons:
-                modes[family.name] = replace(free, refine_steps=n)
-            for horizon in family.horizons:
-                modes[family.mode_name(horizon)] = replace(
-                    free,
-                    execution_horizon=horizon,
-                    refine_steps=n,
-                    threshold=calibrate_thresholds(runs[n].steps, config.quantile, horizon),
-                )
+    for family in families(list(subject.correctors)):
+        free = ALONE
+        if family.horizons:
+            free = SpeculationConfig(max(family.horizons), corrector=family.corrector)
+        elif not family.refined:  # nothing to calibrate
+            modes[DISTILLED] = ALONE
+            continue
+        runs = {}
+        for n in dict.fromkeys([1, subject.teacher.planner.horizon]) if family.refined else [0]:
+            name = family.name + (f"_{n}" if family.refined else "")
+            mode = replace(free, refine_steps=n)
+            runs[n] = _run_mode(subject, name, mode, config, seeds, out / "free", progress)
+            episodes[name] = runs[n].episodes
+        returns = {n: run.episodes["return"].mean() for n, run in runs.items()}
+        most = max(returns.values())
+        n = min(n for n in returns if returns[n] >= most - REFINING_LOSS * abs(most))
+        if not family.horizons:
+            modes[family.name] = replace(free, refine_steps=n)
+        for horizon in family.horizons:
+            modes[family.mode_name(horizon)] = replace(
+                free,
+                execution_horizon=horizon,
+                refine_steps=n,
+                threshold=calibrate_thresholds(runs[n].steps, config.quantile, horizon),
+            )
     write_csv(out / "free" / "episodes.csv", _join(episodes))
     return {**modes, "prior": PRIOR}
 
@@ -193,7 +192,7 @@ def run_modes(
     config: EpisodesConfig,
     seeds: Sequence[int],
     out: Path,
-    console: Console,
+    progress: Progress,
     label_episodes: int = 0,
 ) -> Rollout:
     """Episodes of every mode on the same seeds, in one table each, column `mode` in front.
@@ -206,15 +205,14 @@ def run_modes(
         config: number of environments.
         seeds: of the episodes.
         out: folder for the raw results, one folder a mode inside.
-        console: where progress is shown.
+        progress: shows what is going on.
         label_episodes: the first so many episodes, of those that run at once, measure the distance to the
             teacher's action.
     """
-    with _progress(console) as progress:
-        results = {
-            name: _run_mode(subject, name, mode, config, seeds, out, progress, label_episodes)
-            for name, mode in modes.items()
-        }
+    results = {
+        name: _run_mode(subject, name, mode, config, seeds, out, progress, label_episodes)
+        for name, mode in modes.items()
+    }
     return Rollout(
         _join({name: r.episodes for name, r in results.items()}),
         _join({name: r.steps for name, r in results.items()}),
@@ -227,7 +225,7 @@ def choose(
     latency: pd.DataFrame,
     config: EvaluationConfig,
     out: Path,
-    console: Console,
+    progress: Progress,
 ) -> Choice:
     """The mode with the least mean time of an action that holds up on the calibration seeds, none of SIMPLER.
 
@@ -244,25 +242,20 @@ def choose(
         latency: from `measure_latency`, of all modes.
         config: episodes, seeds and requirements.
         out: folder for the raw results.
-        console: where progress is shown.
+        progress: shows what is going on.
     """
     tried, tried_pushed = ({BASELINE: modes[BASELINE]} for _ in range(2))
-    baseline = _calibration_summary(subject, tried, latency, config, out / "modes", console).iloc[0]
+    baseline = _calibration_summary(subject, tried, latency, config, out / "modes", progress).iloc[0]
     random = _random_returns(subject, config, out / "random.csv")
-    if not baseline["return_mean"] > random.mean() + random.std() / len(random) ** 0.5:
+    if fault := failure(baseline["return_mean"], random):
         prior = subject.rollout(PRIOR, config.calibration_seeds, config.num_envs).episodes["return"].mean()
-        return Choice(
-            BASELINE,
-            f"the teacher itself fails: on the calibration seeds its mean return is "
-            f"{baseline['return_mean']:.1f}, random actions reach {random.mean():.1f} and its policy prior "
-            f"{prior:.1f}; check the task, the order and scaling of observations, and the action repeat",
-        )
+        return Choice(BASELINE, f"{fault}; its policy prior reaches {prior:.1f}")
     pushed: Subject | None = None
     try:
         pushed = Subject(subject.teacher.disturbed(*PUSH), subject.correctors)
         under_pushes = f", and {config.min_return_pushed} of it where both are pushed"
     except TaskError as e:
-        console.print(f"{e}; the mode is chosen without pushes")
+        progress.print(f"{e}; the mode is chosen without pushes")
         under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
     limit = CLEARLY_FASTER * baseline["act_ms_mean"]
     fastest = {  # without fallbacks
@@ -277,7 +270,7 @@ def choose(
             break
         tried[name] = modes[name]
         pair = {BASELINE: modes[BASELINE], name: modes[name]}
-        summary = _calibration_summary(subject, pair, latency, config, out / "modes", console)
+        summary = _calibration_summary(subject, pair, latency, config, out / "modes", progress)
         row = summary.iloc[-1]
         time, low = row["act_ms_mean"], row["return_difference_low"]
         better = time < limit and (time < (1 - ALIKE) * least or (time < (1 + ALIKE) * least and low > lower))
@@ -286,14 +279,14 @@ def choose(
         held.append(name)
         if pushed is not None:
             tried_pushed[name] = modes[name]
-            summary = _calibration_summary(pushed, pair, latency, config, out / "pushed", console)
+            summary = _calibration_summary(pushed, pair, latency, config, out / "pushed", progress)
             reference, own = summary["return_mean"]
             if not reference - own <= (1 - config.min_return_pushed) * abs(reference):
                 continue
         best, least, lower = name, min(time, least), low
-    _calibration_summary(subject, tried, latency, config, out / "modes", console)
+    _calibration_summary(subject, tried, latency, config, out / "modes", progress)
     if pushed is not None:
-        _calibration_summary(pushed, tried_pushed, latency, config, out / "pushed", console)
+        _calibration_summary(pushed, tried_pushed, latency, config, out / "pushed", progress)
     if best:
         return Choice(
             best,
@@ -304,11 +297,28 @@ def choose(
             BASELINE,
             f"no mode that speculates holds {config.min_return} of the return in less than "
             f"{CLEARLY_FASTER} of the time",
+            more_data_may_help=True,
         )
     return Choice(
         BASELINE,
         f"of the modes that hold {config.min_return} of the return ({', '.join(held)}) none "
         f"keeps {config.min_return_pushed} of it where both are pushed",
+        more_data_may_help=True,
+    )
+
+
+def failure(mean_return: float, random: np.ndarray) -> str:
+    """What is wrong with a teacher that is no better than random actions, in words; "" where it is.
+
+    Args:
+        mean_return: of the teacher.
+        random: `[n]`, returns of random actions on the same seeds.
+    """
+    if mean_return > random.mean() + random.std() / len(random) ** 0.5:
+        return ""
+    return (
+        f"the teacher itself fails: its mean return is {mean_return:.1f}, random actions reach "
+        f"{random.mean():.1f}; check the task, the order and scaling of observations, and the action repeat"
     )
 
 
@@ -327,10 +337,10 @@ def _calibration_summary(
     latency: pd.DataFrame,
     config: EvaluationConfig,
     out: Path,
-    console: Console,
+    progress: Progress,
 ) -> pd.DataFrame:
     """Modes on the calibration seeds, together in `out/episodes.csv`, summed up in `out/summary.csv`."""
-    result = run_modes(subject, modes, config, config.calibration_seeds, out, console)
+    result = run_modes(subject, modes, config, config.calibration_seeds, out, progress)
     write_csv(out / "episodes.csv", result.episodes)
     summary = summarise(result.episodes, result.steps, latency)
     write_csv(out / "summary.csv", summary)
@@ -342,8 +352,8 @@ def evaluate(
     config: EvaluationConfig,
     out: Path,
     meta: Mapping[str, Any],
-    console: Console,
-) -> str:
+    progress: Progress,
+) -> Choice:
     """Calibrate, choose a mode, run all modes on held-out seeds, and write results and report to `out`.
 
     Args:
@@ -351,10 +361,10 @@ def evaluate(
         config: episodes and seeds.
         out: the folder for the results.
         meta: what the report says of where the numbers come from, `commit` among it.
-        console: where progress and the table are shown.
+        progress: shows what is going on, and the table.
 
     Returns:
-        The name of the chosen mode; `out/chosen.json` holds its settings.
+        The chosen mode; `out/chosen.json` holds its settings.
 
     Raises:
         ConfigError: the seeds overlap, or `out` holds an evaluation with other settings.
@@ -372,12 +382,13 @@ def evaluate(
     written_by = out / "commits.json"
     commits = dict.fromkeys([*(read_json(written_by) if written_by.exists() else []), meta["commit"]])
     write_json(written_by, [*commits])
-    modes = calibrate(subject, config, out / "calibration", console)
-    latency = _latency(subject, modes, config, out / "latency.csv", console)
-    chosen, why = choose(subject, modes, latency, config, out / "calibration", console)
-    choice = {"mode": chosen, "why": why, "speculation": asdict(modes[chosen])}
-    write_json(out / "chosen.json", choice)
-    episodes, steps = run_modes(subject, modes, config, seeds, out / "modes", console, config.label_episodes)
+    modes = calibrate(subject, config, out / "calibration", progress)
+    latency = _latency(subject, modes, config, out / "latency.csv", progress)
+    choice = choose(subject, modes, latency, config, out / "calibration", progress)
+    chosen, why = choice.mode, choice.why
+    about = {"mode": chosen, "why": why, "speculation": asdict(modes[chosen])}
+    write_json(out / "chosen.json", about)
+    episodes, steps = run_modes(subject, modes, config, seeds, out / "modes", progress, config.label_episodes)
     summary = summarise(episodes, steps, latency)
     tables = {
         "episodes": episodes,
@@ -401,9 +412,9 @@ def evaluate(
     }
     write_json(out / "provenance.json", provided)
     report = write_report(out, episodes, steps, summary, provided)
-    print_table(summary, console)
-    console.print(f"chosen on the calibration seeds: {chosen}: {why}; report: {report}")
-    return chosen
+    progress.table(in_terminal(summary))
+    progress.print(f"chosen on the calibration seeds: {chosen}: {why}; report: {report}")
+    return choice
 
 
 def _run_mode(
@@ -418,17 +429,15 @@ def _run_mode(
 ) -> Rollout:
     """Episodes of one mode, read back where an earlier run left them."""
     folder = out / name
-    bar = progress.add_task(name, total=len(seeds))
     if _same_settings(folder / "settings.json", asdict(mode)):
-        progress.update(bar, completed=len(seeds))
         return Rollout(*(pd.read_csv(folder / f"{name}.csv") for name in Rollout._fields))
-    result = subject.rollout(
-        mode,
-        seeds,
-        config.num_envs,
-        label_episodes=label_episodes,
-        on_step=lambda done: progress.update(bar, completed=done),
-    )
+    with progress.add(name, unit="steps") as stage:
+
+        def show(ended: int) -> None:
+            stage.advance()
+            stage.note(f"{ended} of {len(seeds)} episodes")
+
+        result = subject.rollout(mode, seeds, config.num_envs, label_episodes=label_episodes, on_step=show)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "episodes.csv", result.episodes)
     write_csv(folder / "steps.csv", result.steps)
@@ -441,11 +450,11 @@ def _latency(
     modes: Mapping[str, SpeculationConfig],
     config: EvaluationConfig,
     path: Path,
-    console: Console,
+    progress: Progress,
 ) -> pd.DataFrame:
     """Times of single steps on a calibration seed, read back where an earlier run left them."""
     if not path.exists():
-        console.print("measuring the time of single steps, all modes in turn")
+        progress.print("measuring the time of single steps, all modes in turn")
         seed = config.calibration_seeds[0]
         agents = {name: subject.agent(mode, 1, seed) for name, mode in modes.items()}
         write_csv(path, measure_latency(agents, subject.teacher.env, seed, config.latency_steps))
@@ -478,13 +487,3 @@ def _join(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     with atomic_write(path) as tmp:
         table.to_csv(tmp, index=False)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

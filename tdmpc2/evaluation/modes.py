@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..config import TEACHER, SpeculationConfig
+from ..corrector import ARCHITECTURES
 
 BASELINE = "baseline"
 DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
@@ -60,3 +61,9 @@ def simple_modes(iterations: int) -> dict[str, SpeculationConfig]:
     half = replace(TEACHER, iterations=max(iterations // 2, 1))
     naive = {f"naive_{k}": SpeculationConfig(execution_horizon=k) for k in OPEN_LOOP_HORIZONS}
     return {BASELINE: TEACHER, "half_budget": half, **naive}
+
+
+def mode_names() -> set[str]:
+    """The names of all modes that there are, with every corrector."""
+    corrected = {f.mode_name(k) for f in families(tuple(ARCHITECTURES)) for k in f.horizons}
+    return {*simple_modes(1), *corrected, DISTILLED, DISTILLED + REFINED, "prior"}

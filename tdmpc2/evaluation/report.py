@@ -19,7 +19,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -180,8 +179,8 @@ def write_report(
     return path
 
 
-def print_table(summary: pd.DataFrame, console: Console) -> None:
-    """The summary in the terminal, within 100 columns; names of more than 14 letters are folded."""
+def in_terminal(summary: pd.DataFrame) -> Table:
+    """The summary for a terminal, within 100 columns; names of more than 14 letters are folded."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     longest = max(len(str(mode)) for mode in summary["mode"])
     for name, title in IN_TERMINAL.items():
@@ -192,8 +191,7 @@ def print_table(summary: pd.DataFrame, console: Console) -> None:
     for _, row in summary.iterrows():
         cells = _row(row)
         table.add_row(*(Text(cells[name]) for name in IN_TERMINAL))  # Text: a bracket is no markup
-    # A console of its own, for Rich cuts what is wider than the terminal; which wraps, and loses nothing.
-    Console(file=console.file, width=max(console.width, 110)).print(table)
+    return table
 
 
 def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:

@@ -31,8 +31,18 @@ from .model import WorldModel
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "tdmpc2-world-model-1"
 T = TypeVar("T")
-# Entries of config.json that loading depends on, where they are there.
-ENTRIES = {"task": str, "discount": float, "precision": str, "task_index": int | None, "weights": str}
+# Entries of config.json that are read, where they are there.
+ENTRIES = {
+    "task": str,
+    "discount": float,
+    "precision": str,
+    "task_index": int | None,
+    "weights": str,
+    "mode": str,
+    "eval_return": float,
+    "step": int,
+    "provenance": dict,
+}
 
 # The published 30-task set in its order, with each task's action dimensions; the 80-task set begins with
 # it and goes on with 50 tasks of Meta-World. Files in the old formats do not carry the masks.
