@@ -32,7 +32,7 @@ from tdmpc2.errors import CheckpointError, ConfigError
 from tdmpc2.evaluation import disturbed, evaluate
 from tdmpc2.evaluation.metrics import act_columns, act_times
 from tdmpc2.evaluation.rollout import random_returns
-from tdmpc2.files import read_json, write_json
+from tdmpc2.files import in_use, read_json, write_json
 from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
@@ -122,6 +122,7 @@ def accelerate(workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
 def finished(workdir: Path) -> Path:
     result = accelerate(workdir, "out=done")
     assert result.returncode == 0, result.stderr
+    assert "two_tower_6: " in result.stdout, "a mode that ends leaves a line where no terminal is"
     rows = {line.split()[0] for line in result.stdout.splitlines() if "[" in line}
     assert set(MODES) <= rows, "the table in the terminal shows all modes"
     return workdir / "done"
@@ -470,6 +471,20 @@ def test_nothing_is_chosen_for_a_teacher_that_fails(
     assert f"random actions reach {random:.1f}" in choice.why and not tried
 
 
+def test_a_teacher_that_fails_is_said_before_the_work(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main_job = sys.modules["tdmpc2.accelerate"]
+
+    def train(*_: Any) -> None:
+        raise ConfigError("training")
+
+    monkeypatch.setattr(main_job, "train_corrector", train)
+    for random, warned in ((-1e9, False), (1e9, True)):
+        monkeypatch.setattr(main_job, "random_returns", lambda env, seeds, r=random: np.full(len(seeds), r))
+        result = accelerate(workdir, f"out=fails-{warned}")
+        one_line(result, "training")
+        assert ("WARNING: the teacher itself fails" in result.stdout) == warned
+
+
 def test_random_actions_are_measured_on_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 5)
     teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
@@ -559,6 +574,8 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     returns = table.pivot(index="mode", columns="strength", values="return_mean")
     assert (returns[0.0] != returns[3.0]).all(), "every mode sees the noise"
     pd.testing.assert_frame_equal(disturbed.evaluate_disturbed(config, SILENT), table)  # read back
+    with in_use(folder / "disturbed"), pytest.raises(ConfigError, match="in use by another process"):
+        disturbed.evaluate_disturbed(config, SILENT)
     with pytest.raises(ConfigError, match="not 2"):
         disturbed.evaluate_disturbed(replace(config, eval_episodes=2, num_envs=2), SILENT)
 

@@ -11,8 +11,10 @@ from gymnasium.spaces import Box
 from PIL import Image
 
 from tdmpc2 import commands
+from tdmpc2.commands import play
 from tdmpc2.config import EAGER, PlannerConfig
 from tdmpc2.envs import list_tasks
+from tdmpc2.files import read_json, write_json
 from tdmpc2.world_model import load_world_model, save_world_model
 
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
@@ -98,6 +100,48 @@ def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> N
     assert "512 samples" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"config.json": {"eval_return": "high"}},
+        {"config.json": {"step": [1]}},
+        {"config.json": {"provenance": "here"}},
+        {"evaluation/summary.csv": "mode,return_mean,return_ratio,planner_calls\ntwo_tower_6,high,1,1\n"},
+        {"evaluation/summary.csv": "\x00"},
+        {"evaluation/chosen.json": "[]"},
+    ],
+)
+def test_info_on_foreign_values(monkeypatch, capsys, teacher: Path, damage: dict) -> None:
+    config = read_json(teacher / "config.json") | {"mode": "two_tower_6"}
+    files = {
+        "evaluation/summary.csv": "mode,return_mean,return_ratio,planner_calls\ntwo_tower_6,9,1,0.2\n",
+        "evaluation/chosen.json": '{"why": "it is fast"}',
+    }
+    (teacher / "evaluation").mkdir()
+    for name, text in files.items():
+        (teacher / name).write_text(text)
+    write_json(teacher / "config.json", config)
+    tdmpc2(monkeypatch, "info", teacher)
+    assert "20.0% planner calls" in capsys.readouterr().out
+    for name, value in damage.items():
+        if isinstance(value, dict):
+            write_json(teacher / name, config | value)
+        else:
+            (teacher / name).write_text(value)
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "info", teacher)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_an_option_of_hydra_is_no_path(monkeypatch, capsys, teacher: Path) -> None:
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "info", "hydra.verbose=false", teacher)
+    assert "is no setting" in capsys.readouterr().err
+    tdmpc2(monkeypatch, "info", "hydra.verbose=false", f"agent={teacher}")
+    assert "Seen-v0" in capsys.readouterr().out
+
+
 def test_tasks(monkeypatch, capsys) -> None:
     tdmpc2(monkeypatch, "tasks", "like=Walker-")
     assert capsys.readouterr().out.split() == [name for name in list_tasks() if "walker-" in name.lower()]
@@ -124,6 +168,30 @@ def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> No
             seen.append(np.asarray(gif.convert("L"))[150, [150, gif.width - 150]].tolist())
     assert all(left == right for left, right in seen), "both agents see the same"
     assert seen[0] < seen[1] < seen[2]
+
+
+@pytest.mark.parametrize("frame", [None, [1, 2], np.zeros((4, 4), np.uint8)])
+def test_play_needs_pictures(monkeypatch, capsys, tmp_path: Path, teacher: Path, frame: object) -> None:
+    monkeypatch.setattr(Seen, "render", lambda self: frame)
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "play", teacher, f"out={tmp_path / 'a.gif'}", "compile=false")
+    assert "renders no pictures" in capsys.readouterr().err
+    assert not (tmp_path / "a.gif").exists()
+
+
+def test_play_looks_at_the_file_first(monkeypatch, capsys, tmp_path: Path, teacher: Path) -> None:
+    monkeypatch.setattr(play, "open_teacher", lambda *_: pytest.fail("it began to play"))
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "play", teacher, f"out={tmp_path}/nowhere/a.gif")
+    assert "nowhere/a.gif cannot be written" in capsys.readouterr().err
+
+
+def test_play_needs_pygame_for_a_window(monkeypatch, capsys, teacher: Path) -> None:
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(play, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "play", teacher)
+    assert "pip install pygame" in capsys.readouterr().err
 
 
 def test_play_needs_a_display_or_a_file(monkeypatch, capsys, teacher: Path) -> None:

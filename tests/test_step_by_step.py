@@ -196,7 +196,12 @@ def test_a_teacher_is_not_overwritten(folder: Path, run: Run) -> None:
     assert "teacher's own folder" in run(compare, *arguments, fails=True)
     with pytest.raises(ConfigError, match="teacher's own folder"):
         accelerate(AccelerateConfig(task=TASK.split("=")[1], checkpoint="own", out="./own"), SILENT)
-    assert (folder / "own/config.json").read_bytes() == before
+    tdmpc2.world_model.save_world_model(folder / "another", tdmpc2.load_world_model(TEACHER))
+    assert "holds another checkpoint" in run(compare, *arguments[:-1], "out=another", fails=True)
+    with pytest.raises(ConfigError, match="holds another checkpoint"):
+        accelerate(AccelerateConfig(task=TASK.split("=")[1], checkpoint="own", out="another"), SILENT)
+    for name in ("own", "another"):
+        assert (folder / name / "config.json").read_bytes() == before
 
 
 def test_a_corrector_that_was_trained_again_meanwhile_is_noticed(
