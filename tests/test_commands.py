@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
@@ -168,6 +169,18 @@ def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> No
             seen.append(np.asarray(gif.convert("L"))[150, [150, gif.width - 150]].tolist())
     assert all(left == right for left, right in seen), "both agents see the same"
     assert seen[0] < seen[1] < seen[2]
+
+
+def test_play_writes_films(monkeypatch, capsys, tmp_path: Path, teacher: Path) -> None:
+    out = tmp_path / "a.mp4"
+    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "compile=false")
+    film = imageio_ffmpeg.read_frames(str(out))
+    assert next(film)["fps"] == 50
+    assert len(list(film)) == STEPS
+    monkeypatch.setattr(play, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "play", teacher, f"out={out}")
+    assert "pip install imageio-ffmpeg" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("frame", [None, [1, 2], np.zeros((4, 4), np.uint8)])
