@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich import box
@@ -260,7 +259,9 @@ def describe(mode: SpeculationConfig) -> str:
         return f"Never plans: {actor} acts alone.{refined}"
     if steps == 1:
         return "Plans at every step" + (
-            f", with {mode.iterations} iterations of the planner." if mode.iterations else ": TD-MPC2 itself."
+            f", with {mode.iterations} iterations of the planner."
+            if mode.iterations
+            else ": the teacher, TD-MPC2 itself."
         )
     words = f"Executes {steps} steps of each plan"
     words += (
@@ -304,13 +305,13 @@ def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -
             lost = pushed.loc[baseline, "return_mean"] - pushed.loc[mode, "return_mean"]
             withstands = lost <= (1 - meta["min_return_pushed"]) * abs(pushed.loc[baseline, "return_mean"])
         if not held[mode]:
-            why = f"It may lose too much return: the lower end must be at least {meta['min_return']}."
+            why = f"By its interval, it may lose more than {_percent(1 - meta['min_return'])} of the return."
         elif not withstands:
-            why = f"It loses too much return under pushes: it must keep {meta['min_return_pushed']}."
+            why = f"Under pushes, it loses more than {_percent(1 - meta['min_return_pushed'])} of the return."
         elif chosen == baseline:
             why = "It keeps the return but saves too little time."
         else:
-            why = f"It passes too, but {chosen} is faster, or as fast with a higher lower end."
+            why = f"It passes too. {chosen} is faster, or about as fast with a higher lower end."
         ratio, ms = _cells(own)["return_ratio"], _number(own["act_ms_mean"])
         found.append({"mode": mode, "ratio": ratio, "pushed": under_pushes, "ms": ms, "why": why})
     none = dict.fromkeys(("ratio", "pushed", "ms"), "–")
@@ -370,7 +371,7 @@ def _modes(
     return modes, {"one": at(one), "required": at(required)}
 
 
-def _when(steps: pd.DataFrame, modes: Sequence[Mode], subject: str) -> Markup | None:
+def _when(steps: pd.DataFrame, modes: Sequence[Mode], subject: str) -> str | None:
     """Planner calls over the time of an episode; None where all modes in colour plan always or never."""
     plans = steps["kind"].isin(PLANS).groupby(steps["mode"]).mean()
     shown = [mode for mode in modes if 0 < plans[mode.name] < 1]
@@ -397,7 +398,7 @@ def _when(steps: pd.DataFrame, modes: Sequence[Mode], subject: str) -> Markup | 
     return _svg(draw, "planner calls over the time of an episode")
 
 
-def _where(episodes: pd.DataFrame, modes: Sequence[Mode], seeds: Sequence[int]) -> Markup:
+def _where(episodes: pd.DataFrame, modes: Sequence[Mode], seeds: Sequence[int]) -> str:
     """Return of every episode minus the baseline's on the same seed, in the order of `seeds`."""
     returns = episodes.pivot(index="seed", columns="mode", values="return").loc[list(seeds)]
     difference = returns.sub(returns[modes[0].name], axis="index")
@@ -405,7 +406,7 @@ def _where(episodes: pd.DataFrame, modes: Sequence[Mode], seeds: Sequence[int]) 
 
     def draw(axes: Axes) -> None:
         for i, mode in enumerate(modes[1:]):
-            x = np.arange(len(returns)) + 0.5 * (i / max(len(modes) - 2, 1) - 0.5)
+            x = np.arange(len(returns)) + 0.15 * (i % 3 - 1)
             y = difference[mode.name].clip(in_color.min().min(), in_color.max().max())
             axes.scatter(x, y, 24, mode.color, gid=mode.tag, lw=0, zorder=2 + (mode.color != GREY))
         axes.axhline(0, color=TEXT, lw=1)
@@ -417,7 +418,7 @@ def _where(episodes: pd.DataFrame, modes: Sequence[Mode], seeds: Sequence[int]) 
     return _svg(draw, "difference in return to the baseline, episode by episode")
 
 
-def _timeline(steps: pd.DataFrame) -> Markup:
+def _timeline(steps: pd.DataFrame) -> str:
     """One episode of one mode, step by step; what it does not have (e.g. corrections) has no panel."""
     lines = [name for name in ("delta_a", "mismatch") if steps[name].any()] + ["reward"]
     t, kind = steps["t"].to_numpy(), steps["kind"].to_numpy()
@@ -436,7 +437,7 @@ def _timeline(steps: pd.DataFrame) -> Markup:
     return _svg(draw, "one episode, step by step", [0.35, *[1] * len(lines)])
 
 
-def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) -> Markup:
+def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) -> str:
     """What `draw(axes, ...)` draws on panels of these relative heights, as an element of the page.
 
     It is 5 inches wide, so that its text is readable on a phone. The `gid` of an artist becomes a class.
@@ -448,7 +449,7 @@ def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) ->
             squeeze=False,
             figsize=(5, 3.4),
             height_ratios=panels,
-            layout="constrained",
+            layout="tight",
         )
         for ax in axes.flat:
             ax.grid(alpha=0.25)
@@ -463,7 +464,7 @@ def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) ->
     svg = re.sub(r'<g id="(m\d+)">', r'<g class="\1">', svg)
     for drawn, ink in INKS.items():
         svg = svg.replace(drawn, ink)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1))
+    return svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
 
 
 def _steps_in_plan(
