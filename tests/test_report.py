@@ -316,7 +316,7 @@ def test_reasons(tmp_path: Path) -> None:
     assert list(why) == ["lossy", "fragile", "slow", "naive_3", "late"]
     assert why["lossy"] == "By its interval, it may lose more than 2.0 % of the return."
     assert why["fragile"] == "Under pushes, it loses more than 5.0 % of the return."
-    assert why["slow"].startswith("It passes too. chosen is faster")
+    assert why["slow"].startswith("It keeps the return too. chosen is faster")
     assert why["naive_3"].startswith("A simpler method") and why["late"].startswith("Not tried. Even")
     rows = {row["mode"]: row for row in reasons(folder, summary, {**META, "chosen": "chosen"})}
     assert rows["fragile"]["pushed"].startswith("0.940") and rows["lossy"]["pushed"] == "–"
@@ -332,17 +332,17 @@ def test_reasons(tmp_path: Path) -> None:
 def test_a_mode_in_plain_words() -> None:
     words = describe(SpeculationConfig(6, (0.1, 0.2), "two_tower", refine_steps=1))
     assert words == (
-        "Executes 6 steps of each plan; the two_tower network corrects all but the first. A short search in "
+        "Executes 6 steps of each plan; the corrector two_tower changes all but the first. A short search in "
         "the world model refines the action. Falls back to a new plan when the mismatch is too large."
     )
     assert describe(SpeculationConfig(3)) == "Executes 3 steps of each plan as planned."
-    assert describe(SpeculationConfig(1)) == "Plans at every step: the teacher, TD-MPC2 itself."
-    assert (
-        describe(SpeculationConfig(1, iterations=3))
-        == "Plans at every step, with 3 iterations of the planner."
-    )
+    assert describe(SpeculationConfig(1)) == "Plans at every step (the teacher itself)."
+    half = describe(SpeculationConfig(1, iterations=3))
+    assert half == "Plans at every step (iterations of the planner: 3)."
     prior = SpeculationConfig(1, plan_length=0)
-    assert describe(prior) == "Never plans: the teacher's policy prior acts alone."
+    assert describe(prior) == "Never plans: the policy prior acts alone."
+    distilled = SpeculationConfig(1, None, "distilled", plan_length=0)
+    assert describe(distilled) == "Never plans: the corrector distilled acts alone."
 
 
 def test_table_fits_the_terminal() -> None:

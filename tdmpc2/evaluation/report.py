@@ -251,24 +251,20 @@ def notes(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
 
 def describe(mode: SpeculationConfig) -> str:
     """What a mode does, in one line of plain words."""
-    steps, refined = mode.execution_horizon, ""
-    if mode.refine_steps:
-        refined = " A short search in the world model refines the action."
+    corrector = f"the corrector {mode.corrector}" if mode.corrector else ""
     if mode.plan_length == 0:
-        actor = f"the {mode.corrector} network" if mode.corrector else "the teacher's policy prior"
-        return f"Never plans: {actor} acts alone.{refined}"
-    if steps == 1:
-        return "Plans at every step" + (
-            f", with {mode.iterations} iterations of the planner."
-            if mode.iterations
-            else ": the teacher, TD-MPC2 itself."
-        )
-    words = f"Executes {steps} steps of each plan"
-    words += (
-        f"; the {mode.corrector} network corrects all but the first." if mode.corrector else " as planned."
-    )
-    watch = " Falls back to a new plan when the mismatch is too large." if mode.threshold else ""
-    return words + refined + watch
+        words = f"Never plans: {corrector or 'the policy prior'} acts alone."
+    elif mode.execution_horizon == 1:
+        budget = f"iterations of the planner: {mode.iterations}" if mode.iterations else "the teacher itself"
+        words = f"Plans at every step ({budget})."
+    else:
+        how = f"; {corrector} changes all but the first" if corrector else " as planned"
+        words = f"Executes {mode.execution_horizon} steps of each plan{how}."
+    if mode.refine_steps:
+        words += " A short search in the world model refines the action."
+    if mode.threshold:
+        words += " Falls back to a new plan when the mismatch is too large."
+    return words
 
 
 def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -311,7 +307,7 @@ def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -
         elif chosen == baseline:
             why = "It keeps the return but saves too little time."
         else:
-            why = f"It passes too. {chosen} is faster, or about as fast with a higher lower end."
+            why = f"It keeps the return too. {chosen} is faster, or about as fast with a higher lower end."
         ratio, ms = _cells(own)["return_ratio"], _number(own["act_ms_mean"])
         found.append({"mode": mode, "ratio": ratio, "pushed": under_pushes, "ms": ms, "why": why})
     none = dict.fromkeys(("ratio", "pushed", "ms"), "–")
@@ -327,7 +323,7 @@ def _rivals(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
     others = [mode for mode in ranked["mode"] if mode not in (*SIMPLER, meta["chosen"])]
     simpler = [mode for mode in ranked["mode"] if mode in SIMPLER]
     best = list(dict.fromkeys([summary["mode"].iloc[0], meta["chosen"], *others]))[: len(RIVALS)]
-    return [*best, *simpler[:1]]
+    return [*best, *simpler][: 1 + len(RIVALS)]
 
 
 def _modes(
