@@ -138,8 +138,9 @@ def test_rivals_are_in_colour_and_the_rest_has_a_switch(tmp_path: Path) -> None:
     assert {name for *_, name in boxes} == set(modes)
     figures = re.findall("<figure>.*?</figure>", html, flags=re.DOTALL)
     for tag, checked, name in boxes:
-        parts = [f'class="{tag}"' in figure or f'class="row {tag}"' in figure for figure in figures[:4]]
-        assert parts[:2] == [True, True] and parts[3] == (name != "baseline"), name
+        assert all(f'class="row {tag}"' in figure for figure in figures[:2]), name
+        drawn = [f'<g class="{tag}">' in figure for figure in figures[2:4]]
+        assert drawn == [name not in ("baseline", "prior"), name != "baseline"], name
         row = re.search(rf'class="row {tag}" style="--c: (.*?)"', html)
         assert row is not None and (row[1] == "var(--grey)") == (not checked), name
 
