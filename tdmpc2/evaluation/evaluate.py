@@ -406,12 +406,13 @@ def evaluate(
         "chosen": chosen,
         "why": why,
         "min_return": config.min_return,
+        "min_return_pushed": config.min_return_pushed,
         "seeds": f"{seeds[0]} to {seeds[-1]}",
         "calibration_seeds": f"{config.calibration_seeds[0]} to {config.calibration_seeds[-1]}",
         "modes": {name: asdict(mode) for name, mode in modes.items()},
     }
     write_json(out / "provenance.json", provided)
-    report = write_report(out, episodes, steps, summary, provided)
+    report = write_report(out)
     progress.table(in_terminal(summary))
     progress.print(f"chosen on the calibration seeds: {chosen}: {why}; report: {report}")
     return choice
