@@ -174,7 +174,7 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         progress.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
     save_agent(out, teacher, out / "evaluation", out / "correctors")
-    progress.print(f'done: agent = tdmpc2.load_agent("{out}")')
+    progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')
     return out
 
 

@@ -38,4 +38,4 @@ def main(settings: Settings) -> None:
         teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
         evaluate_correctors(teacher, correctors, out / "evaluation", settings, progress)
         save_agent(out, teacher, out / "evaluation", correctors)
-        progress.print(f'done: agent = tdmpc2.load_agent("{out}")')
+        progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')

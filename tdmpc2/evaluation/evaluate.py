@@ -36,7 +36,7 @@ from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import act_columns, act_times, by_step_in_plan, holds_up, summarise
 from .modes import ALONE, BASELINE, DISTILLED, PRIOR, SIMPLER, families, simple_modes
-from .report import in_terminal, write_report
+from .report import in_terminal, verdict, write_report
 from .rollout import Rollout, measure_latency, random_returns, rollout
 
 REFINING_LOSS = 0.01  # of the return, that refining by a single step may cost
@@ -253,10 +253,10 @@ def choose(
     pushed: Subject | None = None
     try:
         pushed = Subject(subject.teacher.disturbed(*PUSH), subject.correctors)
-        under_pushes = f", and {config.min_return_pushed} of it where both are pushed"
+        under_pushes = f", and {config.min_return_pushed} of it under pushes"
     except TaskError as e:
         progress.print(f"{e}; the mode is chosen without pushes")
-        under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
+        under_pushes = "; the task cannot be perturbed, so the mode was not tried under pushes"
     limit = CLEARLY_FASTER * baseline["act_ms_mean"]
     fastest = {  # without fallbacks
         name: act_columns(*act_times(latency, name, 1 / mode.execution_horizon))["act_ms_mean"]
@@ -302,7 +302,7 @@ def choose(
     return Choice(
         BASELINE,
         f"of the modes that hold {config.min_return} of the return ({', '.join(held)}) none "
-        f"keeps {config.min_return_pushed} of it where both are pushed",
+        f"keeps {config.min_return_pushed} of it under pushes",
         more_data_may_help=True,
     )
 
@@ -414,7 +414,9 @@ def evaluate(
     write_json(out / "provenance.json", provided)
     report = write_report(out)
     progress.table(in_terminal(summary))
-    progress.print(f"chosen on the calibration seeds: {chosen}: {why}; report: {report}")
+    for sentence in verdict(summary, provided)[:2]:
+        progress.print(sentence)
+    progress.print(f"The report says why and where it fails: {report}")
     return choice
 
 
