@@ -23,7 +23,8 @@ from tdmpc2.evaluation.evaluate import EpisodesConfig, EvaluationConfig, Subject
 from tdmpc2.evaluation.metrics import summarise
 from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
 from tdmpc2.files import write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import calibrate_thresholds
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 CORRECTORS = ("two_tower", "temporal")
@@ -82,7 +83,7 @@ def main(config: PaperConfig) -> None:
     write_csv(out / "episodes.csv", result.episodes)
     write_csv(out / "summary.csv", summarise(result.episodes, result.steps, None))
     about = {
-        **cli.provenance(),
+        **provenance(),
         "config": asdict(config),
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),

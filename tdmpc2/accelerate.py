@@ -26,7 +26,6 @@ from pathlib import Path
 from rich.console import Console
 
 from .checked import at_least
-from .cli import provenance
 from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
 from .distillation import CorrectorTrainConfig, collect, error_table, load_shards, train_corrector
@@ -41,6 +40,7 @@ from .evaluation.evaluate import (
 from .evaluation.modes import ALONE, BASELINE, DISTILLED, HORIZONS
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
+from .provenance import provenance
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
 

@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from ..agent import Kind, SpeculativeAgent, read_mode
+from ..agent import Kind, SpeculativeAgent
 from ..checked import at_least
 from ..config import TEACHER, BudgetOverride, SpeculationConfig
 from ..corrector import BaseCorrector
 from ..errors import ConfigError
 from ..files import atomic_write
+from ..loading import read_mode
 from ..progress import Progress
 from ..teacher import Teacher, open_teacher
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import read_json, write_json
+from ..provenance import provenance
 from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import saved_as
 from .evaluate import (

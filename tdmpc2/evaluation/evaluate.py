@@ -32,7 +32,7 @@ from ..config import SpeculationConfig, part
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, difference, read_json, write_json
-from ..mismatch import calibrate_thresholds
+from ..monitor import calibrate_thresholds
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import act_columns, act_times, by_step_in_plan, holds_up, summarise
