@@ -46,6 +46,7 @@ from tdmpc2.corrector import BaseCorrector, build_corrector, save_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.files import write_json
 from tdmpc2.planner import NoiseSource, Planner
+from tdmpc2.provenance import provenance
 from tdmpc2.training.trainer import TrainConfig, Trainer
 from tdmpc2.training.update import Batch, Update
 from tdmpc2.world_model import WorldModel, fingerprint, save_world_model
@@ -333,7 +334,7 @@ def main(config: BenchConfig) -> None:
     unknown = set(config.only) - set(BENCHMARKS)
     if unknown:
         raise ConfigError(f"only={sorted(unknown)}: there are {', '.join(BENCHMARKS)}")
-    console, about = Console(), cli.provenance()  # of the tree as it is before there are results
+    console, about = Console(), provenance()  # of the tree as it is before there are results
     records = []
     for name, benchmark in BENCHMARKS.items():
         if config.only and name not in config.only:

@@ -33,8 +33,9 @@ from tdmpc2.evaluation.evaluate import (
 from tdmpc2.evaluation.metrics import summarise
 from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
 from tdmpc2.files import in_use, write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import calibrate_thresholds
 from tdmpc2.progress import Progress
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 CORRECTORS = ("two_tower", "temporal")
@@ -111,7 +112,7 @@ def compare(config: PaperConfig, progress: Progress) -> None:
     write_csv(out / "episodes.csv", result.episodes)
     write_csv(out / "summary.csv", summarise(result.episodes, result.steps, None))
     about = {
-        **cli.provenance(),
+        **provenance(),
         "config": asdict(config),
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),

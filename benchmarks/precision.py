@@ -19,6 +19,7 @@ from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 
@@ -55,7 +56,7 @@ def main(config: PrecisionConfig) -> None:
     path = Path(config.out) / config.task
     with atomic_write(path.with_suffix(".csv")) as tmp:
         pd.DataFrame({"seed": seeds, **returns}).to_csv(tmp, index=False)
-    content = {**cli.provenance(), "ratio": ratio, "low": low, "high": high, "episodes": config.episodes}
+    content = {**provenance(), "ratio": ratio, "low": low, "high": high, "episodes": config.episodes}
     write_json(path.with_suffix(".json"), content)
 
 

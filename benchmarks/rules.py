@@ -21,7 +21,8 @@ from tdmpc2.errors import ConfigError, TaskError
 from tdmpc2.evaluation.evaluate import Subject, check_unseen, overlap, write_csv
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import calibrate_thresholds
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 PER_STEP = 0.97  # the first edition's quantile of the mismatches at every step in plan
@@ -94,7 +95,7 @@ def main(config: RulesConfig) -> None:
     write_json(
         out.with_suffix(".json"),
         {
-            **cli.provenance(),
+            **provenance(),
             "teacher": teacher.fingerprint,
             "planner": asdict(teacher.planner),
             "precision": teacher.compute.precision,

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .checked import at_least
-from .cli import provenance
 from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
 from .distillation import (
@@ -49,6 +48,7 @@ from .evaluation.modes import ALONE, DISTILLED, HORIZONS
 from .evaluation.rollout import random_returns
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
+from .provenance import provenance
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
 from .world_model.checkpoint import CONFIG

@@ -25,23 +25,17 @@ Hydra itself writes nothing; a launcher that needs a folder, such as Slurm's, is
 import inspect
 import json
 import os
-import platform
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, Field, asdict, fields
-from datetime import UTC, datetime
+from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
@@ -58,7 +52,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .checked import check_type
 from .errors import ConfigError, Stopped, TDMPC2Error
-from .files import write_json
+from .provenance import commit, program
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -85,7 +79,7 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
         if "--help" in arguments or "-h" in arguments:
             print(usage(config_type), flush=True)
             return
-        _commit()  # of the code that is loaded, whatever is committed while it runs
+        commit()  # of the code that is loaded, whatever is committed while it runs
         with _signals_raise(stopped):
             configs = _read(config_type, main, arguments)
             if len(configs) > 1:
@@ -109,7 +103,7 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
 
 def usage(config_type: type[Config]) -> str:
     """All settings with their defaults and the comments beside them in the source, class by class."""
-    lines = [f"{_program()} key=value ..."]
+    lines = [f"{program()} key=value ..."]
     left = {field.name: field for field in fields(config_type)}
     for cls in config_type.__mro__:
         own = [left.pop(name) for name in inspect.get_annotations(cls) if name in left]
@@ -121,41 +115,6 @@ def usage(config_type: type[Config]) -> str:
             lines.append(f"  {_default(field):32} {comments.get(field.name, '')}".rstrip())
     lines += ["", "A sweep: --multirun key=1,2", "Hydra's own options: --hydra-help"]
     return re.sub(r"\bNone\b", "null", "\n".join(lines))  # which is Python's word for it, and not Hydra's
-
-
-def save_config(path: str | Path, config: "DataclassInstance") -> None:
-    """Write a dataclass of settings as JSON."""
-    write_json(path, asdict(config))
-
-
-def provenance() -> dict[str, str]:
-    """Where numbers come from: command, commit or version, machine, library versions, date (UTC)."""
-    import mujoco
-
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    else:
-        names = [platform.processor()]
-    machine = [
-        next(filter(None, names), platform.machine()),
-        f"{os.cpu_count()} cores",
-        f"{torch.get_num_threads()} threads",
-    ]
-    if torch.cuda.is_available():
-        machine.append(torch.cuda.get_device_name())
-    versions = {
-        "Python": platform.python_version(),
-        "PyTorch": torch.__version__,
-        "MuJoCo": mujoco.__version__,
-    }
-    return {
-        "command": " ".join([_program(), *map(shlex.quote, sys.argv[1:])]),
-        "commit": _commit(),
-        "machine": ", ".join(machine),
-        "versions": ", ".join(f"{name} {v}" for name, v in versions.items())
-        + f", {platform.system()} {platform.machine()}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
 
 
 @contextmanager
@@ -322,26 +281,6 @@ def _default(field: "Field[Any]") -> str:
         value = value.name
     text = value if isinstance(value, str) and value else json.dumps(value)
     return f"{field.name}={text}"
-
-
-def _program() -> str:
-    """What was started, as a user would type it."""
-    program = sys.argv[0]
-    return f"python {os.path.relpath(program)}" if program.endswith(".py") else program
-
-
-@cache
-def _commit() -> str:
-    from . import __version__
-
-    root = Path(__file__).parents[1]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            pass  # no git here, or no commit yet
-    return f"version {__version__}"
 
 
 def _reason(error: HydraException | OmegaConfBaseException) -> str:

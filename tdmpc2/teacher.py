@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 import gymnasium as gym
 
-from .agent import TDMPC2, read_teacher, saved_compute
+from .agent import TDMPC2
 from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .envs.guard import closed_on_error
 from .errors import CheckpointError, ConfigError, TaskError
+from .loading import open_checkpoint
 from .world_model import WorldModel, fingerprint
-from .world_model.checkpoint import published_task_index, saved_config
+from .world_model.checkpoint import published_task_index
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,12 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
         ConfigError: a setting of `budget` cannot be.
         TaskError: there is no such task.
     """
-    model, planner, _ = read_teacher(checkpoint, device, **budget.unsaid())
-    saved = saved_config(checkpoint)
+    opened = open_checkpoint(checkpoint, device, **budget.unsaid())
+    saved, model = opened.saved, opened.model
     task = task or saved.get("task")
     if task is None:
         raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
-    precision = budget.precision or saved_compute(checkpoint).precision
-    compute = ComputeConfig(precision=precision, compile=budget.compile)
+    compute = ComputeConfig(budget.precision or opened.compute.precision, budget.compile)
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
     try:
@@ -114,4 +114,4 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
             f"{checkpoint} was made for observations {config.obs_shape} and actions {expected[1]}, "
             f"{task} has {obs_shape} and {action_shape}: it is of another task"
         )
-    return Teacher(task, model, budget.apply(planner), discount, fingerprint(model), index, compute)
+    return Teacher(task, model, budget.apply(opened.planner), discount, fingerprint(model), index, compute)

@@ -23,7 +23,7 @@ from scripts import write_results
 from tdmpc2 import commands
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
-from tdmpc2.agent import Kind, load_teacher
+from tdmpc2.agent import TDMPC2, Kind
 from tdmpc2.config import EAGER, ELSEWHERE, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard, write_shard
@@ -33,6 +33,7 @@ from tdmpc2.evaluation import disturbed, evaluate
 from tdmpc2.evaluation.metrics import act_columns, act_times
 from tdmpc2.evaluation.rollout import random_returns
 from tdmpc2.files import in_use, read_json, write_json
+from tdmpc2.loading import open_checkpoint
 from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
@@ -185,8 +186,9 @@ def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     agent = tdmpc2.load_agent(folder, compute=EAGER)
     assert isinstance(agent, tdmpc2.SpeculativeAgent)
-    teacher = load_teacher(finished, compute=EAGER)
-    corrector = load_corrector(finished / "correctors/temporal", fingerprint(teacher.model))
+    opened = open_checkpoint(finished)
+    teacher = TDMPC2(opened.model, opened.planner, discount=opened.discount)
+    corrector = load_corrector(finished / "correctors/temporal", fingerprint(opened.model))
     twin = tdmpc2.SpeculativeAgent(teacher, mode, corrector)
     for obs in np.random.default_rng(0).normal(size=(7, 24)).astype(np.float32):
         assert np.array_equal(agent.act(obs), twin.act(obs))
@@ -350,7 +352,7 @@ def test_correctors_are_not_evaluated_on_what_they_were_trained_on(finished: Pat
 
 
 def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path) -> None:
-    teacher = load_teacher(finished, compute=EAGER).model
+    teacher = tdmpc2.load_world_model(finished)
     half = load_corrector(finished / "correctors/two_tower", None)
     save_corrector(workdir / "half/two_tower", half, fingerprint(teacher))
     arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false"]

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tdmpc2
-from tdmpc2.agent import load_teacher
 from tdmpc2.config import EAGER, MODEL_SIZES, BudgetOverride, SpeculationConfig, WorldModelConfig
 from tdmpc2.corrector import build_corrector, save_corrector
 from tdmpc2.envs import dmc
@@ -146,7 +145,7 @@ def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
     for planner in ({"horizont": 3}, 5, None):
         save_world_model(tmp_path, model, planner=planner)
         with pytest.raises(CheckpointError, match="horizont" if planner == {"horizont": 3} else "mapping"):
-            load_teacher(tmp_path)
+            tdmpc2.load_agent(tmp_path)
     save_world_model(tmp_path, model)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["world_model"]

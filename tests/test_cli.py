@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from tdmpc2 import cli
 from tdmpc2.config import PlannerConfig
 from tdmpc2.errors import ConfigError, Stopped
-from tdmpc2.files import read_json
+from tdmpc2.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -475,14 +475,9 @@ def test_help(start, capsys):
     assert "More words" not in out and "None" not in out
 
 
-def test_save_config(tmp_path):
-    cli.save_config(tmp_path / "config.json", Base(steps=3))
-    assert read_json(tmp_path / "config.json") == {"steps": 3, "rate": 3e-4}
-
-
 def test_provenance(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(Path("scripts/demo.py").absolute()), "task=a", "note=a b"])
-    found = cli.provenance()
+    found = provenance()
     assert found["command"] == "python scripts/demo.py task=a 'note=a b'"
     assert set(found) == {"command", "commit", "machine", "versions", "date"}
     assert all(found.values())

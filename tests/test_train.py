@@ -235,7 +235,7 @@ def test_what_was_learnt_is_saved_before_an_evaluation(
 def test_a_run_that_is_killed_while_it_saves_goes_on(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for when in ("save_state", "save_config"):  # after the shard, before the checkpoint; the first write
+    for when in ("save_state", "write_json"):  # after the shard, before the checkpoint; the first write
 
         def killed(*args: object) -> None:
             raise Killed

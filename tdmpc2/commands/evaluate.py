@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import SpeculativeAgent
-from ..agent import read_mode
 from ..checked import at_least
-from ..cli import provenance
 from ..config import TEACHER, BudgetOverride
 from ..evaluation.modes import BASELINE
 from ..evaluation.rollout import rollout
 from ..files import atomic_write, in_use, write_json
+from ..loading import read_mode
 from ..progress import Progress
+from ..provenance import provenance
 from ..teacher import open_teacher
-from ..world_model.checkpoint import saved_config
+from ..world_model.checkpoint import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def evaluate(settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
     mode, corrector = read_mode(settings.checkpoint, teacher.model)
-    name = BASELINE if mode == TEACHER else saved_config(settings.checkpoint).get("mode", "speculative")
+    name = BASELINE if mode == TEACHER else read_config(settings.checkpoint).get("mode", "speculative")
     agent = SpeculativeAgent(teacher.agent(settings.episodes, settings.seed), mode, corrector)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     console = Console()

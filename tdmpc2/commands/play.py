@@ -22,12 +22,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from ..agent import Kind, SpeculativeAgent, read_mode
+from ..agent import Kind, SpeculativeAgent
 from ..checked import at_least
 from ..config import TEACHER, BudgetOverride, SpeculationConfig
 from ..corrector import BaseCorrector
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, check_writable
+from ..loading import read_mode
 from ..progress import Progress
 from ..teacher import Teacher, open_teacher
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..cli import provenance
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import in_use, read_json, write_json
 from ..progress import Progress
+from ..provenance import provenance
 from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import saved_as
 from .evaluate import (

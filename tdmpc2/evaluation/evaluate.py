@@ -30,7 +30,7 @@ from ..config import SpeculationConfig, part
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, difference, read_json, write_json
-from ..mismatch import calibrate_thresholds
+from ..monitor import calibrate_thresholds
 from ..progress import Progress
 from ..teacher import Teacher
 from ..world_model import fingerprint

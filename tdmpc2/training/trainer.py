@@ -31,7 +31,6 @@ from torch import Tensor
 
 from ..agent import TDMPC2, SpeculativeAgent
 from ..checked import at_least, within
-from ..cli import provenance, save_config
 from ..config import (
     MODEL_SIZES,
     SYMLOG,
@@ -48,8 +47,9 @@ from ..envs import is_episodic, make_env, max_episode_steps
 from ..envs.guard import closed_on_error
 from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
-from ..files import atomic_write, difference, file_name, in_use, read_bytes
+from ..files import atomic_write, difference, file_name, in_use, read_bytes, write_json
 from ..progress import SILENT, Progress
+from ..provenance import provenance
 from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
 from ..world_model.model import WorldModel
 from ..world_model.two_hot import support
@@ -192,7 +192,7 @@ class Trainer:
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
         else:
             self.report(f"going on from step {self.step:,}")
-        save_config(self.folder / "train_config.json", c)
+        write_json(self.folder / "train_config.json", asdict(c))
         log = Log(
             self.folder, TABLES, sizes=sizes, step=self.step, wandb_project=c.wandb_project, config=asdict(c)
         )
