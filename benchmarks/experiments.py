@@ -13,7 +13,7 @@ killed goes on with the variants that are missing.
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,16 +76,19 @@ AS_IT_IS = {  # of each experiment the variant that the package has; of the othe
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
+class ExperimentConfig:
     """Which agent the experiments are made on, and how correctors are trained."""
 
     agent: str  # a folder that `tdmpc2 accelerate` made
     task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
-    architecture: str = "two_tower"
-    eval_seed: int = 40_000
     round_episodes: int = 8  # collected for the experiment on bursts
     round_seed: int = 30_000
     out: str = "results/experiments"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    distillation: CorrectorTrainConfig = field(
+        default_factory=lambda: CorrectorTrainConfig(architecture="two_tower")
+    )
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(seed=40_000))
 
 
 class Mean(SpeculativeAgent):
@@ -217,7 +220,7 @@ class Bench:
         path: of the episodes; those that it holds already are not run again.
     """
 
-    def __init__(self, teacher: Teacher, config: ExperimentConfig, path: Path):
+    def __init__(self, teacher: Teacher, config: EvaluationConfig, path: Path):
         self.teacher, self.config, self.path = teacher, config, path
         self.episodes = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
 
@@ -232,7 +235,7 @@ class Bench:
         horizon: int | None = None,
     ) -> Rollout:
         """Episodes of a mode; `horizon` is of the plans, where it is not to be the teacher's."""
-        seeds = seeds or self.config.eval_seeds
+        seeds = seeds or self.config.seeds
         planner = self.teacher.planner
         planner = replace(planner, horizon=horizon or planner.horizon)
         teacher = replace(self.teacher, disturbance=disturbance, planner=planner)
@@ -263,14 +266,15 @@ class Bench:
 def main(config: ExperimentConfig) -> None:
     folder = Path(config.agent)
     saved = read_config(folder)
-    teacher = open_teacher(config.task or None, str(folder), config)
+    teacher = open_teacher(config.task or None, str(folder), config.planner)
     data = load_shards(folder / "data", teacher.fingerprint)
     used = {*data.seed.tolist(), *range(config.round_seed, config.round_seed + config.round_episodes)}
-    if used & {*config.eval_seeds, *config.calibration_seeds}:
+    evaluation, architecture = config.evaluation, config.distillation.architecture
+    if used & {*evaluation.seeds, *evaluation.calibration_seeds}:
         raise ConfigError("evaluation or calibration seeds overlap those of the agent's data: change them")
     corrector, distilled = (
         load_corrector(folder / "correctors" / name, teacher.fingerprint)
-        for name in (config.architecture, DISTILLED)
+        for name in (architecture, DISTILLED)
     )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -288,7 +292,7 @@ def main(config: ExperimentConfig) -> None:
             f"{running} was begun with another agent, other settings or other code: delete both files"
         )
     write_json(running_about, {**made_by, **claim})
-    bench = Bench(teacher, config, running)
+    bench = Bench(teacher, evaluation, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
     for variant, (k, agent_type) in EXECUTED.items():
@@ -300,7 +304,7 @@ def main(config: ExperimentConfig) -> None:
         cheaper = partial(bench.rollout, replace(TEACHER, iterations=iterations), None, agent_type=Mean)
         bench.add("budget", f"the mean of a new plan at every step, iterations: {iterations}", cheaper)
 
-    free = SpeculationConfig(LONG, corrector=config.architecture, refine_steps=1)
+    free = SpeculationConfig(LONG, corrector=architecture, refine_steps=1)
     unrefined, far = (replace(free, refine_steps=n) for n in (0, teacher.planner.horizon))
     alone, prior = (replace(mode, refine_steps=1) for mode in (ALONE, PRIOR))
     refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector]] = {
@@ -314,7 +318,7 @@ def main(config: ExperimentConfig) -> None:
     for variant, (mode, network) in refinements.items():
         bench.add("refinement", variant, partial(bench.rollout, mode, network))
 
-    def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
+    def trained(experiment: str, variant: str, data: Recording, settings: CorrectorTrainConfig) -> None:
         @cache
         def new() -> BaseCorrector:
             with TemporaryDirectory() as out:
@@ -322,13 +326,14 @@ def main(config: ExperimentConfig) -> None:
 
         bench.add(experiment, variant, lambda d: bench.rollout(free, new(), d))
 
-    training(data, folder, teacher, config, trained)
+    training(data, folder, teacher, config.distillation, trained)
     for name, bursts in {"none": False, "of random actions": True}.items():
-        trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
+        own = with_a_round(folder, teacher, corrector, config, bursts)
+        trained("bursts", name, own, config.distillation)
     for variant, (length, horizon) in EXTENSIONS.items():
         longer = partial(bench.rollout, replace(free, plan_length=length), corrector, horizon=horizon)
         bench.add("plan", variant, longer)
-    head = error_estimate(teacher.model, corrector, data, config)
+    head = error_estimate(teacher.model, corrector, data, config.distillation)
     rules: Mapping[str, Callable[..., Monitor]] = {
         STANDARD: Monitor,
         PER_STEP: Monitor,
@@ -341,7 +346,7 @@ def main(config: ExperimentConfig) -> None:
     }
 
     for name, rule in rules.items():
-        seen = bench.rollout(free, corrector, rule=rule, seeds=config.calibration_seeds).steps
+        seen = bench.rollout(free, corrector, rule=rule, seeds=evaluation.calibration_seeds).steps
         for quantile in QUANTILES:
             mode = replace(free, threshold=thresholds(name, seen, quantile))
             run = partial(bench.rollout, mode, corrector, rule=rule)
@@ -374,8 +379,8 @@ def training(
     data: Recording,
     folder: Path,
     teacher: Teacher,
-    config: ExperimentConfig,
-    run: Callable[[str, str, Recording, ExperimentConfig], None],
+    config: CorrectorTrainConfig,
+    run: Callable[[str, str, Recording, CorrectorTrainConfig], None],
 ) -> None:
     """The experiments whose variants are trained: loss, input, unrolled steps, labels, amount of data."""
     as_it_is = (
@@ -418,6 +423,7 @@ def with_a_round(
     folder: Path, teacher: Teacher, corrector: BaseCorrector, config: ExperimentConfig, bursts: bool
 ) -> Recording:
     """The teacher's own episodes of an agent's data, and a round under its corrector made now."""
+    architecture = config.distillation.architecture
     with TemporaryDirectory() as out:
         shutil.copytree(folder / "data" / "teacher", Path(out) / "teacher")
         collect(
@@ -425,9 +431,9 @@ def with_a_round(
             Path(out) / "round",
             episodes=config.round_episodes,
             seed=config.round_seed,
-            num_envs=config.num_envs,
-            behaviours=[SpeculationConfig(LONG, corrector=config.architecture, refine_steps=1)],
-            correctors={config.architecture: corrector},
+            num_envs=config.evaluation.num_envs,
+            behaviours=[SpeculationConfig(LONG, corrector=architecture, refine_steps=1)],
+            correctors={architecture: corrector},
             bursts=bursts,
         )
         return load_shards(out, teacher.fingerprint)

@@ -6,7 +6,7 @@ Writes `results/precision/TASK.csv`, an episode a row, and `TASK.json`: the rati
 95 % paired bootstrap interval.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +14,8 @@ from rich.console import Console
 
 from tdmpc2 import cli
 from tdmpc2.agent import SpeculativeAgent
-from tdmpc2.checked import at_least
-from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig
+from tdmpc2.checked import Checked, at_least
+from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig, ModelOverride
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
@@ -24,7 +24,7 @@ from tdmpc2.teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig(BudgetOverride):
+class PrecisionConfig(Checked):
     """Whose precision is judged, on which episodes."""
 
     task: str
@@ -34,6 +34,8 @@ class PrecisionConfig(BudgetOverride):
     num_envs: int = 10
     device: str = "cpu"
     out: str = "results/precision"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
     def check_ranges(self) -> None:
         at_least(2, self, "episodes")
@@ -42,11 +44,11 @@ class PrecisionConfig(BudgetOverride):
 
 
 def main(config: PrecisionConfig) -> None:
-    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     seeds = range(config.seed, config.seed + config.episodes)
     returns = {}
     for precision in ("float32", "bfloat16"):
-        compute = ComputeConfig(precision, config.compile)
+        compute = ComputeConfig(precision, config.planner.compile)
         planning = replace(teacher, compute=compute).agent(min(config.num_envs, config.episodes), config.seed)
         agent = SpeculativeAgent(planning, TEACHER)
         returns[precision] = rollout(agent, teacher.env, seeds).episodes["return"].to_numpy()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import gymnasium as gym
 
 from .agent import TDMPC2
-from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
+from .config import BudgetOverride, ComputeConfig, ModelOverride, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .envs.guard import closed_on_error
@@ -64,7 +64,13 @@ class Teacher:
         return teacher
 
 
-def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, device: str = "cpu") -> Teacher:
+def open_teacher(
+    task: str | None,
+    checkpoint: str,
+    budget: BudgetOverride,
+    unsaid: ModelOverride | None = None,
+    device: str = "cpu",
+) -> Teacher:
     """Open a checkpoint for a task.
 
     Args:
@@ -72,16 +78,17 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
             that the checkpoint says it is of.
         checkpoint: an original .pt file or a folder of ours.
         budget: changes of the planning budget that the checkpoint comes with, and of how to compute.
+        unsaid: what an original file does not say; None: as published.
         device: to act on.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, was made for other observations or actions, or says
             that it was made for another task.
         FileError: it may not be read.
-        ConfigError: a setting of `budget` cannot be.
+        ConfigError: a setting of `budget` or `unsaid` cannot be.
         TaskError: there is no such task.
     """
-    opened = open_checkpoint(checkpoint, device, **budget.unsaid())
+    opened = open_checkpoint(checkpoint, device, **(unsaid or ModelOverride()).unsaid())
     saved, model = opened.saved, opened.model
     task = task or saved.get("task")
     if task is None:

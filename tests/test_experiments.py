@@ -214,7 +214,7 @@ def test_trained_variants_change_one_thing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(experiments, "load_shards", lambda folder, _: own[folder.name])
     monkeypatch.setattr(experiments, "mean_label", lambda data, teacher: data.teacher_action)
     teacher = Teacher("", MODEL, BUDGET, 0.99, "", None, EAGER)
-    config = experiments.ExperimentConfig(agent="", loss="l1")
+    config = experiments.CorrectorTrainConfig(architecture="two_tower", loss="l1")
     runs = []
     experiments.training(data, tmp_path, teacher, config, lambda *run: runs.append(run))
     changed = {

@@ -1,7 +1,7 @@
 """Say what a checkpoint is, without acting: tdmpc2 info FOLDER_OR_FILE."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +15,11 @@ from ..world_model import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelOverride):
+class Settings:
     """Which checkpoint."""
 
     agent: str  # an original .pt file, a teacher or an accelerated agent; a path alone means this
+    model: ModelOverride = field(default_factory=ModelOverride)
 
 
 def main(settings: Settings) -> None:
@@ -29,7 +30,7 @@ def main(settings: Settings) -> None:
 def about(settings: Settings) -> Iterator[tuple[str, str]]:
     """What there is to say, by name."""
     path = settings.agent
-    opened = open_checkpoint(path, **settings.unsaid())
+    opened = open_checkpoint(path, **settings.model.unsaid())
     saved, model, c = opened.saved, opened.model, opened.model.config
     mode, corrector = read_mode(path, model)
     if "task" in saved:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from ..agent import Kind, SpeculativeAgent
-from ..checked import at_least
-from ..config import TEACHER, BudgetOverride, SpeculationConfig
+from ..checked import Checked, at_least
+from ..config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from ..corrector import BaseCorrector
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, check_writable
@@ -47,7 +47,7 @@ GIF_FPS = 25  # at most; browsers slow down what is faster
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BudgetOverride):
+class Settings(Checked):
     """Who is shown, and for how long."""
 
     agent: str  # an accelerated agent or a teacher; a path alone means this
@@ -56,6 +56,8 @@ class Settings(BudgetOverride):
     steps: int = 250  # at most
     baseline: bool = False  # also the teacher that replans at every step
     out: str = ""  # a .gif or .mp4 file; "" for a window
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
     def check_ranges(self) -> None:
         at_least(1, self, "steps")
@@ -91,7 +93,7 @@ def main(settings: Settings) -> None:
     elif find_spec("pygame") is None:
         raise ConfigError("a window needs pygame: `pip install pygame`, or give out=FILE.gif")
     with Progress(Console()) as progress:
-        teacher = open_teacher(settings.task, settings.agent, settings)
+        teacher = open_teacher(settings.task, settings.agent, settings.planner, settings.model)
         shows = [_play(settings, teacher, *read_mode(settings.agent, teacher.model), progress)]
         if settings.baseline:
             shows.append(_play(settings, teacher, TEACHER, None, progress))
