@@ -179,7 +179,7 @@ def overview(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
 
 
 def rivals(table: pd.DataFrame) -> str:
-    """A row a task in Markdown: the return ratio of the chosen mode, of six steps a plan, and of simpler modes."""
+    """A row a task in Markdown: return ratios of the chosen mode, of six steps a plan, of simpler modes."""
     beside = [f"{name}_6{REFINED}" for name in ("two_tower", "temporal")]
     beside += ["naive_3", "naive_6", "prior", DISTILLED + REFINED]
     lines = header(["task", "chosen", *beside])
@@ -314,8 +314,9 @@ def when_not(
         cells = [f"{r.task}, {perturbation(r.kind, r.strength)} ({interval(r)})" for r in lost.itertuples()]
         unsure = (own["return_ratio_low"] < MIN_RETURN_PERTURBED).sum()
         lines.append(
-            f"- **Your world differs from the model.** The chosen mode keeps less than {MIN_RETURN_PERTURBED} of "
-            f"what replanning keeps in {len(lost)} of {len(own)} pairs of a task and a perturbation"
+            "- **Your world differs from the model.** The chosen mode keeps less than "
+            f"{MIN_RETURN_PERTURBED} of what replanning keeps in {len(lost)} of {len(own)} pairs of a task "
+            "and a perturbation"
             + (f": {', '.join(cells)}" if cells else "")
             + f". The lower end of the interval is below it in {unsure}."
         )

@@ -1,4 +1,4 @@
-"""The numbers in README and docs and `results/speculation.csv` are what the script makes of the raw results."""
+"""The numbers in README, docs and `results/speculation.csv` are what the script makes of the raw results."""
 
 import json
 import re
@@ -146,10 +146,10 @@ def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
 def test_when_not(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.when_not(speculation_table(two_tasks), two_tasks, None)
     assert "each of them takes 1.00 to 1.00 times as long" in text
-    assert "the interval on held-out seeds is below it on b (two_tower_6_refined 1.100 [1.000, 1.200])" not in text
+    assert "seeds is below it on b (two_tower_6_refined 1.100 [1.000, 1.200])" not in text
     lower = {"a": two_tasks["a"]._replace(chosen="two_tower_6_refined")}
     text = write_results.when_not(speculation_table(lower), lower, None)
-    assert "the interval on held-out seeds is below it on a (two_tower_6_refined 0.900 [0.800, 1.000])" in text
+    assert "seeds is below it on a (two_tower_6_refined 0.900 [0.800, 1.000])" in text
 
 
 def test_what_precedes_perturbations_is_of_their_seeds(tmp_path: Path) -> None:
