@@ -26,7 +26,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 class Comments(griffe.Extension):
-    """A field is described by the comment beside it, or by those above it, as in `k: Tensor  # step in plan`."""
+    """A field is described by the comments above and beside it, as in `k: Tensor  # step in plan`."""
 
     def on_attribute_instance(
         self, *, node: ast.AST | griffe.ObjectNode, attr: griffe.Attribute, **_: Any
@@ -39,8 +39,8 @@ class Comments(griffe.Extension):
         while lines[above].lstrip().startswith("#"):
             words.insert(0, comment(lines[above]))
             above -= 1
-        if text := ". ".join(word.rstrip(".") for word in words if word):
-            attr.docstring = griffe.Docstring(f"{text}.", lineno=attr.lineno, parent=attr)
+        if text := " ".join(f"{word[0].upper()}{word[1:].rstrip('.')}." for word in words if word):
+            attr.docstring = griffe.Docstring(text, lineno=attr.lineno, parent=attr)
 
 
 def comment(line: str) -> str:
