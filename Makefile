@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint format
+.PHONY: demo test bench docs lint format
 
 demo: .venv/.installed  ## the main job on a shipped teacher
 	$(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
@@ -13,6 +13,9 @@ test: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py
+
+docs: .venv-docs/.installed  ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -26,4 +29,10 @@ format: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements-no-deps.txt -e .
+	touch $@
+
+# The site reads the sources and imports nothing, so it needs no PyTorch.
+.venv-docs/.installed: requirements-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements-docs.txt
 	touch $@

@@ -1,12 +1,19 @@
-"""Write `results/speculation.csv`, the README's tables and figure and `docs/results.md` from the raw results.
+"""Write the numbers in README and docs, their figure and `results/speculation.csv` from the raw results.
 
     python scripts/write_results.py
 
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
 large table of single steps; in `disturbed/` it holds what `tdmpc2 perturb` wrote;
-`results/experiments` is of `benchmarks/experiments.py`, `results/bench.json` of `benchmarks/bench.py`,
+`results/experiments` is of `benchmarks/experiments.py`, `results/paper` of `benchmarks/paper.py`,
+`results/rules` of `benchmarks/rules.py`, `results/bench.json` of `benchmarks/bench.py`,
 `results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
-Nothing in the README between marks such as `results` and `/results` is written by hand.
+
+A page takes a block of numbers by its marks, and any page can take any block:
+
+    <!-- headline -->
+    <!-- /headline -->
+
+Everything between two marks is written by this script.
 """
 
 import re
@@ -47,78 +54,12 @@ from tdmpc2.training.trainer import TrainConfig
 
 plt.rcParams["svg.hashsalt"] = "tdmpc2"  # one name for each part of a figure, in every run
 ROOT = Path(__file__).parents[1]
-MIN_RETURN, MIN_RETURN_DISTURBED = EvaluationConfig.min_return, EvaluationConfig.min_return_pushed
-UNDISTURBED = "none"
+MIN_RETURN, MIN_RETURN_PERTURBED = EvaluationConfig.min_return, EvaluationConfig.min_return_pushed
+UNPERTURBED = "none"
 HARDEST = {"push": 1.0, "obs_noise": 0.1, "mass": 1.6, "friction": 0.4}  # strength of each kind
 COLUMNS = ["mode", "return", "ratio to replanning [95 %]", "planner calls", "act, median", "act, mean"]
 
 
-EXPERIMENTS = """# What each ingredient is worth
-
-Every row changes one thing, in the world as it is, under pushes, and with everything much heavier than the
-model knows it. Each experiment is compared with its own reference row: what the package does, or for what
-is executed and for budgets, plain execution without a corrector. The first table has the tasks together,
-the others also compare with replanning at every step. Episodes are the same for all rows; their seeds are
-neither those of calibration nor those of the results. Correctors trained anew, and the agent's own where
-refining or plans are otherwise, execute 24 steps of each plan without fallback; acceptance rules execute
-plans until they end them, or until one has lasted twice as long as the one before. Where an interval holds
-1, so few episodes cannot tell the two apart.
-
-What was kept, and why: our reading of these tables. Refining is worth the most, to the corrector on
-finger-spin and to the distilled policy on both tasks; it does not save the prior on walker-walk. On
-walker-walk under pushes, correctors that saw the teacher's own episodes only lose much, and a first round
-of data from where they go themselves is most of the cure; on finger-spin refining makes up for that. Bursts
-of random actions help a little under pushes. Of plans, the mean is executed where more than one step of
-them is, and the prior extends them, not a longer plan. Plans of one iteration at every step cost return on
-both tasks, of two on finger-spin only. Under heavier masses a threshold for every step in plan notices what
-one for all steps misses; TD errors help on walker-walk, and on finger-spin only add plans. What made no
-difference that could be seen is as simple as it can be: L1 distance, no further input, labels from one
-plan.
-
-What may be better than the package's rule of accepting, `mismatch or TD errors, quantile 0.97`: with fewer
-plans in every world, the intervals of `mismatch, growth without limit`, `value gap`, `disagreement with the
-distilled policy` and `estimate of the corrector's own error`, all at quantile 0.97, hold 1 or lie above it.
-So few episodes on two tasks do not rank them.
-
-"""
-PUBLISHED_MODES = """# The published modes, and what refining adds
-
-The published system corrects plans and does not refine. Here are its modes with either loss, `mse` (the
-published squared distance) and `l1`, beside the same modes refined. All correctors were trained on the same
-data, equally long. Ratios are to replanning at every step on the same seeds. Correction is the mean norm of
-executed minus planned action after a plan's first step. Action change is the mean norm of an action minus the
-one before.
-
-What they say. Executed as planned, plans lose return; corrected as published, they keep it, within the
-intervals, also at 6 steps a plan. At these horizons refining adds nothing that so few episodes show. No
-comparison tells the two losses apart, so the published one, `mse`, is the default. Corrected actions change
-less from step to step than the planner's own. Planner calls lie above one in 3 and one in 6 because
-fallbacks are included: one plan in ten is given up in a world as modelled.
-
-"""
-RULES = """# Rules that give plans up
-
-A two-tower corrector executes 24 steps of each plan, refined three steps ahead. `per step 0.97` is a
-threshold at every step in plan: the 0.97 quantile of the mismatches there. `per plan q` is one rate of
-false alarms a plan: a share q of the calibration plans stays below all thresholds. `or TD errors` also
-gives a plan up while the running mean of TD errors is below its 0.9 quantile over calibration episodes.
-`per step 0.97 or TD errors` was the first edition's rule. Ratios are to replanning at every step in the
-same world on the same seeds.
-
-No rule is best everywhere, and six episodes tell few rules apart. As modelled, every rule keeps the return,
-and so does `no fallback`. The rules differ in planner calls there.
-
-- Pushes on cartpole-swingup: fallbacks are needed. `per plan 0.9` keeps the return with the fewest calls.
-- Heavier masses on finger-spin: `per plan 0.9` loses a tenth of the return. TD errors keep it, but they do
-  so by replanning at nearly every step. In such a world speculation does not pay: use the teacher.
-- Elsewhere TD errors change nothing that these intervals show.
-
-TD errors were taken out, because they need a second monitor and pay in one of nine worlds. `per plan 0.9` is
-the default. It is not the cheapest rule everywhere: as modelled on cartpole-swingup it plans more often than
-the first edition's rule. `quantile=0.97` plans less often where nothing perturbs the agent.
-`tdmpc2 perturb` shows what an agent keeps in worlds that are not as modelled.
-
-"""
 BUDGET = "budget"  # the experiment whose reference is of another one
 FULL_BUDGET = ("executed", "the mean, 1 step")
 
@@ -130,11 +71,11 @@ class Settings:
     results: str = str(ROOT / "results")  # folder of a folder per task
     pretrained: str = str(ROOT / "pretrained")  # folder of a folder per teacher
     readme: str = str(ROOT / "README.md")
-    docs: str = str(ROOT / "docs")  # folder of the figure and of the full tables
+    docs: str = str(ROOT / "docs")  # folder of the other pages and of the figure
 
 
 def main(settings: Settings) -> None:
-    results = Path(settings.results)
+    results, docs = Path(settings.results), Path(settings.docs)
     tasks = sorted(p.parent for p in results.glob("*/summary.csv"))
     if not tasks:
         raise DataError(f"no results in {settings.results}: run `tdmpc2 accelerate` first")
@@ -142,35 +83,33 @@ def main(settings: Settings) -> None:
     table = speculation_table(found)
     with atomic_write(results / "speculation.csv") as tmp:
         table.to_csv(tmp, index=False)
-    readme, docs = Path(settings.readme), Path(settings.docs)
-    docs.mkdir(parents=True, exist_ok=True)
-    pages = {
-        "results": "# Results, task by task\n\n"
-        + "".join(section(folder, found[folder.name]) for folder in tasks)
+    perturbations = perturbed_tables(tasks)
+    measured = [Experiments(path) for path in sorted((results / "experiments").glob("*.csv"))]
+    published = sorted(p.parent for p in results.glob("paper/*/summary.csv"))
+    compared_rules = sorted(results.glob("rules/*.csv"))
+    blocks = {
+        "headline": headline(table, found),
+        "tasks": overview(table, found),
+        "rivals": rivals(table),
+        "modes": pooled_rows(found, table),
+        "commits": commits(tasks),
+        "by_task": "".join(section(folder, found[folder.name]) for folder in tasks),
+        "correctors": correctors(found, table),
+        "perturbed": perturbed(perturbations),
+        "when_not": when_not(table, found, perturbations),
+        "teachers": teachers(Path(settings.pretrained)),
+        "speed": speed(results),
+        "experiments": (all_experiments(measured) if len(measured) > 1 else "")
+        + "".join(map(experiments, measured)),
+        "published_modes": "".join(map(published_modes, published)),
+        "rules": "".join(map(rules, compared_rules)),
     }
-    if measured := [Experiments(path) for path in sorted((results / "experiments").glob("*.csv"))]:
-        together = all_experiments(measured) if len(measured) > 1 else ""
-        pages["experiments"] = EXPERIMENTS + together + "".join(map(experiments, measured))
-    if published := sorted(p.parent for p in results.glob("paper/*/summary.csv")):
-        pages["published-modes"] = PUBLISHED_MODES + "".join(map(published_modes, published))
-    if compared_rules := sorted(results.glob("rules/*.csv")):
-        pages["rules"] = RULES + "".join(map(rules, compared_rules))
-    for name, text in pages.items():
-        with atomic_write(docs / f"{name}.md") as tmp:
-            tmp.write_text(text)
-    overviews = overview(table, found) + pooled_rows(found, table) + commits(tasks)
-    content = between(readme.read_text(), "headline", headline(table, found))
-    content = between(content, "results", overviews)
-    content = between(content, "correctors", correctors(found, table))
-    disturbances = disturbed_tables(tasks)
-    content = between(content, "disturbed", disturbed(disturbances))
-    content = between(content, "when_not", when_not(table, found, disturbances))
-    content = between(content, "teachers", teachers(Path(settings.pretrained)))
-    content = between(content, "speed", speed(results))
-    with atomic_write(readme) as tmp:
-        tmp.write_text(content)
+    pages = [Path(settings.readme), *sorted(docs.glob("*.md"))]
+    for page in pages:
+        with atomic_write(page) as tmp:
+            tmp.write_text(filled(page.read_text(), blocks, page))
     draw(found, docs / "front.svg")
-    print(f"{len(tasks)} tasks written to {readme} and {docs}", file=sys.stderr)
+    print(f"{len(tasks)} tasks written to {len(pages)} pages", file=sys.stderr)
 
 
 def read(folder: Path) -> TaskResults:
@@ -179,13 +118,18 @@ def read(folder: Path) -> TaskResults:
     return TaskResults(summary, episodes, latency, read_json(folder / "chosen.json")["mode"])
 
 
-def between(content: str, mark: str, text: str) -> str:
-    """`content` with `text` between the marks of that name."""
-    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-    content, count = pattern.subn(lambda m: m[1] + text + m[2], content)
-    if count != 1:
-        raise DataError(f"the README lacks the marks <!-- {mark} --> and <!-- /{mark} -->")
-    return content
+def filled(content: str, blocks: Mapping[str, str], page: Path) -> str:
+    """`content` of a page with each block between the marks of its name.
+
+    Raises:
+        DataError: there is no block of a mark's name, or a mark stands alone.
+    """
+    names = Counter(re.findall(r"<!-- /?(\w+) -->", content))
+    pairs = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    both = Counter(m[2] for m in pairs.finditer(content) for _ in range(2))
+    if wrong := (names - both).keys() | (names.keys() - blocks.keys()):
+        raise DataError(f"{page}: the marks {', '.join(sorted(wrong))} stand alone or name no block")
+    return pairs.sub(lambda m: m[1] + blocks[m[2]] + m[3], content)
 
 
 def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
@@ -199,8 +143,7 @@ def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
         f"at every step (interquartile mean of all episodes, 95 % interval; mean of the tasks "
         f"{mean_of_tasks(results, CHOSEN)}, lowest {worst_task(table, CHOSEN)}). An action takes "
         f"{means[0]:.2f} ms instead of {means[1]:.2f} ms on average, {own.act_ms_median:.2f} ms instead of "
-        f"{baseline.act_ms_median:.2f} ms in the median; a step that plans takes no less time. "
-        "[Results](#results) has the tasks one by one.\n"
+        f"{baseline.act_ms_median:.2f} ms in the median; a step that plans takes no less time.\n"
     )
 
 
@@ -221,32 +164,35 @@ def act_mean(results: TaskResults, mode: str) -> float:
 
 
 def overview(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
-    """A row a task in Markdown: the chosen setting, and beside it what else there is at six steps or none."""
-    beside = [f"{name}_6{REFINED}" for name in ("two_tower", "temporal")]
-    beside += ["naive_3", "naive_6", "prior", DISTILLED + REFINED]
-    columns = ["task", "chosen", "return, ratio [95 %]", "planner calls"]
-    columns += ["act, mean (baseline's)", "act, median (baseline's)"]
-    columns += [f"{name}, ratio" for name in beside]
+    """A row a task in Markdown: the chosen mode, what it keeps, and what it takes."""
+    columns = ["task", "chosen mode", "return, ratio [95 %]", "planner calls", "act, mean (baseline's)"]
     lines = header(columns, words=2)
     for task, rows in table.groupby("task", sort=False):
-        by_setting = rows.set_index("setting")
         own = rows[rows["chosen"]].iloc[0]
-        cells = [task, own.setting, interval(own), f"{100 * own.planner_calls:.1f} %"]
         if task == ALL:
-            means = [mean_acts(results, setting) for setting in (CHOSEN, BASELINE)]
+            act, baseline = (mean_acts(results, setting) for setting in (CHOSEN, BASELINE))
         else:
-            means = [act_mean(results[task], mode) for mode in (own.setting, BASELINE)]
-        medians = own.act_ms_median, by_setting["act_ms_median"][BASELINE]
-        cells += [f"{own_act:.2f} ms ({baseline_act:.2f})" for own_act, baseline_act in (means, medians)]
-        ratios = by_setting["return_ratio"].reindex(beside)
-        cells += ["" if isnan(ratio) else f"{ratio:.3f}" for ratio in ratios]
-        lines.append(line(cells))
-    return "\n".join([*lines, "", ""])
+            act, baseline = (act_mean(results[task], mode) for mode in (own.setting, BASELINE))
+        times = f"{act:.2f} ms ({baseline:.2f})"
+        lines.append(line([task, own.setting, interval(own), f"{100 * own.planner_calls:.1f} %", times]))
+    return "\n".join([*lines, ""])
+
+
+def rivals(table: pd.DataFrame) -> str:
+    """A row a task in Markdown: return ratios of the chosen mode, of six steps a plan, of simpler modes."""
+    beside = [f"{name}_6{REFINED}" for name in ("two_tower", "temporal")]
+    beside += ["naive_3", "naive_6", "prior", DISTILLED + REFINED]
+    lines = header(["task", "chosen", *beside])
+    for task, rows in table.groupby("task", sort=False):
+        ratios = [rows[rows["chosen"]].iloc[0].return_ratio]
+        ratios += list(rows.set_index("setting")["return_ratio"].reindex(beside))
+        lines.append(line([task, *("" if isnan(ratio) else f"{ratio:.3f}" for ratio in ratios)]))
+    return "\n".join([*lines, ""])
 
 
 def pooled_rows(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
-    """All tasks together, a row a setting, in Markdown."""
-    columns = ["setting", "return, mean of the ratios [95 %]", "interquartile mean [95 %]", "worst task"]
+    """All tasks together, a row a mode, in Markdown."""
+    columns = ["mode", "return, mean of the ratios [95 %]", "interquartile mean [95 %]", "worst task"]
     lines = header([*columns, "planner calls", "fallbacks", "act, mean", "act, median", "act, p99"])
     for row in table[table["task"] == ALL].itertuples():
         ratios = [mean_of_tasks(results, row.setting), interval(row), worst_task(table, row.setting)]
@@ -281,7 +227,7 @@ def commits(folders: list[Path]) -> str:
     at: dict[str, list[str]] = {}
     for folder in folders:
         at.setdefault(read_json(folder / "provenance.json")["commit"], []).append(folder.name)
-    return "\n" + "; ".join(f"{', '.join(names)}: commit {commit}" for commit, names in at.items()) + ".\n"
+    return "; ".join(f"{', '.join(names)}: commit {commit}" for commit, names in at.items()) + ".\n"
 
 
 def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
@@ -323,7 +269,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
 
 
 def when_not(
-    table: pd.DataFrame, results: Mapping[str, TaskResults], disturbances: pd.DataFrame | None
+    table: pd.DataFrame, results: Mapping[str, TaskResults], perturbations: pd.DataFrame | None
 ) -> str:
     """Where speculation did not pay, or something simpler did as well, in Markdown."""
     table = table[table["task"] != ALL]
@@ -333,69 +279,69 @@ def when_not(
         times = task.latency[task.latency["kind"].isin(PLANS)].groupby("mode")["act_ms"].median()
         longer.append(times.get(task.chosen, times[BASELINE]) / times[BASELINE])
     lines = [
-        "- **Your deadline is for the slowest step.** There are fewer steps that plan, but in the "
-        f"chosen modes each takes {min(longer):.2f} to {max(longer):.2f} times as long as where every step "
-        "plans (medians, by task)."
+        "- **Your deadline is for the slowest step.** Fewer steps plan, but each of them takes "
+        f"{min(longer):.2f} to {max(longer):.2f} times as long as a step of the baseline (medians, by task)."
     ]
     stays = list(table.loc[table["chosen"] & (table["setting"] == BASELINE), "task"])
     lines.append(
-        "- **The return hangs on a new plan at every step.** "
-        + (f"So it is on {', '.join(stays)}: the baseline was chosen. " if stays else "On no task here. ")
-        + "`tdmpc2 accelerate` finds out, and then leaves the baseline in place."
+        "- **The return needs a new plan at every step.** "
+        + (f"This is so on {', '.join(stays)}. " if stays else "This is so on no task measured here. ")
+        + "`tdmpc2 accelerate` then chooses the baseline."
     )
     calls = table["task"].map(table[table["chosen"]].set_index("task")["planner_calls"])
     enough = table[holds & table["setting"].isin(SIMPLER) & (table["planner_calls"] <= calls)]
     kept = [
-        f"{r.task} ({r.setting} {interval(r)}; {beside_chosen(r.task, r.setting, disturbances)})"
+        f"{r.task} ({r.setting} {interval(r)}; {beside_chosen(r.task, r.setting, perturbations)})"
         for r in enough.itertuples()
     ]
     lines.append(
-        "- **Something simpler does it,** at no more planner calls: "
+        "- **Something simpler is enough,** with no more planner calls: "
         + (f"{', '.join(kept)}. " if kept else "on no task measured here. ")
-        + "The report names such modes; whether they do under disturbance, ask `tdmpc2 perturb`."
+        + "The report names such modes. `tdmpc2 perturb` shows what they keep under perturbations."
     )
     fell = [f"{r.task} ({r.setting} {interval(r)})" for r in table[table["chosen"] & ~holds].itertuples()]
     lines.append(
-        f"- **You need {MIN_RETURN} of the return for certain, and your task is like one of these.** "
+        f"- **You need {MIN_RETURN} of the return for certain.** "
         + (
-            f"On held-out seeds the lower end of the interval is below it on {', '.join(fell)}."
+            f"The lower end of the interval on held-out seeds is below it on {', '.join(fell)}."
             if fell
-            else "On no task measured here is the lower end of the interval on held-out seeds below it."
+            else "The lower end of the interval on held-out seeds is below it on no task measured here."
         )
     )
-    if disturbances is not None:
-        own = disturbances[(disturbances["mode"] == CHOSEN) & (disturbances["kind"] != UNDISTURBED)]
-        lost = own[own["return_ratio"] < MIN_RETURN_DISTURBED].sort_values("return_ratio")
-        cells = [f"{r.task}, {disturbance(r.kind, r.strength)} ({interval(r)})" for r in lost.itertuples()]
-        unsure = (own["return_ratio_low"] < MIN_RETURN_DISTURBED).sum()
+    if perturbations is not None:
+        own = perturbations[(perturbations["mode"] == CHOSEN) & (perturbations["kind"] != UNPERTURBED)]
+        lost = own[own["return_ratio"] < MIN_RETURN_PERTURBED].sort_values("return_ratio")
+        cells = [f"{r.task}, {perturbation(r.kind, r.strength)} ({interval(r)})" for r in lost.itertuples()]
+        unsure = (own["return_ratio_low"] < MIN_RETURN_PERTURBED).sum()
         lines.append(
-            f"- **Your world is not as modelled.** Of {len(own)} pairs of a task and a disturbance, the "
-            f"chosen mode keeps less than {MIN_RETURN_DISTURBED} of what replanning keeps in {len(lost)}"
+            "- **Your world differs from the model.** The chosen mode keeps less than "
+            f"{MIN_RETURN_PERTURBED} of what replanning keeps in {len(lost)} of {len(own)} pairs of a task "
+            "and a perturbation"
             + (f": {', '.join(cells)}" if cells else "")
             + f". The lower end of the interval is below it in {unsure}."
         )
     return "\n".join([*lines, ""])
 
 
-def beside_chosen(task: str, setting: str, disturbances: pd.DataFrame | None) -> str:
-    """How often a setting is at least as good as the chosen one under disturbance, in words."""
-    if disturbances is not None:
-        own = disturbances[(disturbances["task"] == task) & (disturbances["kind"] != UNDISTURBED)]
+def beside_chosen(task: str, setting: str, perturbations: pd.DataFrame | None) -> str:
+    """How often a setting is at least as good as the chosen one under perturbation, in words."""
+    if perturbations is not None:
+        own = perturbations[(perturbations["task"] == task) & (perturbations["kind"] != UNPERTURBED)]
         ratios = own.pivot(index=["kind", "strength"], columns="mode", values="return_ratio")
         if setting in ratios:
             as_good = (ratios[setting] >= ratios[CHOSEN]).sum()
-            return f"as good as the chosen mode under {as_good} of {len(ratios)} disturbances"
-    return "not tried under disturbance"
+            return f"as good as the chosen mode under {as_good} of {len(ratios)} perturbations"
+    return "not tried under perturbation"
 
 
-def disturbance(kind: str, strength: float) -> str:
-    if kind == UNDISTURBED:
+def perturbation(kind: str, strength: float) -> str:
+    if kind == UNPERTURBED:
         return kind
     return f"{kind.replace('_', ' ')} {strength}"
 
 
-def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
-    """A row for each task, disturbance (first none) and mode; None where nothing was measured."""
+def perturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
+    """A row for each task, perturbation (first none) and mode; None where nothing was measured."""
     tables = []
     for folder in tasks:
         path = folder / "disturbed" / "summary.csv"
@@ -403,15 +349,15 @@ def disturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
             chosen, table = read_json(folder / "chosen.json")["mode"], pd.read_csv(path)
             about, agent = (read_json(p / "provenance.json") for p in (path.parent, folder))
             if about["correctors"] != agent["correctors"] or chosen not in set(table["mode"]):
-                raise DataError(f"{path} is of another agent than {folder}: disturb this one")
-            table = pd.concat([undisturbed(folder, about["seeds"]), table], ignore_index=True)
+                raise DataError(f"{path} is of another agent than {folder}: perturb this one")
+            table = pd.concat([unperturbed(folder, about["seeds"]), table], ignore_index=True)
             own = table[table["mode"] == chosen].assign(mode=CHOSEN)
             tables.append(pd.concat([table, own]).assign(task=folder.name))
     return pd.concat(tables, ignore_index=True) if tables else None
 
 
-def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
-    """What a table of disturbances begins with: the same seeds in the world as it is."""
+def unperturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
+    """What a table of perturbations begins with: the same seeds in the world as it is."""
     episodes = pd.read_csv(folder / "episodes.csv")
     episodes = episodes[episodes["seed"].isin(seeds)]
     if set(seeds) - set(episodes["seed"]):
@@ -421,24 +367,24 @@ def undisturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     table = sums[["planner_calls", "fallbacks"]].div(sums["length"], axis=0)
     ratios = [paired_ratio(returns[mode].to_numpy(), returns[BASELINE].to_numpy()) for mode in table.index]
     table[["return_ratio", "return_ratio_low", "return_ratio_high"]] = ratios
-    return table.reset_index().assign(kind=UNDISTURBED, strength=0.0)
+    return table.reset_index().assign(kind=UNPERTURBED, strength=0.0)
 
 
-def disturbed(table: pd.DataFrame | None) -> str:
-    """What modes keep of what replanning at every step keeps under the same disturbance, in Markdown."""
+def perturbed(table: pd.DataFrame | None) -> str:
+    """What modes keep of what replanning at every step keeps under the same perturbation, in Markdown."""
     if table is None:
         return "Not measured yet.\n"
     modes = [CHOSEN, "naive_6", DISTILLED + REFINED, "prior"]
-    columns = ["disturbance", "tasks", "chosen, worst task", *modes, "chosen not below distilled"]
-    columns += [f"{what} of {CHOSEN} (undisturbed)" for what in ("planner calls", "fallbacks")]
+    columns = ["perturbation", "tasks", "chosen, worst task", *modes, "chosen not below distilled"]
+    columns += [f"{what} of {CHOSEN} (unperturbed)" for what in ("planner calls", "fallbacks")]
     lines = header(columns)
-    calm = table[(table["mode"] == CHOSEN) & (table["kind"] == UNDISTURBED)].set_index("task")
+    calm = table[(table["mode"] == CHOSEN) & (table["kind"] == UNPERTURBED)].set_index("task")
     for (kind, strength), rows in table.groupby(["kind", "strength"], sort=False):
         ratio = rows.pivot(index="task", columns="mode", values="return_ratio")
         own = rows[rows["mode"] == CHOSEN]
         least = own.loc[own["return_ratio"].idxmin()]
         worst = f"{interval(least)} ({least.task})"
-        cells = [disturbance(kind, strength), str(len(ratio)), worst]
+        cells = [perturbation(kind, strength), str(len(ratio)), worst]
         cells += [f"{mean:.3f}" for mean in ratio.mean().reindex(modes)]
         cells.append(f"{(ratio[CHOSEN] >= ratio[DISTILLED + REFINED]).sum()} of {len(ratio)}")
         for name in ("planner_calls", "fallbacks"):
@@ -451,10 +397,10 @@ def disturbed(table: pd.DataFrame | None) -> str:
     usual = calm.loc[own.index, "fallbacks"].to_numpy()
     more, twice = (own > usual).sum(), (own >= 2 * usual).sum()
     words = (
-        f"Means over the tasks, {n} episodes of each; the columns of modes are ratios. A ratio far above 1 "
-        "means that replanning itself fails there; so few episodes tell of a large loss only.\n\n"
-        "Under the hardest disturbance of a kind the chosen mode falls back more often than in the world as "
-        f"it is in {more} of {len(own)} pairs of a task and a kind, at least twice as often in {twice}."
+        f"Means over the tasks, {n} episodes of each. The columns of modes are ratios. A ratio far above 1 "
+        "means that replanning itself fails there. So few episodes show a large loss only.\n\n"
+        "The chosen mode falls back more often under the hardest perturbation of a kind than without one in "
+        f"{more} of {len(own)} pairs of a task and a kind, at least twice as often in {twice}."
     )
     return "\n".join([*lines, "", words, "", ""])
 
@@ -554,7 +500,7 @@ def command(folder: Path) -> str:
 def section(folder: Path, results: TaskResults) -> str:
     """One task's table in Markdown, with where its numbers come from."""
     summary, about = results.summary, read_json(folder / "provenance.json")
-    lines = [f"**{folder.name}**, {summary['episodes'].iloc[0]} held-out episodes a mode", ""]
+    lines = [f"### {folder.name}", "", f"{summary['episodes'].iloc[0]} held-out episodes a mode.", ""]
     lines += header(COLUMNS)
     for row in summary.itertuples():
         name = f"**{row.mode}** (chosen)" if row.mode == results.chosen else row.mode
@@ -607,7 +553,7 @@ class Experiments:
 
 def experiments(own: Experiments) -> str:
     """The experiments on one task in Markdown, with where their numbers come from."""
-    columns = ["experiment", "variant", "disturbance", "return, ratio [95 %]", "planner calls"]
+    columns = ["experiment", "variant", "perturbation", "return, ratio [95 %]", "planner calls"]
     lines = [f"## {own.task}", "", *header([*columns, "against the reference [95 %]"], words=3)]
     for key in own.variants:
         others = (BASELINE, BASELINE), own.reference(key[0])

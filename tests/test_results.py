@@ -1,6 +1,7 @@
-"""The README's figures and `results/speculation.csv` are what the script makes of the raw results."""
+"""The numbers in README, docs and `results/speculation.csv` are what the script makes of the raw results."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,16 +20,29 @@ ROOT = Path(__file__).parents[1]
 def test_nothing_is_typed_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("results", "pretrained"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
-    readme = shutil.copy(ROOT / "README.md", tmp_path)
+    pages = ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+    (tmp_path / "docs").mkdir()
+    for page in pages:  # with empty blocks
+        text = re.sub(r"(<!-- (\w+) -->\n).*?(<!-- /\2 -->)", r"\1\3", (ROOT / page).read_text(), flags=re.S)
+        (tmp_path / page).write_text(text)
     (tmp_path / "results/speculation.csv").unlink()
     arguments = [f"{name}={tmp_path / name}" for name in ("results", "pretrained", "docs")]
-    monkeypatch.setattr(sys, "argv", ["scripts/write_results.py", *arguments, f"readme={readme}"])
+    monkeypatch.setattr(sys, "argv", ["scripts/write_results.py", *arguments, f"readme={tmp_path}/README.md"])
     monkeypatch.chdir(tmp_path)
     cli.run(write_results.Settings, write_results.main)
-    written = [path.relative_to(tmp_path) for path in (tmp_path / "docs").iterdir()]
-    assert {p.name for p in written} == {p.name for p in (ROOT / "docs").iterdir()} - {"mutation.md"}
-    for name in ["README.md", "results/speculation.csv", *written]:
+    for name in [*pages, "docs/front.svg", "results/speculation.csv"]:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date"
+
+
+def test_any_page_takes_any_block() -> None:
+    blocks, page = {"one": "1\n", "two": "2\n"}, Path("a.md")
+    content = "<!-- two -->\nold\n<!-- /two -->\n<!-- one -->\n<!-- /one -->\n<!-- not run: slow -->\n"
+    filled = "<!-- two -->\n2\n<!-- /two -->\n<!-- one -->\n1\n<!-- /one -->\n<!-- not run: slow -->\n"
+    assert write_results.filled(content, blocks, page) == filled
+    assert write_results.filled(filled, blocks, page) == filled
+    for wrong in ("<!-- one -->\n", "<!-- /one -->\n", "<!-- three -->\n<!-- /three -->\n"):
+        with pytest.raises(DataError, match=r"a\.md: the marks (one|three) stand alone or name no block"):
+            write_results.filled(content + wrong, blocks, page)
 
 
 def experiments_on(folder: Path, task: str, returns: dict[tuple[str, str, str], float]) -> Path:
@@ -131,23 +145,23 @@ def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
 
 def test_when_not(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.when_not(speculation_table(two_tasks), two_tasks, None)
-    assert "in the chosen modes each takes 1.00 to 1.00 times as long" in text
-    assert "the interval is below it on b (two_tower_6_refined 1.100 [1.000, 1.200])" not in text
+    assert "each of them takes 1.00 to 1.00 times as long" in text
+    assert "seeds is below it on b (two_tower_6_refined 1.100 [1.000, 1.200])" not in text
     lower = {"a": two_tasks["a"]._replace(chosen="two_tower_6_refined")}
     text = write_results.when_not(speculation_table(lower), lower, None)
-    assert "the interval is below it on a (two_tower_6_refined 0.900 [0.800, 1.000])" in text
+    assert "seeds is below it on a (two_tower_6_refined 0.900 [0.800, 1.000])" in text
 
 
-def test_what_precedes_disturbances_is_of_their_seeds(tmp_path: Path) -> None:
+def test_what_precedes_perturbations_is_of_their_seeds(tmp_path: Path) -> None:
     returns = {"baseline": [10.0, 20.0, 90.0], "naive": [5.0, 10.0, 90.0]}
     results_of(returns, "naive", 21.0).episodes.to_csv(tmp_path / "episodes.csv", index=False)
-    table = write_results.undisturbed(tmp_path, [0, 1]).set_index("mode")
+    table = write_results.unperturbed(tmp_path, [0, 1]).set_index("mode")
     assert table.loc["naive", "return_ratio"] == 0.5 and table.loc["naive", "planner_calls"] == 0.1
     with pytest.raises(DataError, match="seeds that"):
-        write_results.undisturbed(tmp_path, [3])
+        write_results.unperturbed(tmp_path, [3])
 
 
-def test_fallbacks_are_counted_where_a_disturbance_is_hardest() -> None:
+def test_fallbacks_are_counted_where_a_perturbation_is_hardest() -> None:
     worlds = {("none", 0.0): 0.1, ("push", 0.1): 0.5, ("push", 1.0): 0.05}
     worlds |= {("friction", 0.4): 0.2, ("friction", 1.5): 0.05, ("mass", 1.6): 0.11}
     table = pd.DataFrame(
@@ -157,7 +171,7 @@ def test_fallbacks_are_counted_where_a_disturbance_is_hardest() -> None:
         for (kind, strength), fallbacks in worlds.items()
         for mode, ratio in (("chosen", 1.0), ("distilled_refined", 1.0 + strength - 0.5))
     )
-    text = write_results.disturbed(table)
+    text = write_results.perturbed(table)
     assert "in 2 of 3 pairs of a task and a kind, at least twice as often in 1." in text
     assert "| 1 of 1 | 30.0 % (30.0) | 20.0 % (10.0) |" in text, "friction 0.4"
     assert "| 0 of 1 | 30.0 % (30.0) | 11.0 % (10.0) |" in text, "mass 1.6"
