@@ -3,7 +3,7 @@
     python scripts/write_results.py
 
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
-large table of single steps; in `disturbed/` it holds what `tdmpc2 perturb` wrote;
+large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote;
 `results/experiments` is of `benchmarks/experiments.py`, `results/paper` of `benchmarks/paper.py`,
 `results/rules` of `benchmarks/rules.py`, `results/bench.json` of `benchmarks/bench.py`,
 `results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
@@ -265,7 +265,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
         if counts[first] != counts[second]:
             one, why = max(both, key=lambda name: counts[name]), what
             break
-    lines.append(f"If you train only one, train `{one}` (`architecture={one}`): {why}.")
+    lines.append(f"If you train only one, train `{one}` (`distillation.architecture={one}`): {why}.")
     return "\n".join([*lines, ""])
 
 
@@ -345,7 +345,7 @@ def perturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
     """A row for each task, perturbation (first none) and mode; None where nothing was measured."""
     tables = []
     for folder in tasks:
-        path = folder / "disturbed" / "summary.csv"
+        path = folder / "perturbed" / "summary.csv"
         if path.exists():
             chosen, table = read_json(folder / "chosen.json")["mode"], pd.read_csv(path)
             about, agent = (read_json(p / "provenance.json") for p in (path.parent, folder))
@@ -362,7 +362,7 @@ def unperturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     episodes = pd.read_csv(folder / "episodes.csv")
     episodes = episodes[episodes["seed"].isin(seeds)]
     if set(seeds) - set(episodes["seed"]):
-        raise DataError(f"{folder}/disturbed has seeds that {folder} lacks: run it with the same eval_seed")
+        raise DataError(f"{folder}/perturbed has seeds that {folder} lacks: give it the same evaluation.seed")
     sums = episodes.groupby("mode", sort=False).sum()
     returns = episodes.pivot(index="seed", columns="mode", values="return")
     table = sums[["planner_calls", "fallbacks"]].div(sums["length"], axis=0)

@@ -8,8 +8,8 @@ import gymnasium as gym
 from .agent import TDMPC2
 from .config import BudgetOverride, ComputeConfig, ModelOverride, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
-from .envs.disturb import Disturbed
 from .envs.guard import closed_on_error
+from .envs.perturb import Perturbed
 from .errors import CheckpointError, ConfigError, TaskError
 from .loading import open_checkpoint
 from .world_model import WorldModel, fingerprint
@@ -27,7 +27,7 @@ class Teacher:
     fingerprint: str  # of the weights
     task_index: int | None  # in a multi-task model
     compute: ComputeConfig  # how it plans, not what
-    disturbance: tuple[str, float] | None = None  # kind and strength: its world is then not as modelled
+    perturbation: tuple[str, float] | None = None  # kind and strength: its world is then not as modelled
 
     def agent(self, num_envs: int = 1, seed: int = 0) -> TDMPC2:
         """The teacher's own agent, which replans at every step."""
@@ -46,20 +46,20 @@ class Teacher:
         config = self.model.config
         env: gym.Env = make_env(self.task, obs="rgb" if config.pixels else "state")
         with closed_on_error(env):
-            if self.disturbance is not None:
-                env = Disturbed(env, *self.disturbance)
+            if self.perturbation is not None:
+                env = Perturbed(env, *self.perturbation)
             if self.task_index is not None:
                 env = PadForModel(env, config.obs_shape[0], config.action_dim)
         return env
 
-    def disturbed(self, kind: str, strength: float) -> "Teacher":
+    def perturbed(self, kind: str, strength: float) -> "Teacher":
         """The same teacher in a world that is not as modelled.
 
         Raises:
-            ConfigError: there is no such disturbance.
-            TaskError: the task's world cannot be disturbed in that way.
+            ConfigError: there is no such perturbation.
+            TaskError: the task's world cannot be perturbed in that way.
         """
-        teacher = replace(self, disturbance=(kind, strength))
+        teacher = replace(self, perturbation=(kind, strength))
         teacher.env().close()
         return teacher
 
