@@ -41,7 +41,7 @@ from tdmpc2.inference import compiled as compiled_module
 from tdmpc2.inference.libraries import ABANDONED, COMPILING, DIGEST, KEPT, library
 from tdmpc2.inference.sources import sources
 from tdmpc2.planner import Iteration
-from tdmpc2.step import PlanStep
+from tdmpc2.step import PlanState, PlanStep
 from tdmpc2.world_model import WorldModel, layers
 
 START = """
@@ -524,8 +524,8 @@ def test_a_library_depends_on_the_code_that_is_compiled(architecture, tasks, mon
     assert not any("distillation" in home or "evaluation" in home for home in homes["Iteration"])
     planner, step = own["Iteration"] - own["PlanStep"], own["PlanStep"] - own["Iteration"]
     for names, files in (
-        (planner, ("planner", "inference.fast_model", "inference.weights")),
-        (step, ("step", "refine", "corrector", "world_model")),
+        (planner, ("planner", "inference.fast_model", "inference.weights", "config.PlannerConfig")),
+        (step, ("step", "refine", "corrector", "world_model", "config.CorrectorConfig")),
     ):
         assert all(name.startswith((*(f"tdmpc2.{file}." for file in files), "namedtuple_")) for name in names)
 
@@ -579,6 +579,7 @@ def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monke
     last = rewritten(TwoTowerCorrector.features, "-1", "0")
     assert changed(TwoTowerCorrector, "features", last) == step
     assert changed(WorldModel, "next", lambda self, z, action, task: z) == step
+    Swapped.__module__, Swapped.__qualname__ = PlanState.__module__, PlanState.__qualname__
     assert changed(agent_module, "PlanState", Swapped) == step, "the order of inputs"
     assert changed(compiled_module, "say", print) == set()
     assert changed(ahead, "OPTIONS", {}) == both
