@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
@@ -46,7 +46,8 @@ from tdmpc2.corrector import BaseCorrector, build_corrector, save_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.files import write_json
 from tdmpc2.planner import NoiseSource, Planner
-from tdmpc2.training.trainer import TrainConfig, Trainer
+from tdmpc2.provenance import provenance
+from tdmpc2.training.trainer import TrainConfig, Trainer, TrainPlannerConfig
 from tdmpc2.training.update import Batch, Update
 from tdmpc2.world_model import WorldModel, fingerprint, save_world_model
 
@@ -64,7 +65,7 @@ SMALLEST = PlannerConfig(iterations=1, num_samples=32, num_elites=8, num_pi_traj
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig(PlannerConfig):
+class BenchConfig:
     """What is measured, and where the results go."""
 
     only: tuple[str, ...] = ()  # names of benchmarks; none: all
@@ -77,6 +78,7 @@ class BenchConfig(PlannerConfig):
     seconds: float = 10.0  # of measuring, for each record: a shared machine has slow seconds
     memory_steps: int = 100_000
     out: str = "results/bench.json"
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
 
 
 def planner(config: BenchConfig) -> Iterator[Measurement]:
@@ -88,14 +90,14 @@ def planner(config: BenchConfig) -> Iterator[Measurement]:
 def plan_record(size: int, compute: ComputeConfig, batch: int, config: BenchConfig) -> Record:
     model = random_model(size).to(config.device)
     noise = NoiseSource(0, config.device)
-    ours = Planner(model, config, DISCOUNT, noise, compute)
+    ours = Planner(model, config.planner, DISCOUNT, noise, compute)
     z = model.encode(torch.randn(batch, OBS_DIM, device=config.device))
     plain = {}
     if config.device == "cpu":
-        plain["reference"] = lambda: reference_plan(model, config, DISCOUNT, noise, z[0])
+        plain["reference"] = lambda: reference_plan(model, config.planner, DISCOUNT, noise, z[0])
     record = against_limit(
         {"plan": lambda: ours.plan(z), **plain},
-        flops=plan_flops(model.config, config, batch),
+        flops=plan_flops(model.config, config.planner, batch),
         dtype=ours.iteration.fast.dtype,
         size=size,
         batch=batch,
@@ -172,18 +174,19 @@ def seconds_to_act(folder: str, device: str) -> float:
 
 
 def update(config: BenchConfig) -> Iterator[Measurement]:
-    """One update of `batch_size` stretches of `horizon` steps, for every size and precision."""
+    """One update of `batch_size` stretches of `planner.horizon` steps, for every size and precision."""
     for size, precision in product(config.sizes, config.precisions):
         yield partial(update_record, size, ComputeConfig(precision, config.compile), config)
 
 
 def update_record(size: int, compute: ComputeConfig, config: BenchConfig) -> Record:
     settings, device, b = UpdateConfig(), config.device, UpdateConfig.batch_size
+    horizon = config.planner.horizon
     batch = Batch(
-        torch.randn(config.horizon + 1, b, OBS_DIM, device=device),
-        torch.rand(config.horizon, b, ACTION_DIM, device=device) * 2 - 1,
-        torch.rand(config.horizon, b, device=device),
-        torch.zeros(config.horizon, b, device=device),
+        torch.randn(horizon + 1, b, OBS_DIM, device=device),
+        torch.rand(horizon, b, ACTION_DIM, device=device) * 2 - 1,
+        torch.rand(horizon, b, device=device),
+        torch.zeros(horizon, b, device=device),
     )
     ours = Update(random_model(size).to(device), settings, DISCOUNT, NoiseSource(0, device), compute)
     plain = {}
@@ -192,7 +195,7 @@ def update_record(size: int, compute: ComputeConfig, config: BenchConfig) -> Rec
         plain["reference"] = lambda: reference(batch)
     return against_limit(
         {"update": lambda: ours(batch), **plain},
-        flops=update_flops(ours.model.config, config.horizon, b),
+        flops=update_flops(ours.model.config, horizon, b),
         dtype=ours.dtype,
         size=size,
         batch=b,
@@ -294,8 +297,7 @@ def training_record(precision: str, config: BenchConfig) -> Record:
             task="cartpole-swingup",
             model_size=1,
             seed_steps=20,
-            compile=config.compile,
-            precision=precision,
+            planner=TrainPlannerConfig(compile=config.compile, precision=precision),
             device=config.device,
             work_dir=folder,
         )
@@ -333,7 +335,7 @@ def main(config: BenchConfig) -> None:
     unknown = set(config.only) - set(BENCHMARKS)
     if unknown:
         raise ConfigError(f"only={sorted(unknown)}: there are {', '.join(BENCHMARKS)}")
-    console, about = Console(), cli.provenance()  # of the tree as it is before there are results
+    console, about = Console(), provenance()  # of the tree as it is before there are results
     records = []
     for name, benchmark in BENCHMARKS.items():
         if config.only and name not in config.only:

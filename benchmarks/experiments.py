@@ -13,7 +13,7 @@ killed goes on with the variants that are missing.
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,9 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from tdmpc2 import cli
-from tdmpc2.agent import TDMPC2, SpeculativeAgent
+from tdmpc2.agent import SpeculativeAgent
 from tdmpc2.config import TEACHER, BudgetOverride, CorrectorConfig, SpeculationConfig
-from tdmpc2.corrector import ARCHITECTURES, BaseCorrector, History, TwoTowerCorrector, load_corrector
+from tdmpc2.corrector import (
+    ARCHITECTURES,
+    BaseCorrector,
+    TwoTowerCorrector,
+    build_corrector,
+    load_corrector,
+)
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import l1_distance, unroll
@@ -35,9 +41,10 @@ from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, in_order, read_json, write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import Monitor, calibrate_thresholds
 from tdmpc2.planner import Plan
-from tdmpc2.refine import offsets, refine
+from tdmpc2.provenance import provenance
+from tdmpc2.step import PlanState, PlanStep
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
 from tdmpc2.world_model.layers import NormedLinear, mlp
@@ -69,29 +76,32 @@ AS_IT_IS = {  # of each experiment the variant that the package has; of the othe
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
+class ExperimentConfig:
     """Which agent the experiments are made on, and how correctors are trained."""
 
     agent: str  # a folder that `tdmpc2 accelerate` made
     task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
-    architecture: str = "two_tower"
-    eval_seed: int = 40_000
     round_episodes: int = 8  # collected for the experiment on bursts
     round_seed: int = 30_000
     out: str = "results/experiments"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    distillation: CorrectorTrainConfig = field(
+        default_factory=lambda: CorrectorTrainConfig(architecture="two_tower")
+    )
+    evaluation: EvaluationConfig = field(default_factory=lambda: EvaluationConfig(seed=40_000))
 
 
 class Mean(SpeculativeAgent):
     """Executes the mean of every plan."""
 
-    def _followed(self, plan: Plan, again: Tensor) -> Tensor:
+    def followed(self, plan: Plan, drawn: Tensor) -> Tensor:
         return plan.mean
 
 
 class Drawn(SpeculativeAgent):
     """Executes the elite that was drawn from every plan."""
 
-    def _followed(self, plan: Plan, again: Tensor) -> Tensor:
+    def followed(self, plan: Plan, drawn: Tensor) -> Tensor:
         return plan.actions
 
 
@@ -102,102 +112,67 @@ EXECUTED: Mapping[str, tuple[int, type[SpeculativeAgent]]] = {  # steps of each 
 }
 
 
-class RefinedPrior(SpeculativeAgent):
-    """Refines the policy prior's action instead of a corrected one."""
-
-    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
-        model, planner = self.teacher.model, self.teacher.planner
-        prior, around = model.prior(z, task), offsets(model.config.action_dim)
-        return refine(
-            model,
-            z,
-            prior,
-            prior,
-            around,
-            task,
-            steps=self.config.refine_steps,
-            discount=planner.discount,
-            temperature=planner.config.temperature,
-        )
-
-
-class RelativeDrift(SpeculativeAgent):
+class RelativeMismatch(Monitor):
     """Mismatch in units of how far the real latent has just moved."""
 
-    _before: Tensor | None = None
+    before: Tensor | None = None
 
-    def _drift(self, z: Tensor) -> Tensor:
-        drift, before = super()._drift(z), self._before
-        self._before = z
-        return drift if before is None else drift / ((z - before).norm(dim=-1) + 1e-3)
+    def measure(self, now: PlanState, step: PlanStep) -> Tensor:
+        mismatch, before = super().measure(now, step), self.before
+        self.before = now.z
+        return mismatch if before is None else mismatch / ((now.z - before).norm(dim=-1) + 1e-3)
 
 
-class ActionGap(SpeculativeAgent):
+class ActionGap(Monitor):
     """How far the prior's actions at the real and the predicted latent are apart: what a mismatch changes."""
 
-    def _drift(self, z: Tensor) -> Tensor:
-        model, task = self.teacher.model, self.teacher.task
-        return (model.prior(z, task) - model.prior(self._z_pred, task)).norm(dim=-1)
+    def measure(self, now: PlanState, step: PlanStep) -> Tensor:
+        real, predicted = (step.model.prior(z, now.task) for z in (now.z, now.z_pred))
+        return (real - predicted).norm(dim=-1)
 
 
-class ValueGap(SpeculativeAgent):
+class ValueGap(Monitor):
     """By how much the Q heads prefer the policy prior's action to the one that would be executed."""
 
-    def _drift(self, z: Tensor) -> Tensor:
-        model, task = self.teacher.model, self.teacher.task
-        prior, own = model.prior(z, task), would_execute(self, z)
-        return model.value(z, prior, task).mean(0) - model.value(z, own, task).mean(0)
+    def measure(self, now: PlanState, step: PlanStep) -> Tensor:
+        model, own = step.model, step.corrected(now, step.planned(now))[0]
+        prior = model.prior(now.z, now.task)
+        preferred, other = (model.value(now.z, action, now.task).mean(0) for action in (prior, own))
+        return preferred - other
 
 
-class Judged(SpeculativeAgent):
+class Judged(Monitor):
     """Accepts by what a network of its own says."""
 
-    def __init__(
-        self,
-        teacher: TDMPC2,
-        config: SpeculationConfig,
-        corrector: BaseCorrector | None = None,
-        *,
-        judge: nn.Module,
-    ):
-        super().__init__(teacher, config, corrector)
+    def __init__(self, threshold: tuple[float, ...] | None, judge: nn.Module):
+        super().__init__(threshold)
         self.judge = judge
 
 
 class Disagreement(Judged):
     """How far the action that would be executed is from that of `judge`, a corrector which sees one step."""
 
-    def _drift(self, z: Tensor) -> Tensor:
+    def measure(self, now: PlanState, step: PlanStep) -> Tensor:
         assert isinstance(self.judge, BaseCorrector)
-        planned = would_see(self, z)[1]
-        seen = self.judge.embed(z, self._z_pred, planned, self._k)
-        answer = self.judge(self.judge.no_history(self.num_envs).then(seen), planned)
-        return (would_execute(self, z) - answer).norm(dim=-1)
+        planned = step.planned(now)
+        seen = self.judge.embed(now.z, now.z_pred, planned, now.k)
+        answer = self.judge(self.judge.no_history(len(planned)).then(seen), planned)
+        return (step.corrected(now, planned)[0] - answer).norm(dim=-1)
 
 
 class OwnError(Judged):
     """How far the corrector's action is from the teacher's, as `judge` (of `error_estimate`) has it."""
 
-    def _drift(self, z: Tensor) -> Tensor:
-        assert self.corrector is not None
-        estimate: Tensor = self.judge(self.corrector.features(would_see(self, z)[0]))
+    def measure(self, now: PlanState, step: PlanStep) -> Tensor:
+        history = step.corrected(now, step.planned(now))[1]
+        assert step.corrector is not None and history is not None
+        estimate: Tensor = self.judge(step.corrector.features(history))
         return estimate.squeeze(-1)
 
 
-def would_see(agent: SpeculativeAgent, z: Tensor) -> tuple[History, Tensor]:
-    """A corrector's history and planned action `[B, A]` at the real latents `[B, L]`, without a replan."""
-    assert agent.corrector is not None and agent._history is not None
-    planned = agent._planned_action(z, agent._actions, agent._k, agent.teacher.task)
-    seen = agent.corrector.embed(z, agent._z_pred, planned, agent._k)
-    return agent._history.then(seen), planned
-
-
-def would_execute(agent: SpeculativeAgent, z: Tensor) -> Tensor:
-    """The action `[B, A]` that an agent executes at the real latents `[B, L]` where it does not replan."""
-    assert agent.corrector is not None
-    history, planned = would_see(agent, z)
-    action = agent.corrector(history, planned)
-    return agent._refined(z, action, planned, agent.teacher.task) if agent.config.refine_steps else action
+def untrained(config: CorrectorConfig) -> BaseCorrector:
+    """A corrector that executes what was planned: of the policy prior alone, the prior's action."""
+    return build_corrector(replace(config, architecture="two_tower")).eval().requires_grad_(False)
 
 
 def error_estimate(
@@ -245,7 +220,7 @@ class Bench:
         path: of the episodes; those that it holds already are not run again.
     """
 
-    def __init__(self, teacher: Teacher, config: ExperimentConfig, path: Path):
+    def __init__(self, teacher: Teacher, config: EvaluationConfig, path: Path):
         self.teacher, self.config, self.path = teacher, config, path
         self.episodes = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame()
 
@@ -254,16 +229,18 @@ class Bench:
         mode: SpeculationConfig,
         corrector: BaseCorrector | None = None,
         disturbance: tuple[str, float] | None = None,
-        agent_type: Callable[..., SpeculativeAgent] = SpeculativeAgent,
+        agent_type: type[SpeculativeAgent] = SpeculativeAgent,
+        rule: Callable[..., Monitor] = Monitor,
         seeds: range | None = None,
         horizon: int | None = None,
     ) -> Rollout:
         """Episodes of a mode; `horizon` is of the plans, where it is not to be the teacher's."""
-        seeds = seeds or self.config.eval_seeds
+        seeds = seeds or self.config.seeds
         planner = self.teacher.planner
         planner = replace(planner, horizon=horizon or planner.horizon)
         teacher = replace(self.teacher, disturbance=disturbance, planner=planner)
-        agent = agent_type(teacher.agent(min(self.config.num_envs, len(seeds)), seeds[0]), mode, corrector)
+        planning = teacher.agent(min(self.config.num_envs, len(seeds)), seeds[0])
+        agent = agent_type(planning, mode, corrector, rule(mode.threshold))
         return rollout(agent, teacher.env, seeds)
 
     def add(
@@ -289,20 +266,21 @@ class Bench:
 def main(config: ExperimentConfig) -> None:
     folder = Path(config.agent)
     saved = read_config(folder)
-    teacher = open_teacher(config.task or saved["task"], str(folder), config)
+    teacher = open_teacher(config.task or None, str(folder), config.planner)
     data = load_shards(folder / "data", teacher.fingerprint)
     used = {*data.seed.tolist(), *range(config.round_seed, config.round_seed + config.round_episodes)}
-    if used & {*config.eval_seeds, *config.calibration_seeds}:
+    evaluation, architecture = config.evaluation, config.distillation.architecture
+    if used & {*evaluation.seeds, *evaluation.calibration_seeds}:
         raise ConfigError("evaluation or calibration seeds overlap those of the agent's data: change them")
     corrector, distilled = (
         load_corrector(folder / "correctors" / name, teacher.fingerprint)
-        for name in (config.architecture, DISTILLED)
+        for name in (architecture, DISTILLED)
     )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     path, about = (out / f"{teacher.task}.{end}" for end in ("csv", "json"))
     running, running_about = (p.with_name(f"{p.name}.running") for p in (path, about))
-    made_by = cli.provenance()
+    made_by = provenance()
     claim = {
         "agent": saved["provenance"],
         "settings": asdict(config),
@@ -314,7 +292,7 @@ def main(config: ExperimentConfig) -> None:
             f"{running} was begun with another agent, other settings or other code: delete both files"
         )
     write_json(running_about, {**made_by, **claim})
-    bench = Bench(teacher, config, running)
+    bench = Bench(teacher, evaluation, running)
     bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
 
     for variant, (k, agent_type) in EXECUTED.items():
@@ -326,21 +304,21 @@ def main(config: ExperimentConfig) -> None:
         cheaper = partial(bench.rollout, replace(TEACHER, iterations=iterations), None, agent_type=Mean)
         bench.add("budget", f"the mean of a new plan at every step, iterations: {iterations}", cheaper)
 
-    free = SpeculationConfig(LONG, corrector=config.architecture, refine_steps=1)
+    free = SpeculationConfig(LONG, corrector=architecture, refine_steps=1)
     unrefined, far = (replace(free, refine_steps=n) for n in (0, teacher.planner.horizon))
     alone, prior = (replace(mode, refine_steps=1) for mode in (ALONE, PRIOR))
-    refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector | None, type[SpeculativeAgent]]] = {
-        "none": (unrefined, corrector, SpeculativeAgent),
-        "of the corrected action": (free, corrector, SpeculativeAgent),
-        "of the corrected action, as many steps ahead as plans have": (far, corrector, SpeculativeAgent),
-        "none, of the distilled policy alone": (ALONE, distilled, SpeculativeAgent),
-        "of the distilled policy alone": (alone, distilled, SpeculativeAgent),
-        "of the prior alone": (prior, None, RefinedPrior),
+    refinements: Mapping[str, tuple[SpeculationConfig, BaseCorrector]] = {
+        "none": (unrefined, corrector),
+        "of the corrected action": (free, corrector),
+        "of the corrected action, as many steps ahead as plans have": (far, corrector),
+        "none, of the distilled policy alone": (ALONE, distilled),
+        "of the distilled policy alone": (alone, distilled),
+        "of the prior alone": (prior, untrained(corrector.config)),
     }
-    for variant, (mode, network, kind) in refinements.items():
-        bench.add("refinement", variant, partial(bench.rollout, mode, network, agent_type=kind))
+    for variant, (mode, network) in refinements.items():
+        bench.add("refinement", variant, partial(bench.rollout, mode, network))
 
-    def trained(experiment: str, variant: str, data: Recording, settings: ExperimentConfig) -> None:
+    def trained(experiment: str, variant: str, data: Recording, settings: CorrectorTrainConfig) -> None:
         @cache
         def new() -> BaseCorrector:
             with TemporaryDirectory() as out:
@@ -348,33 +326,31 @@ def main(config: ExperimentConfig) -> None:
 
         bench.add(experiment, variant, lambda d: bench.rollout(free, new(), d))
 
-    training(data, folder, teacher, config, trained)
+    training(data, folder, teacher, config.distillation, trained)
     for name, bursts in {"none": False, "of random actions": True}.items():
-        trained("bursts", name, with_a_round(folder, teacher, corrector, config, bursts), config)
+        own = with_a_round(folder, teacher, corrector, config, bursts)
+        trained("bursts", name, own, config.distillation)
     for variant, (length, horizon) in EXTENSIONS.items():
         longer = partial(bench.rollout, replace(free, plan_length=length), corrector, horizon=horizon)
         bench.add("plan", variant, longer)
-    head = error_estimate(teacher.model, corrector, data, config)
-    rules: Mapping[str, Callable[..., SpeculativeAgent]] = {
-        STANDARD: SpeculativeAgent,
-        PER_STEP: SpeculativeAgent,
-        ONE_FOR_ALL: SpeculativeAgent,
-        "mismatch over last step": RelativeDrift,
+    head = error_estimate(teacher.model, corrector, data, config.distillation)
+    rules: Mapping[str, Callable[..., Monitor]] = {
+        STANDARD: Monitor,
+        PER_STEP: Monitor,
+        ONE_FOR_ALL: Monitor,
+        "mismatch over last step": RelativeMismatch,
         "action gap": ActionGap,
         "value gap": ValueGap,
         "disagreement with the distilled policy": partial(Disagreement, judge=distilled),
         "estimate of the corrector's own error": partial(OwnError, judge=head),
     }
 
-    def accepting(variant: str, mode: SpeculationConfig, agent_type: Callable[..., SpeculativeAgent]) -> None:
-        run = partial(bench.rollout, mode, corrector, agent_type=agent_type)
-        bench.add("acceptance", variant, run, (None, PUSH, HEAVY))
-
-    for rule, agent_type in rules.items():
-        seen = bench.rollout(free, corrector, agent_type=agent_type, seeds=config.calibration_seeds).steps
+    for name, rule in rules.items():
+        seen = bench.rollout(free, corrector, rule=rule, seeds=evaluation.calibration_seeds).steps
         for quantile in QUANTILES:
-            mode = replace(free, threshold=thresholds(rule, seen, quantile))
-            accepting(f"{rule}, quantile {quantile}", mode, agent_type)
+            mode = replace(free, threshold=thresholds(name, seen, quantile))
+            run = partial(bench.rollout, mode, corrector, rule=rule)
+            bench.add("acceptance", f"{name}, quantile {quantile}", run, (None, PUSH, HEAVY))
     running_about.rename(about)
     running.rename(path)
 
@@ -403,8 +379,8 @@ def training(
     data: Recording,
     folder: Path,
     teacher: Teacher,
-    config: ExperimentConfig,
-    run: Callable[[str, str, Recording, ExperimentConfig], None],
+    config: CorrectorTrainConfig,
+    run: Callable[[str, str, Recording, CorrectorTrainConfig], None],
 ) -> None:
     """The experiments whose variants are trained: loss, input, unrolled steps, labels, amount of data."""
     as_it_is = (
@@ -447,6 +423,7 @@ def with_a_round(
     folder: Path, teacher: Teacher, corrector: BaseCorrector, config: ExperimentConfig, bursts: bool
 ) -> Recording:
     """The teacher's own episodes of an agent's data, and a round under its corrector made now."""
+    architecture = config.distillation.architecture
     with TemporaryDirectory() as out:
         shutil.copytree(folder / "data" / "teacher", Path(out) / "teacher")
         collect(
@@ -454,9 +431,9 @@ def with_a_round(
             Path(out) / "round",
             episodes=config.round_episodes,
             seed=config.round_seed,
-            num_envs=config.num_envs,
-            behaviours=[SpeculationConfig(LONG, corrector=config.architecture, refine_steps=1)],
-            correctors={config.architecture: corrector},
+            num_envs=config.evaluation.num_envs,
+            behaviours=[SpeculationConfig(LONG, corrector=architecture, refine_steps=1)],
+            correctors={architecture: corrector},
             bursts=bursts,
         )
         return load_shards(out, teacher.fingerprint)

@@ -9,13 +9,13 @@ Thresholds are calibrated on seeds of their own; then all modes run the same hel
 correctors and modes that are missing.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from tdmpc2 import cli
-from tdmpc2.config import BudgetOverride, SpeculationConfig
+from tdmpc2.config import BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
 from tdmpc2.distillation.losses import LOSSES
@@ -33,17 +33,18 @@ from tdmpc2.evaluation.evaluate import (
 from tdmpc2.evaluation.metrics import summarise
 from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
 from tdmpc2.files import in_use, write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import calibrate_thresholds
 from tdmpc2.progress import Progress
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 CORRECTORS = ("two_tower", "temporal")
 # Settings that may change on resume.
-NOT_COMPARED = ("checkpoint", "data", "device", "compile", "runs", "out")
+FREE_ON_RESUME = ("checkpoint", "data", "device", "planner.compile", "runs", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperConfig(BudgetOverride, EpisodesConfig):
+class PaperConfig:
     """Whose data the correctors are trained on, and how much is evaluated."""
 
     task: str
@@ -53,9 +54,11 @@ class PaperConfig(BudgetOverride, EpisodesConfig):
     updates: int = 1_400  # of each corrector: as many as `tdmpc2 accelerate` makes in all its rounds
     calibration_seed: int = 10_000
     calibration_episodes: int = 20
-    num_envs: int = 20
     runs: str = "runs/paper"  # for what is not published
     out: str = "results/paper"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
+    evaluation: EpisodesConfig = field(default_factory=lambda: EpisodesConfig(num_envs=20))
 
 
 def main(config: PaperConfig) -> None:
@@ -65,20 +68,20 @@ def main(config: PaperConfig) -> None:
 
 def compare(config: PaperConfig, progress: Progress) -> None:
     """Train what is missing, evaluate, and write the results."""
-    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     runs, out = Path(config.runs) / config.task, Path(config.out) / config.task
     seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)
-    if overlap(seeds, config.eval_seeds):
-        raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+    if overlap(seeds, config.evaluation.seeds):
+        raise ConfigError("evaluation seeds overlap the calibration seeds: change evaluation.seed")
     data = load_shards(config.data, teacher.fingerprint).to(config.device)
     settings = {
+        **asdict(config),
         "teacher": teacher.fingerprint,
-        "planner": asdict(teacher.planner),
+        "budget": asdict(teacher.planner),
         "precision": teacher.compute.precision,
         "episodes of the data": sorted(data.seed.unique().tolist()),
-        **{name: value for name, value in asdict(config).items() if name not in NOT_COMPARED},
     }
-    claim(runs, settings)
+    claim(runs, settings, FREE_ON_RESUME)
     correctors: dict[str, BaseCorrector] = {}
     for loss in LOSSES:
         for name in CORRECTORS:
@@ -88,7 +91,7 @@ def compare(config: PaperConfig, progress: Progress) -> None:
                 train_corrector(teacher.model, data, how, folder)
                 (folder / name / "done").touch()
             correctors[f"{name}, {loss}"] = load_corrector(folder / name, teacher.fingerprint, config.device)
-            check_unseen([*seeds, *config.eval_seeds], [folder / name])
+            check_unseen([*seeds, *config.evaluation.seeds], [folder / name])
     subject = Subject(teacher, correctors)
     quantile, far = EvaluationConfig.quantile, max(PAPER_HORIZONS)
     modes = simple_modes(teacher.planner.iterations)
@@ -101,17 +104,23 @@ def compare(config: PaperConfig, progress: Progress) -> None:
             steps = teacher.planner.horizon if refined else 0
             free = SpeculationConfig(far, corrector=corrector, refine_steps=steps)
             seen = run_modes(
-                subject, {f"{family.name}-{loss}": free}, config, seeds, runs / "calibration", progress
+                subject,
+                {f"{family.name}-{loss}": free},
+                config.evaluation,
+                seeds,
+                runs / "calibration",
+                progress,
             )
             for k in PAPER_HORIZONS:
                 modes[f"{family.mode_name(k)}, {loss}"] = replace(
                     free, execution_horizon=k, threshold=calibrate_thresholds(seen.steps, quantile, k)
                 )
-    result = run_modes(subject, modes, config, config.eval_seeds, runs / "modes", progress)
+    held_out = config.evaluation
+    result = run_modes(subject, modes, held_out, held_out.seeds, runs / "modes", progress)
     write_csv(out / "episodes.csv", result.episodes)
     write_csv(out / "summary.csv", summarise(result.episodes, result.steps, None))
     about = {
-        **cli.provenance(),
+        **provenance(),
         "config": asdict(config),
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),

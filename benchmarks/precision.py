@@ -6,7 +6,7 @@ Writes `results/precision/TASK.csv`, an episode a row, and `TASK.json`: the rati
 95 % paired bootstrap interval.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,16 +14,17 @@ from rich.console import Console
 
 from tdmpc2 import cli
 from tdmpc2.agent import SpeculativeAgent
-from tdmpc2.checked import at_least
-from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig
+from tdmpc2.checked import Checked, at_least
+from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig, ModelOverride
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrecisionConfig(BudgetOverride):
+class PrecisionConfig(Checked):
     """Whose precision is judged, on which episodes."""
 
     task: str
@@ -33,6 +34,8 @@ class PrecisionConfig(BudgetOverride):
     num_envs: int = 10
     device: str = "cpu"
     out: str = "results/precision"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
     def check_ranges(self) -> None:
         at_least(2, self, "episodes")
@@ -41,11 +44,11 @@ class PrecisionConfig(BudgetOverride):
 
 
 def main(config: PrecisionConfig) -> None:
-    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     seeds = range(config.seed, config.seed + config.episodes)
     returns = {}
     for precision in ("float32", "bfloat16"):
-        compute = ComputeConfig(precision, config.compile)
+        compute = ComputeConfig(precision, config.planner.compile)
         planning = replace(teacher, compute=compute).agent(min(config.num_envs, config.episodes), config.seed)
         agent = SpeculativeAgent(planning, TEACHER)
         returns[precision] = rollout(agent, teacher.env, seeds).episodes["return"].to_numpy()
@@ -55,7 +58,7 @@ def main(config: PrecisionConfig) -> None:
     path = Path(config.out) / config.task
     with atomic_write(path.with_suffix(".csv")) as tmp:
         pd.DataFrame({"seed": seeds, **returns}).to_csv(tmp, index=False)
-    content = {**cli.provenance(), "ratio": ratio, "low": low, "high": high, "episodes": config.episodes}
+    content = {**provenance(), "ratio": ratio, "low": low, "high": high, "episodes": config.episodes}
     write_json(path.with_suffix(".json"), content)
 
 

@@ -8,20 +8,21 @@ rules and the baseline run the same episodes in every world. Writes `results/rul
 episode, and `TASK.json`, where the numbers come from.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
 
 from tdmpc2 import cli
-from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
+from tdmpc2.config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
 from tdmpc2.errors import ConfigError, TaskError
 from tdmpc2.evaluation.evaluate import Subject, check_unseen, overlap, write_csv
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.files import write_json
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import calibrate_thresholds
+from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
 
 PER_STEP = 0.97  # the first edition's quantile of the mismatches at every step in plan
@@ -34,7 +35,7 @@ WORLDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RulesConfig(BudgetOverride):
+class RulesConfig:
     """Which corrector the rules are compared on."""
 
     task: str
@@ -47,6 +48,8 @@ class RulesConfig(BudgetOverride):
     eval_seed: int = 40_000
     episodes: int = 20  # run as one batch
     out: str = "results/rules"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
 
 def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, SpeculationConfig]:
@@ -63,7 +66,7 @@ def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, Speculation
 
 def main(config: RulesConfig) -> None:
     console, name = Console(), config.architecture
-    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     corrector = load_corrector(Path(config.correctors) / name, teacher.fingerprint, config.device)
     steps_ahead = teacher.planner.horizon
     free = SpeculationConfig(config.execution_horizon, corrector=name, refine_steps=steps_ahead)
@@ -94,7 +97,7 @@ def main(config: RulesConfig) -> None:
     write_json(
         out.with_suffix(".json"),
         {
-            **cli.provenance(),
+            **provenance(),
             "teacher": teacher.fingerprint,
             "planner": asdict(teacher.planner),
             "precision": teacher.compute.precision,

@@ -20,7 +20,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from tdmpc2.evaluation.aggregate import (
 from tdmpc2.evaluation.evaluate import EvaluationConfig
 from tdmpc2.evaluation.metrics import PLANS, paired_ratio, with_interval
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, HORIZONS, REFINED, SIMPLER, Family
-from tdmpc2.files import atomic_write, read_json
+from tdmpc2.files import atomic_write, flat, read_json
 from tdmpc2.training.trainer import TrainConfig
 
 plt.rcParams["svg.hashsalt"] = "tdmpc2"  # one name for each part of a figure, in every run
@@ -484,8 +484,10 @@ def precision_line(path: Path) -> str:
 
 def command(folder: Path) -> str:
     """The training command of a teacher, its settings where they are not the defaults, and its commit."""
-    settings = read_json(folder / "train_config.json")
-    usual = {f.name: f.default for f in fields(TrainConfig)}
+    settings = flat(read_json(folder / "train_config.json"))
+    usual = flat(asdict(TrainConfig(task="")))
+    # Runs of earlier versions have no parts: update.lr was lr, evaluation.freq was eval_freq.
+    usual |= {name.replace("evaluation.", "eval_").rpartition(".")[2]: value for name, value in usual.items()}
     given = [
         f"{name}={value}"
         for name, value in sorted(settings.items(), key=lambda item: item[0] != "task")

@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .agent import TDMPC2, Kind, SpeculativeAgent, StepInfo, load_agent
+from .agent import TDMPC2, Kind, SpeculativeAgent, StepInfo
 from .errors import TDMPC2Error
+from .loading import load_agent
 from .version import __version__
 from .world_model import WorldModel, load_world_model
 

@@ -20,12 +20,13 @@ their evaluation beside them.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from .checked import at_least
-from .cli import provenance
-from .config import ELSEWHERE, TEACHER, BudgetOverride, SpeculationConfig
+from .checked import Checked, at_least
+from .config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
 from .distillation import (
     CorrectorTrainConfig,
@@ -49,35 +50,55 @@ from .evaluation.modes import ALONE, DISTILLED, HORIZONS
 from .evaluation.rollout import random_returns
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
+from .provenance import provenance
 from .teacher import Teacher, open_teacher
 from .world_model import fingerprint, save_world_model
 from .world_model.checkpoint import CONFIG
 
+# Settings that may change on resume; the teacher is known by its weights.
+FREE_ON_RESUME = ("checkpoint", "out", "device", "planner.compile")
+
+
+@dataclass(frozen=True)
+class DataConfig(Checked):
+    """The episodes that correctors learn from."""
+
+    episodes: int = 8  # of the teacher; at least 3, for training, validation and test
+    round_episodes: int = 9  # one for each of two correctors and four execution horizons, one of `distilled`
+    seed: int = 0  # of the first episode of all
+    num_envs: int = 10  # episodes run as one batch, which makes one shard
+
+    def check_ranges(self) -> None:
+        at_least(3, self, "episodes")
+        at_least(1, self, "round_episodes", "num_envs")
+        at_least(0, self, "seed")
+
 
 @dataclass(frozen=True, kw_only=True)
-class AccelerateConfig(BudgetOverride, EvaluationConfig, CorrectorTrainConfig):
-    """Everything that `tdmpc2 accelerate` can be told."""
+class AccelerateConfig(Checked):
+    """What is accelerated, where, and how long."""
 
     task: str
     checkpoint: str  # an original .pt file or a folder of ours
     out: str = ""  # default: accelerated/<task>
     device: str = "cpu"
-    episodes: int = 8  # of the teacher; at least 3, for training, validation and test
     rounds: int = 4  # of data under the correctors
-    round_episodes: int = 9  # one for each of two correctors and four execution horizons, one of `distilled`
-    round_updates: int = 200  # in training before a round; `updates` are of the final training
-    collect_seed: int = 0  # of the first episode of all
+    round_updates: int = 200  # in training before a round; distillation.updates are of the final training
+    data: DataConfig = field(default_factory=DataConfig)
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
+    distillation: CorrectorTrainConfig = field(default_factory=CorrectorTrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def check_ranges(self) -> None:
-        if self.architecture == DISTILLED:
-            raise ConfigError(f"architecture={DISTILLED} corrects nothing: choose all, or another one")
-        at_least(3, self, "episodes")
-        at_least(1, self, "round_episodes", "round_updates")
-        at_least(0, self, "rounds", "collect_seed")
-        episodes = self.episodes + self.rounds * self.round_episodes
-        collected = range(self.collect_seed, self.collect_seed + episodes)
-        if overlap(collected, self.calibration_seeds) or overlap(collected, self.eval_seeds):
-            raise ConfigError("collection seeds overlap those of calibration or evaluation: change one")
+        if self.distillation.architecture == DISTILLED:
+            raise ConfigError(f"distillation.architecture={DISTILLED}: it corrects nothing, choose another")
+        at_least(0, self, "rounds")
+        at_least(1, self, "round_updates")
+        seed, own = self.data.seed, self.evaluation
+        collected = range(seed, seed + self.data.episodes + self.rounds * self.data.round_episodes)
+        if overlap(collected, own.calibration_seeds) or overlap(collected, own.seeds):
+            raise ConfigError(f"data.seed={seed}: these seeds overlap those of calibration or evaluation")
 
 
 def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
@@ -91,7 +112,7 @@ def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
     """
     out = Path(config.out or f"accelerated/{file_name(config.task)}")
     check_room_for_agent(out, config.checkpoint)
-    teacher = open_teacher(config.task, config.checkpoint, config, config.device)
+    teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
     with in_use(out):
         return _accelerate(config, teacher, out, progress)
@@ -99,14 +120,12 @@ def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
 
 def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress: Progress) -> Path:
     c = config
-    # The teacher is known by its weights, wherever its file and this folder lie.
-    settings = {name: value for name, value in asdict(c).items() if name not in ("checkpoint", "out")}
-    settings["teacher"] = teacher.fingerprint
+    settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists():
-        earlier = {**read_json(out / "settings.json"), **{name: settings[name] for name in ELSEWHERE}}
+        earlier = read_json(out / "settings.json")
         rounds = earlier.get("rounds", 0)
-        fewer = rounds > c.rounds  # than the run has: only more can be added
-        if differs := difference(earlier, settings if fewer else {**settings, "rounds": rounds}):
+        added = ("rounds",) if rounds <= c.rounds else ()  # only more can be
+        if differs := difference(earlier, settings, (*FREE_ON_RESUME, *added)):
             raise ConfigError(f"{out} holds a run with {differs}: choose another out=, or delete it")
         if rounds < c.rounds:
             _make_room(out, rounds)
@@ -127,7 +146,7 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
             out / "data" / folder,
             episodes=episodes,
             seed=first,
-            num_envs=c.num_envs,
+            num_envs=c.data.num_envs,
             behaviours=behaviours,
             correctors=correctors,
             bursts=correctors is not None,
@@ -137,7 +156,7 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
     def train(folder: Path, initial: Mapping[str, BaseCorrector], updates: int) -> dict[str, BaseCorrector]:
         if not (folder / "done.json").exists():
             data = load_shards(out / "data", teacher.fingerprint).to(c.device)
-            how = replace(c, updates=updates)
+            how = replace(c.distillation, updates=updates)
             trained = train_corrector(teacher.model, data, how, folder, initial, progress)
             progress.table(error_table(trained))
             write_json(folder / "provenance.json", made_by)
@@ -146,9 +165,9 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
         return {n: load_corrector(folder / n, teacher.fingerprint, c.device) for n in names}
 
     progress.print(f"{c.task}: the teacher's own episodes")
-    gather("teacher", c.collect_seed, c.episodes)
+    gather("teacher", c.data.seed, c.data.episodes)
     returns = episode_returns(out / "data" / "teacher")
-    random = random_returns(teacher.env, range(c.collect_seed, c.collect_seed + c.episodes))
+    random = random_returns(teacher.env, range(c.data.seed, c.data.seed + c.data.episodes))
     if fault := failure(float(returns.mean()), random):
         progress.print(f"WARNING: {fault}; nothing will be chosen")
     correctors: dict[str, BaseCorrector] = {}
@@ -163,18 +182,19 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
         ]
         if DISTILLED in correctors:  # a rival learns from its own states too
             behaviours.append(ALONE)
-        first = c.collect_seed + c.episodes + r * c.round_episodes
-        gather(f"round-{r + 1}", first, c.round_episodes, behaviours, correctors)
+        first = c.data.seed + c.data.episodes + r * c.data.round_episodes
+        gather(f"round-{r + 1}", first, c.data.round_episodes, behaviours, correctors)
     progress.print("the final correctors")
-    train(out / "correctors", correctors, c.updates)
+    train(out / "correctors", correctors, c.distillation.updates)
+    about = {"trained": _where_made(out), "settings": settings}
     choice = evaluate_correctors(
-        teacher, out / "correctors", out / "evaluation", c, progress, trained=_where_made(out)
+        teacher, out / "correctors", out / "evaluation", c.evaluation, progress, about
     )
     if choice.more_data_may_help:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         progress.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
     save_agent(out, teacher, out / "evaluation", out / "correctors")
-    progress.print(f'done: agent = tdmpc2.load_agent("{out}")')
+    progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')
     return out
 
 
@@ -227,7 +247,7 @@ def _make_room(out: Path, rounds: int) -> None:
     if (out / "correctors").exists():
         shutil.rmtree(before, ignore_errors=True)  # of an attempt that was killed here
         (out / "correctors").rename(before)
-    for name in ("evaluation", "disturbed"):
+    for name in ("evaluation", "perturbed"):
         if (out / name).exists():
             (out / name).rename(before / name)
 
@@ -249,11 +269,11 @@ def evaluate_correctors(
     out: Path,
     config: EvaluationConfig,
     progress: Progress,
-    trained: str = "",
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> Choice:
     """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode.
 
-    `trained` says where data and correctors were made, for the report.
+    `about` says how and where data and correctors were made, for the report.
 
     Raises:
         CheckpointError: there is no corrector, or one is of another teacher.
@@ -266,7 +286,7 @@ def evaluate_correctors(
         ]
         advice = f"give {near[0]}" if near else "train one with `tdmpc2 distill`"
         raise CheckpointError(f"{folder} is no folder of correctors: {advice}")
-    seeds = [*config.eval_seeds, *config.calibration_seeds]
+    seeds = [*config.seeds, *config.calibration_seeds]
     check_unseen(seeds, [folder / name for name in found])
     device = next(teacher.model.parameters()).device
     networks = {n: load_corrector(folder / n, teacher.fingerprint, device) for n in found}
@@ -284,7 +304,5 @@ def evaluate_correctors(
                 "prior_error": mean["prior"],
             }
         )
-    meta = {**provenance(), "validation": validation}
-    if trained:
-        meta["trained"] = trained
+    meta = {**provenance(), "validation": validation, **about}
     return evaluate(Subject(teacher, networks), config, out, meta, progress)

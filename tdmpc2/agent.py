@@ -14,43 +14,23 @@ and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's
     4                a replan is due: k = 0 again
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
-from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .config import (
-    COMPILED,
-    EAGER,
-    TEACHER,
-    ComputeConfig,
-    PlannerConfig,
-    SpeculationConfig,
-    Unsaid,
-    discount_of,
-    published_budget,
-)
-from .corrector import ARCHITECTURES, BaseCorrector, History, load_corrector
-from .errors import CheckpointError, ConfigError, ObservationError
+from .config import EAGER, ComputeConfig, PlannerConfig, SpeculationConfig
+from .corrector import BaseCorrector
+from .errors import ConfigError, ObservationError
 from .inference import AheadOfTime, Compiled, forks_have_one_thread
 from .inputs import Array, like, read_mask, read_observation
-from .mismatch import mismatch
+from .monitor import Monitor
 from .planner import NoiseSource, Plan, Planner, warm_start
-from .refine import refine
-from .world_model.checkpoint import (
-    fingerprint,
-    load_world_model,
-    published_task_index,
-    saved_as,
-    saved_config,
-    spelling,
-)
+from .step import PlanState, PlanStep, Step
 from .world_model.model import WorldModel
 
 
@@ -84,20 +64,6 @@ class StepInfo(NamedTuple):
         return ", ".join(
             f"{name}={x[0] if len(x) == 1 else '[' + ', '.join(x) + ']'}" for name, x in columns.items()
         )
-
-
-class Step(NamedTuple):
-    """What is executed in one step of a plan, and remembered for the next."""
-
-    planned: Tensor  # [B, A]
-    action: Tensor  # [B, A], corrected and refined
-    z_pred: Tensor  # [B, L], predicted for the next step
-    history: History | None  # this step included
-
-
-def corrected_step(x: list[Tensor]) -> Step:
-    """The tensors of a `Step` with a history, put together again."""
-    return Step(x[0], x[1], x[2], History(x[3], x[4]))
 
 
 class TDMPC2:
@@ -231,13 +197,14 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
 
-    With `refine_steps` the corrected action is refined (`refine`) before it is executed. A mismatch above the
-    threshold ends a plan early.
+    With `refine_steps` the corrected action is refined (`refine`) before it is executed. The monitor ends a
+    plan early.
 
     Args:
         teacher: plans, and tells the number of rows; it becomes the agent's own.
         config: the mode of execution.
         corrector: corrects the steps after the first; None executes them as planned.
+        monitor: says when a plan is given up; None: where the mismatch is above `config.threshold`.
     """
 
     def __init__(
@@ -245,45 +212,35 @@ class SpeculativeAgent:
         teacher: TDMPC2,
         config: SpeculationConfig,
         corrector: BaseCorrector | None = None,
+        monitor: Monitor | None = None,
     ):
         horizon = teacher.planner.config.horizon
         self.plan_length = horizon if config.plan_length is None else config.plan_length
         if not 0 <= self.plan_length <= horizon:
             raise ConfigError(f"plan_length={config.plan_length}: must be from 0 to the horizon, {horizon}")
+        planner, model, n, device = teacher.planner, teacher.model, teacher.num_envs, teacher.device
         if config.iterations is not None:
-            planner = teacher.planner
             planner.config = replace(planner.config, iterations=config.iterations)
         self.teacher, self.config, self.corrector = teacher, config, corrector
-        n, model = teacher.num_envs, teacher.model
-        latent, action, device = model.config.latent_dim, model.config.action_dim, teacher.device
-        numbers: dict[str, Any] = dict(dtype=torch.float32, device=device)  # whatever PyTorch's default is
         with torch.inference_mode(False):  # as in `TDMPC2`
-            self._thresholds = torch.tensor(config.threshold or (math.inf,), **numbers)
-            self._actions = torch.zeros(n, horizon, action, **numbers)
-            self._z_pred = torch.zeros(n, latent, **numbers)
-            self._k = torch.full((n,), config.execution_horizon, device=device)
-            self._history = None if corrector is None else corrector.no_history(n)
-        # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
-        # step. A bool, so that one compilation serves all horizons.
-        self._predicts = config.execution_horizon > 1
-        self._step: Callable[..., Step] = self._eager_step
-        if teacher.planner.compute.compile and corrector is not None and n == 1:
+            self.monitor = (monitor or Monitor(config.threshold)).to(device)
+            self.step = PlanStep(model, corrector, config, self.plan_length, planner.config, planner.discount)
+            z = torch.zeros(n, model.config.latent_dim, dtype=torch.float32, device=device)
+            self._now = PlanState(
+                z=z,
+                z_pred=z,
+                plan=z.new_zeros(n, horizon, model.config.action_dim),
+                k=torch.full((n,), config.execution_horizon, device=device),
+                history=None if corrector is None else corrector.no_history(n),
+                task=teacher.task,
+            )
+        self._run: Callable[..., Step] = self.step
+        if planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
-            what = "the corrector"
             if device.type == "cpu":
-                self._step = AheadOfTime(
-                    self._eager_step,
-                    corrected_step,
-                    what=what,
-                    modules=(model, corrector),
-                    depends_on=(
-                        (model.config, corrector.config),
-                        (self.plan_length, self._predicts, config.refine_steps),
-                        (teacher.planner.discount, teacher.planner.config.temperature),
-                    ),
-                )
+                self._run = AheadOfTime(self.step, Step._make, what="the corrector")
             else:
-                self._step = Compiled(self._eager_step, what=what, device=device)
+                self._run = Compiled(self.step, what="the corrector", device=device)
         self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
 
     def __repr__(self) -> str:
@@ -302,9 +259,9 @@ class SpeculativeAgent:
         """
         index = read_mask(mask, self.num_envs, self.teacher.device)
         self.teacher.reset(mask)
-        self._k[index] = self.config.execution_horizon  # a replan is due
-        if self._history is not None:
-            self._history.valid[index] = False
+        self._now.k[index] = self.config.execution_horizon  # a replan is due
+        if self._now.history is not None:
+            self._now.history.valid[index] = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -323,18 +280,16 @@ class SpeculativeAgent:
         Raises:
             ObservationError: as `TDMPC2.act`.
         """
-        k = self._k
-        z = self.teacher.encode(obs)
-        due = k >= self.config.execution_horizon
-        drift = self._drift(z)
-        replan = due | ~(drift <= self._threshold())  # NaN counts as too large
+        now = self._now._replace(z=self.teacher.encode(obs))
+        due = now.k >= self.config.execution_horizon
+        measured, given_up = self.monitor(now, self.step)
+        replan = due | given_up
+        k = now.k
         if replan.any():
-            self._replan(z, replan, plan, eval_mode)
-
-        step = self._step(z, self._z_pred, self._actions, self._k, replan, self._history, self.teacher.task)
-        self._z_pred, self._history = step.z_pred, step.history
-        self._k = self._k + 1
-        self._last = (due, replan, k, drift, step)
+            now = self._replanned(now, replan, plan, eval_mode)
+        step = self._run(now, replan)
+        self._now = now._replace(z_pred=step.z_pred, k=now.k + 1, history=step.history)
+        self._last = (due, replan, k, measured, step)
         return like(step.action, obs, self.teacher.model.config)  # type: ignore[return-value]
 
     @property
@@ -342,39 +297,31 @@ class SpeculativeAgent:
         """What happened in the last `act`; None before the first."""
         if self._last is None:
             return None
-        due, replan, k, drift, step = self._last
+        due, replan, k, measured, step = self._last
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
         # Without plans there is none to make, whatever ended the last one.
         first, again = (Kind.PLANNED, Kind.FALLBACK) if self.plan_length else (Kind.PRIOR, Kind.PRIOR)
         return StepInfo(
             kind=torch.where(due, first, torch.where(replan, again, later)),
             k=torch.where(due, 0, k),
-            mismatch=drift.masked_fill(due, torch.nan),
+            mismatch=measured.masked_fill(due, torch.nan),
             correction=(step.action - step.planned).norm(dim=-1),
         )
 
-    def _drift(self, z: Tensor) -> Tensor:
-        """What is held against the threshold `[B]`: how far the real latents are from those predicted."""
-        return mismatch(z, self._z_pred)
-
-    def _threshold(self) -> Tensor:
-        """That of each row's step in plan `[B]`."""
-        return self._thresholds[(self._k - 1).clamp(0, len(self._thresholds) - 1)]
-
-    def _replan(self, z: Tensor, replan: Tensor, plan: Plan | None, eval_mode: bool) -> None:
-        """Put the rows `replan` `[B]` bool at step 0 of a fresh plan."""
+    def _replanned(self, now: PlanState, replan: Tensor, plan: Plan | None, eval_mode: bool) -> PlanState:
+        """With the rows `replan` `[B]` bool at step 0 of a fresh plan."""
         if self.plan_length:
             rows = replan.nonzero().squeeze(1)
             if plan is None:
-                plan = self.teacher.plan(z[rows], rows, self._k[rows], eval_mode=eval_mode)
+                plan = self.teacher.plan(now.z[rows], rows, now.k[rows], eval_mode=eval_mode)
             else:
                 plan = Plan(*(x[rows] for x in plan))
-            drawn = (self._k[rows] <= 1) | (not eval_mode)
-            self._actions[rows] = self._followed(plan, drawn)
-        self._z_pred = torch.where(replan[:, None], z, self._z_pred)
-        self._k = self._k.masked_fill(replan, 0)
+            drawn = (now.k[rows] <= 1) | (not eval_mode)
+            now.plan[rows] = self.followed(plan, drawn)
+        z_pred = torch.where(replan[:, None], now.z, now.z_pred)
+        return now._replace(z_pred=z_pred, k=now.k.masked_fill(replan, 0))
 
-    def _followed(self, plan: Plan, drawn: Tensor) -> Tensor:
+    def followed(self, plan: Plan, drawn: Tensor) -> Tensor:
         """What is to be executed of plans just made `[R, H, A]`; `drawn` `[R]`: whose first action is drawn.
 
         Replanning step after step, it is what was drawn, as in TD-MPC2: that breaks ties between ways that
@@ -382,202 +329,3 @@ class SpeculativeAgent:
         """
         first = torch.where(drawn[:, None], plan.actions[:, 0], plan.mean[:, 0])
         return torch.cat([first[:, None], plan.mean[:, 1:]], 1)
-
-    def _eager_step(
-        self,
-        z: Tensor,
-        z_pred: Tensor,
-        plan: Tensor,
-        k: Tensor,
-        replan: Tensor,
-        history: History | None,
-        task: Tensor | None,
-    ) -> Step:
-        """Execute step `k` `[B]` of the plans `[B, H, A]`, corrected where none was made now.
-
-        Args:
-            z: `[B, L]`, real latents.
-            z_pred: `[B, L]`, predicted ones.
-            plan: planned actions.
-            k: step in plan.
-            replan: `[B]`, where plans were made now.
-            history: of earlier steps, where there is a corrector.
-            task: `[B]`, indices of tasks, of a multi-task model.
-        """
-        model = self.teacher.model
-        action = planned = self._planned_action(z, plan, k, task)
-        if self.corrector is not None and history is not None:
-            history = history.then(self.corrector.embed(z, z_pred, planned, k))
-            action = self.corrector(history, planned)
-            if self.config.refine_steps:
-                action = self._refined(z, action, planned, task)
-            if self._predicts:
-                action = torch.where(replan[:, None], planned, action)
-        if self._predicts:
-            z_pred = model.next(z_pred, action, task)
-        return Step(planned, action, z_pred, history)
-
-    def _refined(self, z: Tensor, action: Tensor, planned: Tensor, task: Tensor | None) -> Tensor:
-        """Corrected actions `[B, A]`, refined."""
-        assert self.corrector is not None
-        planner = self.teacher.planner
-        return refine(
-            self.teacher.model,
-            z,
-            action,
-            planned,
-            self.corrector.around,
-            task,
-            steps=self.config.refine_steps,
-            discount=planner.discount,
-            temperature=planner.config.temperature,
-        )
-
-    def _planned_action(self, z: Tensor, plan: Tensor, k: Tensor, task: Tensor | None) -> Tensor:
-        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
-
-        At the predicted one the prior would follow the model's errors.
-        """
-        model = self.teacher.model
-        if not self.plan_length:
-            return model.prior(z, task)
-        in_plan = k < self.plan_length
-        index = k.clamp(max=plan.shape[1] - 1)[:, None, None]
-        planned = plan.gather(1, index.expand(-1, 1, plan.shape[2])).squeeze(1)
-        if not torch.compiler.is_compiling() and in_plan.all():
-            return planned
-        return torch.where(in_plan[:, None], planned, model.prior(z, task))
-
-
-def load_teacher(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    num_envs: int = 1,
-    seed: int = 0,
-    task: int | str | None = None,
-    compute: ComputeConfig | None = None,
-    **unsaid: Unpack[Unsaid],
-) -> TDMPC2:
-    """The teacher of a checkpoint: an original `.pt` file or a folder of ours.
-
-    Args:
-        path: the checkpoint.
-        device: to act on.
-        num_envs: rows of the batch.
-        seed: of the planner's noise.
-        task: for a multi-task model, the name of a published task or the index of any; a folder of ours may
-            say it itself.
-        compute: precision of planning, and whether to compile; None for compiled, in the precision that the
-            folder's evaluation was made with, or float32.
-        unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged, foreign or unsafe, or was made for another task.
-        FileError: it may not be read.
-        ConfigError: a setting cannot be.
-    """
-    model, planner, discount = read_teacher(path, device, **unsaid)
-    return TDMPC2(
-        model,
-        planner,
-        discount=discount,
-        num_envs=num_envs,
-        seed=seed,
-        task=_index_of(task, model.config.num_tasks, path),
-        compute=compute or saved_compute(path),
-    )
-
-
-def read_teacher(
-    path: str | Path, device: str | torch.device = "cpu", **unsaid: Unpack[Unsaid]
-) -> tuple[WorldModel, PlannerConfig, float]:
-    """The world model of a checkpoint, and the planning budget and discount that go with it.
-
-    An original file does not say: it stands for the published budget and episodes of 500 steps.
-    """
-    model = load_world_model(path, device, **unsaid)
-    saved = saved_config(path)
-    planner = published_budget(model.config.action_dim)
-    if "planner" in saved:
-        planner = saved_as(PlannerConfig, saved["planner"], path)
-    return model, planner, saved.get("discount", discount_of(500))
-
-
-def saved_compute(path: str | Path) -> ComputeConfig:
-    """How a checkpoint wants to be computed with: an accelerated agent as it was evaluated, compiled."""
-    saved = saved_config(path)
-    return replace(COMPILED, precision=saved.get("precision", COMPILED.precision))
-
-
-def load_agent(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    num_envs: int = 1,
-    seed: int = 0,
-    task: int | str | None = None,
-    compute: ComputeConfig | None = None,
-    **unsaid: Unpack[Unsaid],
-) -> "TDMPC2 | SpeculativeAgent":
-    """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
-
-        agent = tdmpc2.load_agent("pretrained/walker-walk")
-        agent.reset()
-        action = agent.act(obs)  # in [-1, 1], once an agent step
-
-    In a loop of your own, observations have the order of entries, and actions the scale and the repeat, of
-    the model's training: see `TDMPC2.act`. Processes that are forked off this one compute with one thread.
-
-    Args and raises as `load_teacher`.
-    """
-    teacher = load_teacher(
-        path, device=device, num_envs=num_envs, seed=seed, task=task, compute=compute, **unsaid
-    )
-    saved = saved_config(path)
-    if "speculation" not in saved:
-        return teacher
-    return SpeculativeAgent(teacher, *read_mode(path, teacher.model))
-
-
-def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, BaseCorrector | None]:
-    """The mode of execution that a checkpoint names, with its corrector; TEACHER where it names none.
-
-    Args:
-        path: the checkpoint.
-        model: its world model.
-
-    Raises:
-        CheckpointError: the mode does not fit this version, or its corrector cannot be used.
-    """
-    saved = saved_config(path)
-    if "speculation" not in saved:
-        return TEACHER, None
-    config = saved_as(SpeculationConfig, saved["speculation"], path)
-    if not config.corrector:
-        return config, None
-    if config.corrector not in ARCHITECTURES:  # nor a path to somewhere else
-        raise CheckpointError(f"{path} names a corrector {config.corrector!r}, which there is not")
-    folder = Path(path) / "correctors" / config.corrector
-    return config, load_corrector(folder, fingerprint(model), next(model.parameters()).device)
-
-
-def _index_of(task: int | str | None, num_tasks: int, path: str | Path) -> int | None:
-    """Index of the task that a checkpoint is opened for, in a multi-task model.
-
-    Raises:
-        CheckpointError: it was made for another task, or does not know the name.
-    """
-    saved = saved_config(path)
-    if isinstance(task, str) and not num_tasks:
-        if spelling(saved.get("task", task)) != spelling(task):
-            raise CheckpointError(f"{path} was made for {saved['task']}; {task} is another task")
-        return None
-    own = saved.get("task_index")
-    index = published_task_index(task, num_tasks) if isinstance(task, str) else task
-    if own is not None and index not in (None, own):
-        raise CheckpointError(
-            f"{path} was made for {saved.get('task')}, task {own}; task={task} is another one, for which "
-            "its correctors are not made: open the checkpoint that it was made from"
-        )
-    return own if index is None else index

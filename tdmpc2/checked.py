@@ -9,12 +9,18 @@ class PlannerConfig(Checked):
 
 PlannerConfig(horizon=0)                          ConfigError: horizon=0: must be from 1 to 100
 from_json(PlannerConfig, {"horizon": "3"})        ConfigError: horizon='3': must be of type int
+
+A config may have other configs as parts. In JSON they are objects, and an error names the setting as it is
+typed:
+
+from_json(TrainConfig, {"task": "walker-walk", "planner": {"horizon": 0}})
+                                                  ConfigError: planner.horizon=0: must be from 1 to 100
 """
 
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from os import PathLike
@@ -31,28 +37,41 @@ class Checked:
 
     def __post_init__(self) -> None:
         cls: Any = type(self)
-        for name, hint in _hints(cls).items():
+        for name, hint in types(cls).items():
             check_type(name, getattr(self, name), hint)
-        for part in reversed(cls.__mro__):  # a script's config has the ranges of all its parts
-            if check := vars(part).get("check_ranges"):
-                check(self)
+        self.check_ranges()
+
+    def check_ranges(self) -> None:
+        """Raise ConfigError for values that cannot be; its message begins with the setting's name."""
 
 
 def from_json(cls: type[T], settings: Any) -> T:
-    """A config from the JSON that it was saved as.
+    """A config, with its parts, from the JSON that it was saved as.
 
     Raises:
         ConfigError: a setting is unknown, missing, or has a value that it cannot have.
     """
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{reprlib.repr(settings)} is no mapping of settings to values")
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    if unknown := [name for name in settings if name not in known]:
-        raise ConfigError(f"there is no setting {reprlib.repr(unknown[0])}")
-    required = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [name for name in required if name not in settings]:
-        raise ConfigError(f"{missing[0]} is missing")
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    kind: Any = cls
+    hints = types(kind)
+    if unknown := [name for name in settings if name not in hints]:
+        raise ConfigError(f"{reprlib.repr(unknown[0])}: there is no such setting")
+    values: dict[str, Any] = {}
+    for f in fields(kind):
+        if f.name not in settings:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise ConfigError(f"{f.name} is missing")
+            continue
+        hint, value = hints[f.name], settings[f.name]
+        if is_dataclass(hint) and isinstance(value, Mapping):
+            try:
+                value = from_json(hint, value)  # type: ignore[arg-type]
+            except ConfigError as e:
+                raise ConfigError(f"{f.name}.{e}") from e
+        values[f.name] = tuple(value) if isinstance(value, list) else value
+        check_type(f.name, values[f.name], hint)
+    return cls(**values)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
@@ -79,7 +98,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def types(cls: Any) -> dict[str, Any]:
+    """The types of a config's fields, by name."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 

@@ -1,20 +1,21 @@
 """How every command starts: a dataclass of settings, `key=value` arguments, one line for every mistake.
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(PlannerConfig):
+    class Config:
         task: str                 # no default: required
         seed: int | None = None   # the comment is what --help prints
+        planner: PlannerConfig = field(default_factory=PlannerConfig)
 
     cli.run(Config, main)         # main receives a Config
 
-    tdmpc2 train task=walker-walk model_size=5          one run
+    tdmpc2 train task=walker-walk planner.horizon=5     one run
     tdmpc2 train --multirun task=walker-walk seed=1,2   a sweep, Hydra's launchers included
     tdmpc2 train --help                                 all settings
 
-Fields are flat. Their types: bool, int, float, str, Enum, `T | None`, and `tuple[T, ...]`, which a user
-writes as `[1,2]`. Text is taken as it is, whatever characters it has: `checkpoint=models/José (1),v=2.pt`.
-Only a `~` in front becomes the user's home, and quotes around it go. In a sweep commas separate, except
-within quotes.
+A setting is a field of the dataclass, or of a part of it: a dataclass too, whose fields have defaults. Its
+type is bool, int, float, str, Enum, `T | None`, or `tuple[T, ...]`, which a user writes as `[1,2]`. Text is
+taken as it is, whatever characters it has: `checkpoint=models/José (1),v=2.pt`. Only a `~` in front becomes
+the user's home, and quotes around it go. In a sweep commas separate, except within quotes.
 
 The module that a setting `task` names, as in `my_package:MyEnv-v0`, is imported; no other module is by name.
 
@@ -25,25 +26,21 @@ Hydra itself writes nothing; a launcher that needs a folder, such as Slurm's, is
 import inspect
 import json
 import os
-import platform
 import re
-import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, Field, asdict, fields
-from datetime import UTC, datetime
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
-from pathlib import Path
+from itertools import groupby
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import hydra
 import torch
@@ -53,12 +50,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .checked import check_type
+from .checked import from_json, types
 from .errors import ConfigError, Stopped, TDMPC2Error
-from .files import write_json
+from .files import flat
+from .provenance import commit, program
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -85,7 +83,7 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
         if "--help" in arguments or "-h" in arguments:
             print(usage(config_type), flush=True)
             return
-        _commit()  # of the code that is loaded, whatever is committed while it runs
+        commit()  # of the code that is loaded, whatever is committed while it runs
         with _signals_raise(stopped):
             configs = _read(config_type, main, arguments)
             if len(configs) > 1:
@@ -108,54 +106,17 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
 
 
 def usage(config_type: type[Config]) -> str:
-    """All settings with their defaults and the comments beside them in the source, class by class."""
-    lines = [f"{_program()} key=value ..."]
-    left = {field.name: field for field in fields(config_type)}
-    for cls in config_type.__mro__:
-        own = [left.pop(name) for name in inspect.get_annotations(cls) if name in left]
-        if not own:
-            continue
-        comments = dict(re.findall(r"^    (\w+):.*?  #\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
+    """All settings with their defaults and the comments beside them in the source, part by part."""
+    lines = [f"{program()} key=value ..."]
+    for cls, own in groupby(_settings(config_type).values(), lambda setting: setting.owner):
         lines += ["", (cls.__doc__ or cls.__name__).splitlines()[0]]
-        for field in own:
-            lines.append(f"  {_default(field):32} {comments.get(field.name, '')}".rstrip())
+        source = "".join(inspect.getsource(c) for c in cls.__mro__[-2::-1])  # all but object's
+        comments = dict(re.findall(r"^    (\w+):.*?  #\s*(.*)$", source, re.MULTILINE))
+        for setting in own:
+            text = f"{setting.name}={_typed(setting.default)}"
+            lines.append(f"  {text:40} {comments.get(_last(setting.name), '')}".rstrip())
     lines += ["", "A sweep: --multirun key=1,2", "Hydra's own options: --hydra-help"]
     return re.sub(r"\bNone\b", "null", "\n".join(lines))  # which is Python's word for it, and not Hydra's
-
-
-def save_config(path: str | Path, config: "DataclassInstance") -> None:
-    """Write a dataclass of settings as JSON."""
-    write_json(path, asdict(config))
-
-
-def provenance() -> dict[str, str]:
-    """Where numbers come from: command, commit or version, machine, library versions, date (UTC)."""
-    import mujoco
-
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    else:
-        names = [platform.processor()]
-    machine = [
-        next(filter(None, names), platform.machine()),
-        f"{os.cpu_count()} cores",
-        f"{torch.get_num_threads()} threads",
-    ]
-    if torch.cuda.is_available():
-        machine.append(torch.cuda.get_device_name())
-    versions = {
-        "Python": platform.python_version(),
-        "PyTorch": torch.__version__,
-        "MuJoCo": mujoco.__version__,
-    }
-    return {
-        "command": " ".join([_program(), *map(shlex.quote, sys.argv[1:])]),
-        "commit": _commit(),
-        "machine": ", ".join(machine),
-        "versions": ", ".join(f"{name} {v}" for name, v in versions.items())
-        + f", {platform.system()} {platform.machine()}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
 
 
 @contextmanager
@@ -215,10 +176,10 @@ def _sweep(
     configs: Sequence[Config], main: Callable[[Config], Any], stopped: Sequence[signal.Signals]
 ) -> None:
     """Run one after the other; say of each that fails which one it is and why, and go on."""
-    values = [{f.name: getattr(config, f.name) for f in fields(config)} for config in configs]
+    values = [flat(asdict(config)) for config in configs]
     names = [name for name in values[0] if any(v[name] != values[0][name] for v in values)]
     failed = 0
-    for config in configs:
+    for config, own in zip(configs, values, strict=True):
         try:
             _start(config, main)
         except Exception as e:
@@ -227,7 +188,7 @@ def _sweep(
             failed += 1
             if (line := _mistake(e)) is None:
                 traceback.print_exc()
-            which = " ".join(f"{name}={getattr(config, name)}" for name in names)
+            which = " ".join(f"{name}={own[name]}" for name in names)
             print(f"error: {which}: {line or 'see above'}", file=sys.stderr)
     if failed:
         raise TDMPC2Error(f"{failed} of {len(configs)} runs failed")
@@ -246,12 +207,12 @@ def _start(config: Config, main: Callable[[Config], Any]) -> None:
 def _for_hydra(config_type: type[Config], argument: str, sweep: bool) -> str:
     """An argument in Hydra's grammar, where many characters mean something."""
     name, equals, value = argument.partition("=")
-    kind = get_type_hints(config_type).get(name)
-    if not equals or kind is None:  # one of Hydra's own
+    setting = _settings(config_type).get(name)
+    if not equals or setting is None:  # one of Hydra's own
         return argument
-    if kind in TEXT:
+    if setting.kind in TEXT:
         items = [match[1] for match in ITEM.finditer(value + ",")] if sweep else [value]
-        own = [item if item == "null" and kind is not str else _quoted(item) for item in items]
+        own = [item if item == "null" and setting.kind is not str else _quoted(item) for item in items]
         return f"{name}={','.join(own)}"
     try:
         override = OverridesParser.create().parse_override(argument)
@@ -273,11 +234,11 @@ def _quoted(text: str) -> str:
 
 def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
     """Refuse what is no setting, before Hydra does so in more words."""
-    names = [field.name for field in fields(config_type)]
+    names = [*_settings(config_type)]
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, _ = argument.partition("=")
         if name.startswith("-"):
-            if name.lstrip("-").replace("-", "_") in names:
+            if name.lstrip("-").replace("-", "_") in {*names, *map(_last, names)}:
                 raise ConfigError(f"{argument}: settings are written without dashes, as key=value")
         elif before in ("--cfg", "-c", "--info", "-i", "--package", "-p"):
             continue  # the value of one of Hydra's own options
@@ -286,15 +247,55 @@ def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
                 f"{argument!r} is no setting: write key=value, e.g. {names[0]}=..., quoted if it has spaces"
             )
         elif name not in names and not name.startswith(("hydra.", "hydra/", "+hydra.")):
-            near = get_close_matches(name, names, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ConfigError(f"unknown setting {name!r}; {hint}`--help` lists all")
+            near = " or ".join(_nearest(name, names))
+            hint = f"did you mean {near}?" if near else "`--help` lists all"
+            raise ConfigError(f"unknown setting {name!r}; {hint}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> list[str]:
+    """At most three settings that a user may have meant."""
+    same = [n for n in names if _last(n) == _last(name) or n.startswith(f"{name}.")]
+    part, _, last = name.partition("_")  # TD-MPC2's eval_episodes is evaluation.episodes
+    of_part = [n for n in names if n.startswith(part) and _last(n) == last]
+    close = get_close_matches(_last(name), [*map(_last, names)], n=1)
+    return (same or of_part or [n for n in names if _last(n) in close])[:3]
+
+
+def _last(name: str) -> str:
+    """`num_samples` of `planner.num_samples`."""
+    return name.rpartition(".")[2]
+
+
+class _Setting(NamedTuple):
+    name: str  # as it is typed: planner.num_samples
+    kind: Any  # its type
+    default: Any  # MISSING where it is required
+    owner: type  # the dataclass that it is a field of
+
+
+@cache
+def _settings(config_type: type) -> dict[str, _Setting]:
+    """All settings, those of parts too, by their names."""
+
+    def of(cls: type, prefix: str, default: Any) -> Iterator[_Setting]:
+        for f in fields(cls):
+            own = f.default if f.default_factory is MISSING else f.default_factory()
+            own = own if default is None else getattr(default, f.name)
+            kind = types(cls)[f.name]
+            if is_dataclass(kind):
+                yield from of(kind, f"{prefix}{f.name}.", own)  # type: ignore[arg-type]
+            else:
+                yield _Setting(prefix + f.name, kind, own, cls)
+
+    return {setting.name: setting for setting in of(config_type, "", None)}
 
 
 def _register(config_type: type[Config], litter: str) -> None:
     """Put the settings in Hydra's store, and with them that it writes to `litter` only."""
     settings = OmegaConf.structured(config_type)
-    OmegaConf.set_readonly(settings, None)  # which a frozen dataclass makes it
+    parts = [settings[name] for name, kind in types(config_type).items() if is_dataclass(kind)]
+    for node in (settings, *parts):
+        OmegaConf.set_readonly(node, None)  # which a frozen dataclass makes it
     store = ConfigStore.instance()
     store.store(name="settings", node=settings)
     no_log = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
@@ -306,42 +307,16 @@ def _build(config_type: type[Config], settings: DictConfig) -> Config:
     missing = sorted(OmegaConf.missing_keys(settings))
     if missing:
         raise ConfigError(f"{'=... '.join(missing)}=... is required; `--help` lists all settings")
-    values = {str(name): settings[name] for name in settings}
-    values = {name: tuple(v) if isinstance(v, ListConfig) else v for name, v in values.items()}
-    for name, hint in get_type_hints(config_type).items():
-        check_type(name, values[name], hint)
-    return config_type(**values)
+    return from_json(config_type, OmegaConf.to_container(settings, resolve=True))
 
 
-def _default(field: "Field[Any]") -> str:
-    """`name=default`, as a user would type it."""
-    value = field.default if field.default_factory is MISSING else field.default_factory()
+def _typed(value: Any) -> str:
+    """A default, as a user would type it."""
     if value in (MISSING, "???"):
-        return f"{field.name}=...  (required)"
+        return "...  (required)"
     if isinstance(value, Enum):
         value = value.name
-    text = value if isinstance(value, str) and value else json.dumps(value)
-    return f"{field.name}={text}"
-
-
-def _program() -> str:
-    """What was started, as a user would type it."""
-    program = sys.argv[0]
-    return f"python {os.path.relpath(program)}" if program.endswith(".py") else program
-
-
-@cache
-def _commit() -> str:
-    from . import __version__
-
-    root = Path(__file__).parents[1]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            pass  # no git here, or no commit yet
-    return f"version {__version__}"
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _reason(error: HydraException | OmegaConfBaseException) -> str:

@@ -1,17 +1,16 @@
 """Every number that the parts are built from: one frozen dataclass per part.
 
 Names and defaults are those of the TD-MPC2 paper (Hansen, Su, Wang 2024, appendix "Hyperparameters")
-unless a comment says otherwise. Scripts combine the parts by inheritance, so that a user types
-`num_samples=256`, and a script's config *is* a `PlannerConfig` wherever one is wanted.
+unless a comment says otherwise. A command's settings have such parts as fields, so a user types
+`planner.num_samples=256`.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict
 
 from .checked import Checked, at_least, check_range, within
 from .errors import ConfigError
 
-T = TypeVar("T")
 SYMLOG = (-80, 80)  # beyond, symexp leaves float32
 
 
@@ -139,23 +138,22 @@ class ComputeConfig(Checked):
 
 
 EAGER = ComputeConfig()
-ELSEWHERE = ("device", "compile")  # settings that may change on resume
 # What scripts and `load_agent` use where an accelerated agent does not say. Not bfloat16, which is faster
 # where the processor has it: elsewhere it is slower, and float32 is the same everywhere to within rounding.
 COMPILED = ComputeConfig(compile=True)
 
 
 class Unsaid(TypedDict, total=False):
-    """What the file of an original checkpoint does not say of its model; None or nothing: as published."""
+    """`ModelOverride` as keyword arguments."""
 
     vmin: float | None
     vmax: float | None
     simnorm_dim: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelOverride(Checked):
-    """What a script's user says of an original checkpoint's model, because its file does not."""
+    """What an original checkpoint's file does not say of its model; a folder says it itself."""
 
     vmin: float | None = None  # of the bins, in symlog units; None: the published -10
     vmax: float | None = None  # None: the published 10
@@ -169,16 +167,16 @@ class ModelOverride(Checked):
         return Unsaid(vmin=self.vmin, vmax=self.vmax, simnorm_dim=self.simnorm_dim)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetOverride(ModelOverride):
-    """What a script's user changes of how a checkpoint is planned with; None leaves it."""
+@dataclass(frozen=True)
+class BudgetOverride(Checked):
+    """Changes of the planning budget that a checkpoint comes with, and how planning computes."""
 
-    num_samples: int | None = None
-    iterations: int | None = None
-    num_elites: int | None = None
-    num_pi_trajs: int | None = None
-    precision: str | None = None  # float32, or bfloat16: faster where the processor has it
-    compile: bool = COMPILED.compile
+    num_samples: int | None = None  # None: the checkpoint's
+    iterations: int | None = None  # None: the checkpoint's
+    num_elites: int | None = None  # None: the checkpoint's
+    num_pi_trajs: int | None = None  # samples that follow the policy prior; None: the checkpoint's
+    precision: str | None = None  # None: the checkpoint's, else float32; bfloat16 is faster where there is it
+    compile: bool = COMPILED.compile  # tens of seconds once on a machine
 
     def check_ranges(self) -> None:
         at_least(1, self, "num_samples", "iterations", "num_elites")
@@ -187,9 +185,13 @@ class BudgetOverride(ModelOverride):
             ComputeConfig(self.precision)
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
+        """`planner` with these changes; ConfigError where they do not fit to it."""
         names = ("num_samples", "iterations", "num_elites", "num_pi_trajs")
         given = {name: getattr(self, name) for name in names}
-        return replace(planner, **{name: n for name, n in given.items() if n is not None})
+        try:
+            return replace(planner, **{name: n for name, n in given.items() if n is not None})
+        except ConfigError as e:
+            raise ConfigError(f"planner.{e}") from e
 
 
 @dataclass(frozen=True)
@@ -289,11 +291,6 @@ def published_budget(action_dim: int) -> PlannerConfig:
     """The published planning budget: two more iterations for 20 action dimensions and more."""
     config = PlannerConfig()
     return replace(config, iterations=config.iterations + 2 * (action_dim >= 20))
-
-
-def part(cls: type[T], config: Any) -> T:
-    """The `cls` part of a config that inherits from it, e.g. `part(PlannerConfig, train_config)`."""
-    return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
 
 def discount_of(episode_length: int) -> float:

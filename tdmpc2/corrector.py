@@ -27,7 +27,6 @@ from .checked import from_json
 from .config import CorrectorConfig
 from .errors import CheckpointError, ConfigError
 from .files import exists, read_tensors, write_tensors
-from .refine import offsets
 from .world_model.checkpoint import fill
 from .world_model.layers import NormedLinear, mlp
 
@@ -60,12 +59,10 @@ class BaseCorrector(nn.Module):
         config: the architecture.
         window: number `W` of steps that it wants to see.
         embedding_dim: number `E` of entries that it remembers of a step.
-        around: `[N, A]`, where the samples lie that its answers are refined with, see `refine`.
     """
 
     window: int
     embedding_dim: int
-    around: Tensor
 
     def __init__(self, config: CorrectorConfig, hidden: int):
         super().__init__()
@@ -74,8 +71,6 @@ class BaseCorrector(nn.Module):
         self.gate = nn.Linear(hidden, config.action_dim)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
-        # A buffer, for the compiled step reads no other tensors.
-        self.register_buffer("around", offsets(config.action_dim), persistent=False)
 
     def no_history(self, rows: int) -> History:
         """The history of `B` episodes that begin."""

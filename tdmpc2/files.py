@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -178,17 +178,30 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from e
 
 
-def difference(earlier: Any, now: Any) -> str:
-    """The first setting in which two JSON objects differ, in words; "" where they do not."""
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by the names that a user types: `{"planner": {"horizon": 3}}` is `{"planner.horizon": 3}`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def difference(earlier: Any, now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """The first setting in which two JSON objects differ, in words; "" where they do not.
+
+    Args:
+        earlier: what a file holds.
+        now: what it has to be compared with.
+        free: names of settings, as `flat` has them, that may differ.
+    """
     if not isinstance(earlier, dict):
         return "no settings at all"
-    for name in sorted(earlier.keys() | now.keys()):
-        before, after = earlier.get(name), now.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            if inner := difference(before, after):
-                return inner
-        elif before != after:
-            return f"{name}={json.dumps(before)}, not {json.dumps(after)}"
+    before, after = flat(earlier), flat(json.loads(json.dumps(now)))
+    for name in sorted((before.keys() | after.keys()) - {*free}):
+        if name not in after:
+            return f"{name}={json.dumps(before[name])}, which is no setting any more"
+        if before.get(name) != after[name]:
+            return f"{name}={json.dumps(before.get(name))}, not {json.dumps(after[name])}"
     return ""
 
 

@@ -12,11 +12,20 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import EAGER, ComputeConfig, PlannerConfig
 from .errors import ConfigError
-from .inference import AheadOfTime, Compiled, FastModel, Origin, Weights, dtype_of
+from .inference import (
+    AheadOfTime,
+    Compiled,
+    FastModel,
+    FollowedWeights,
+    Origin,
+    Weights,
+    dtype_of,
+    origin,
+)
 from .world_model.model import WorldModel
 
 
@@ -71,45 +80,19 @@ class Search(NamedTuple):
     score: Tensor  # [B, num_elites], their weights, which sum to one
 
 
-class Iteration:
+class Iteration(nn.Module):
     """One iteration of MPPI: sample, evaluate, choose the elites, and refit the distribution to them.
 
     Args:
-        model: what is planned in.
         config: the planning budget and MPPI's constants.
-        discount: per agent step.
-        compute: precision, and whether to compile.
+        fast: the model that is planned in.
     """
 
-    def __init__(self, model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig):
-        what, device = "the planner", next(model.parameters()).device
-        self.config, self.fast = config, FastModel(model, discount, dtype_of(compute, device))
-        self._run: Callable[..., Search] = self._eager
-        if compute.compile and device.type == "cpu":
-            depends_on = config, model.config, discount, compute
-            self._run = AheadOfTime(self._eager, Search._make, what=what, depends_on=depends_on)
-        elif compute.compile:
-            self._run = Compiled(self._eager, what=what, device=device, cuda_graphs=device.type == "cuda")
+    def __init__(self, config: PlannerConfig, fast: FastModel):
+        super().__init__()
+        self.config, self.fast = config, fast
 
-    def __call__(
-        self, at: Origin, prior: Tensor, mean: Tensor, std: Tensor, noise: NoiseSource, weights: Weights
-    ) -> Search:
-        """Search around the distribution `mean` and `std` `[B, H, 1, A]`.
-
-        Args:
-            at: where plans start, from `fast.origin`.
-            prior: `[B, H, num_pi_trajs, A]`, action sequences that are samples as well.
-            mean, std: of the other samples.
-            noise: of the samples, of the policy's action at the horizon, and of the choice of Q heads.
-            weights: from `fast.weights`.
-        """
-        c, (batch, horizon, _, action_dim) = self.config, mean.shape
-        eps = noise.normal(horizon, batch, c.num_samples - c.num_pi_trajs, action_dim).transpose(0, 1)
-        eps_pi = noise.normal(batch, c.num_samples, action_dim)
-        heads = noise.two_heads(self.fast.config.num_q)
-        return self._run(at, prior, mean, std, eps, eps_pi, heads=heads, w=weights)
-
-    def _eager(
+    def forward(
         self,
         at: Origin,
         prior: Tensor,
@@ -121,6 +104,17 @@ class Iteration:
         heads: Tensor,
         w: Weights,
     ) -> Search:
+        """Search around the distribution `mean` and `std` `[B, H, 1, A]`.
+
+        Args:
+            at: where plans start, from `origin`.
+            prior: `[B, H, num_pi_trajs, A]`, action sequences that are samples as well.
+            mean, std: of the other samples.
+            eps: `[B, H, num_samples - num_pi_trajs, A]`, their noise, standard normal.
+            eps_pi: `[B, num_samples, A]`, standard normal, of the policy's action at the horizon.
+            heads: `[2]`, the Q heads that judge.
+            w: the model's weights.
+        """
         c, mask = self.config, at.mask[:, None, None]  # [B, 1, 1, A]
         actions = torch.cat([prior, (mean + std * eps).clamp(-1, 1)], 2) * mask  # [B, H, N, A]
         value = self.fast.score(at, actions, mean, eps_pi, heads, w).nan_to_num(0.0)  # [B, N]
@@ -137,12 +131,26 @@ class Iteration:
         return Search(mean, std, elites, value, score)
 
 
+class Shared(NamedTuple):
+    """What all planners of a model share, so that nothing is compiled or copied twice."""
+
+    iteration: Iteration
+    run: Callable[..., Search]  # the same, compiled if it is to be
+    weights: FollowedWeights
+
+
 @lru_cache(maxsize=4)
-def shared_iteration(
-    model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig
-) -> Iteration:
-    """One `Iteration` for all planners of a model, so that nothing is compiled or copied twice."""
-    return Iteration(model, config, discount, compute)
+def shared(model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig) -> Shared:
+    """The parts of planners of a model that differ in nothing but their noise and number of iterations."""
+    device = next(model.parameters()).device
+    dtype, what = dtype_of(compute, device), "the planner"
+    iteration = Iteration(config, FastModel(model.config, discount, dtype))
+    run: Callable[..., Search] = iteration
+    if compute.compile and device.type == "cpu":
+        run = AheadOfTime(iteration, Search._make, what=what)
+    elif compute.compile:
+        run = Compiled(iteration, what=what, device=device, cuda_graphs=device.type == "cuda")
+    return Shared(iteration, run, FollowedWeights(model, dtype))
 
 
 class Planner:
@@ -166,7 +174,8 @@ class Planner:
     ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
         self.compute = compute
-        self.iteration = shared_iteration(model, replace(config, iterations=1), discount, compute)
+        alike = replace(config, iterations=1)
+        self.iteration, self._run, self._weights = shared(model, alike, discount, compute)
 
     @torch.no_grad()
     def plan(
@@ -187,13 +196,17 @@ class Planner:
         """
         c, noise = self.config, self.noise
         batch, action_dim = z.shape[0], self.model.config.action_dim
-        fast = self.iteration.fast
-        weights, origin = fast.weights(), fast.origin(z, task)
+        weights, at = self._weights(), origin(self.model, z, task)
         prior = self._policy_trajectories(z, task)
         start = z.new_zeros(batch, c.horizon, action_dim) if mean is None else mean
         mean, std = start[:, :, None], torch.full_like(start, c.max_std)[:, :, None]
         for _ in range(c.iterations):
-            mean, std, elites, value, score = self.iteration(origin, prior, mean, std, noise, weights)
+            eps = noise.normal(c.horizon, batch, c.num_samples - c.num_pi_trajs, action_dim).transpose(0, 1)
+            eps_pi = noise.normal(batch, c.num_samples, action_dim)
+            heads = noise.two_heads(self.model.config.num_q)
+            mean, std, elites, value, score = self._run(
+                at, prior, mean, std, eps, eps_pi, heads=heads, w=weights
+            )
 
         drawn = (score.log() + noise.gumbel(batch, c.num_elites)).argmax(1)
         rows = torch.arange(batch, device=z.device)

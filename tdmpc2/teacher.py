@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 import gymnasium as gym
 
-from .agent import TDMPC2, read_teacher, saved_compute
-from .config import BudgetOverride, ComputeConfig, PlannerConfig, discount_of
+from .agent import TDMPC2
+from .config import BudgetOverride, ComputeConfig, ModelOverride, PlannerConfig, discount_of
 from .envs import PadForModel, make_env, max_episode_steps, same_task
 from .envs.disturb import Disturbed
 from .envs.guard import closed_on_error
 from .errors import CheckpointError, ConfigError, TaskError
+from .loading import open_checkpoint
 from .world_model import WorldModel, fingerprint
-from .world_model.checkpoint import published_task_index, saved_config
+from .world_model.checkpoint import published_task_index
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,13 @@ class Teacher:
         return teacher
 
 
-def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, device: str = "cpu") -> Teacher:
+def open_teacher(
+    task: str | None,
+    checkpoint: str,
+    budget: BudgetOverride,
+    unsaid: ModelOverride | None = None,
+    device: str = "cpu",
+) -> Teacher:
     """Open a checkpoint for a task.
 
     Args:
@@ -71,22 +78,22 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
             that the checkpoint says it is of.
         checkpoint: an original .pt file or a folder of ours.
         budget: changes of the planning budget that the checkpoint comes with, and of how to compute.
+        unsaid: what an original file does not say; None: as published.
         device: to act on.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, was made for other observations or actions, or says
             that it was made for another task.
         FileError: it may not be read.
-        ConfigError: a setting of `budget` cannot be.
+        ConfigError: a setting of `budget` or `unsaid` cannot be.
         TaskError: there is no such task.
     """
-    model, planner, _ = read_teacher(checkpoint, device, **budget.unsaid())
-    saved = saved_config(checkpoint)
+    opened = open_checkpoint(checkpoint, device, **(unsaid or ModelOverride()).unsaid())
+    saved, model = opened.saved, opened.model
     task = task or saved.get("task")
     if task is None:
         raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
-    precision = budget.precision or saved_compute(checkpoint).precision
-    compute = ComputeConfig(precision=precision, compile=budget.compile)
+    compute = ComputeConfig(budget.precision or opened.compute.precision, budget.compile)
     config = model.config
     index = published_task_index(task, config.num_tasks) if config.num_tasks else None
     try:
@@ -114,4 +121,4 @@ def open_teacher(task: str | None, checkpoint: str, budget: BudgetOverride, devi
             f"{checkpoint} was made for observations {config.obs_shape} and actions {expected[1]}, "
             f"{task} has {obs_shape} and {action_shape}: it is of another task"
         )
-    return Teacher(task, model, budget.apply(planner), discount, fingerprint(model), index, compute)
+    return Teacher(task, model, budget.apply(opened.planner), discount, fingerprint(model), index, compute)

@@ -1,5 +1,6 @@
 """What tests put in the place of trained models, of noise and of simulators."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -20,6 +21,15 @@ KINDS = {
     "multi-task": WorldModelConfig((5,), 3, **SMALL, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
     "both": WorldModelConfig((5,), 3, **SMALL, episodic=True, num_tasks=3, task_dim=8, action_dims=(3, 1, 2)),
 }
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON has them, from those that a user types: `{"planner.horizon": 3}`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        part, _, last = name.rpartition(".")
+        (found.setdefault(part, {}) if part else found)[last] = value
+    return found
 
 
 def random_model(kind: str) -> WorldModel:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
+from stand_ins import nested
 
 import tdmpc2
 from benchmarks import experiments
@@ -23,16 +24,19 @@ from scripts import write_results
 from tdmpc2 import commands
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job
-from tdmpc2.agent import Kind, load_teacher
-from tdmpc2.config import EAGER, ELSEWHERE, BudgetOverride, SpeculationConfig
+from tdmpc2.agent import TDMPC2, Kind
+from tdmpc2.checked import from_json
+from tdmpc2.config import EAGER, BudgetOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard, write_shard
 from tdmpc2.envs import dmc, import_module
 from tdmpc2.errors import CheckpointError, ConfigError
-from tdmpc2.evaluation import disturbed, evaluate
+from tdmpc2.evaluation import evaluate, perturbed
+from tdmpc2.evaluation.evaluate import EpisodesConfig
 from tdmpc2.evaluation.metrics import act_columns, act_times
 from tdmpc2.evaluation.rollout import random_returns
-from tdmpc2.files import in_use, read_json, write_json
+from tdmpc2.files import flat, in_use, read_json, write_json
+from tdmpc2.loading import open_checkpoint
 from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint
@@ -48,19 +52,13 @@ MODES = [
     *("distilled", "distilled_refined", "prior"),
 ]
 SMALL = [
-    *("num_samples=16", "iterations=1", "num_elites=4", "num_pi_trajs=4"),
-    *("compile=false", "precision=float32"),
-    *("episodes=3", "rounds=1", "round_episodes=4", "num_envs=4"),
-    *(
-        "rollout_steps=4",
-        "updates=2",
-        "round_updates=2",
-        "batch_size=8",
-        "validate_every=1",
-        "width=32",
-        "window=3",
-    ),
-    *("eval_episodes=3", "calibration_episodes=2", "label_episodes=1", "latency_steps=4"),
+    *("planner.num_samples=16", "planner.iterations=1", "planner.num_elites=4", "planner.num_pi_trajs=4"),
+    *("planner.compile=false", "planner.precision=float32"),
+    *("data.episodes=3", "rounds=1", "data.round_episodes=4", "data.num_envs=4", "round_updates=2"),
+    *("distillation.rollout_steps=4", "distillation.updates=2", "distillation.batch_size=8"),
+    *("distillation.validate_every=1", "distillation.width=32", "distillation.window=3"),
+    *("evaluation.episodes=3", "evaluation.calibration_episodes=2", "evaluation.label_episodes=1"),
+    *("evaluation.latency_steps=4", "evaluation.num_envs=4"),
 ]
 ENVIRONMENT = '''
 import gymnasium as gym
@@ -142,7 +140,7 @@ def without_figures(patch: pytest.MonkeyPatch) -> None:
 def one_corrector(workdir: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         without_figures(patch)
-        result = accelerate(workdir, "architecture=two_tower", "out=one")
+        result = accelerate(workdir, "distillation.architecture=two_tower", "out=one")
     assert result.returncode == 0, result.stderr
     return workdir / "one"
 
@@ -161,10 +159,8 @@ def test_the_evidence_is_complete(finished: Path) -> None:
     labelled = steps[steps["seed"] == 20000]
     assert labelled["teacher_distance"].notna().all() and steps["teacher_distance"].isna().any()
     report = (evaluation / "report.html").read_text()
-    assert all(mode in report for mode in MODES) and report.count("<svg") == 8
-    assert "http://" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("http://matplotlib", "")
+    assert all(mode in report for mode in MODES) and report.count("<svg") == 4
+    assert "://" not in report
     assert set(json.loads((evaluation / "chosen.json").read_text())) == {"mode", "why", "speculation"}
     modes = json.loads((evaluation / "provenance.json").read_text())["modes"]
     assert all((mode["refine_steps"] > 0) == name.endswith("_refined") for name, mode in modes.items())
@@ -187,8 +183,9 @@ def test_the_folder_opens_as_an_agent(finished: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     agent = tdmpc2.load_agent(folder, compute=EAGER)
     assert isinstance(agent, tdmpc2.SpeculativeAgent)
-    teacher = load_teacher(finished, compute=EAGER)
-    corrector = load_corrector(finished / "correctors/temporal", fingerprint(teacher.model))
+    opened = open_checkpoint(finished)
+    teacher = TDMPC2(opened.model, opened.planner, discount=opened.discount)
+    corrector = load_corrector(finished / "correctors/temporal", fingerprint(opened.model))
     twin = tdmpc2.SpeculativeAgent(teacher, mode, corrector)
     for obs in np.random.default_rng(0).normal(size=(7, 24)).astype(np.float32):
         assert np.array_equal(agent.act(obs), twin.act(obs))
@@ -224,7 +221,7 @@ def test_kill_9_and_go_on(one_corrector: Path, workdir: Path, monkeypatch: pytes
     """Killed twice, and started again each time, it has the results of a run that was not."""
     out = workdir / "killed"
     command = [sys.executable, "-m", "tdmpc2", "accelerate", "task=short_task:Short-v0"]
-    command += [f"checkpoint={TEACHER}", *SMALL, "architecture=two_tower", f"out={out}"]
+    command += [f"checkpoint={TEACHER}", *SMALL, "distillation.architecture=two_tower", f"out={out}"]
     for seen in ("data/round-1", "evaluation/modes/naive_3"):  # it is killed once that is there
         process = subprocess.Popen(command, cwd=workdir, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (out / seen).exists():
@@ -234,7 +231,7 @@ def test_kill_9_and_go_on(one_corrector: Path, workdir: Path, monkeypatch: pytes
         assert process.wait() == -signal.SIGKILL
         assert not (out / "config.json").exists()
     without_figures(monkeypatch)
-    assert accelerate(workdir, "architecture=two_tower", f"out={out}").returncode == 0
+    assert accelerate(workdir, "distillation.architecture=two_tower", f"out={out}").returncode == 0
     for name in ("episodes.csv", "steps.csv", "by_step_in_plan.csv"):
         assert (out / "evaluation" / name).read_bytes() == (one_corrector / "evaluation" / name).read_bytes()
 
@@ -247,15 +244,19 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     monkeypatch.syspath_prepend(workdir)
     import_module("short_task:Short-v0")
     without_figures(monkeypatch)
-    less = {"architecture": "two_tower", "eval_episodes": 1, "calibration_episodes": 2, "latency_steps": 4}
-    settings = {**OmegaConf.from_dotlist(SMALL), **less}
-    job = AccelerateConfig(task="short_task:Short-v0", checkpoint=str(TEACHER), **settings)
+    less = ["distillation.architecture=two_tower", "evaluation.episodes=1"]
+    given = [f"checkpoint={TEACHER}", *SMALL, *less]
+    settings = OmegaConf.to_container(OmegaConf.from_dotlist(given))
+    job = from_json(AccelerateConfig, {"task": "short_task:Short-v0", **settings})
     grown, at_once = (replace(job, out=str(workdir / name)) for name in ("grown", "at-once"))
     run_job(grown, SILENT)
     corrector = "two_tower/corrector.safetensors"
     first = (workdir / "grown/correctors" / corrector).read_bytes()
     begun = workdir / "grown/settings.json"
-    write_json(begun, {**read_json(begun), "device": "cuda", "compile": True})
+    elsewhere = read_json(begun)
+    elsewhere |= {"device": "cuda", "checkpoint": "other.pt", "out": "moved"}
+    elsewhere["planner"]["compile"] = True
+    write_json(begun, elsewhere)
     for config in (grown, at_once):
         run_job(replace(config, rounds=2), SILENT)
     for name in (f"correctors/{corrector}", "evaluation/episodes.csv", "evaluation/chosen.json"):
@@ -265,10 +266,17 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
     assert read_json(begun)["device"] == "cpu"
     write_json(begun, {**read_json(begun), "device": "cuda"})
     run_job(replace(grown, rounds=2), SILENT)
-    assert not set(ELSEWHERE) & set(read_json(workdir / "grown/evaluation/settings.json")["config"])
-    assert "commit " in read_json(workdir / "grown/evaluation/provenance.json")["trained"]
+    about = read_json(workdir / "grown/evaluation/provenance.json")
+    assert "commit " in about["trained"] and about["settings"]["distillation"]["width"] == 32
     with pytest.raises(ConfigError, match="rounds=2, not 1"):
         run_job(grown, SILENT)
+    wider = replace(grown, rounds=2, distillation=replace(grown.distillation, width=64))
+    with pytest.raises(ConfigError, match=r"with distillation\.width=32, not 64: choose another out="):
+        run_job(wider, SILENT)
+    flat_settings = flat(read_json(begun))
+    write_json(begun, {name.rpartition(".")[2]: value for name, value in flat_settings.items()})
+    with pytest.raises(ConfigError, match='architecture="two_tower", which is no setting any more: choose'):
+        run_job(replace(grown, rounds=2), SILENT)
 
 
 def one_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -279,7 +287,8 @@ def one_line(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished: Path, workdir: Path) -> None:
-    one_line(accelerate(workdir, "out=done", "quantile=0.5"), "quantile=0.9, not 0.5", "out=")
+    other = accelerate(workdir, "out=done", "evaluation.quantile=0.5")
+    one_line(other, "evaluation.quantile=0.9, not 0.5", "out=")
 
 
 def test_mistakes_end_in_one_line(workdir: Path) -> None:
@@ -287,8 +296,8 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
     one_line(script("accelerate", workdir, "task=walker-wlak", teacher, "out=a"), "walker-walk")
     one_line(script("accelerate", workdir, "task=walker-walk", "checkpoint=none.pt"), "none.pt")
     one_line(script("accelerate", workdir, "task=cartpole-swingup", teacher, "out=a"), "another task")
-    one_line(script("accelerate", workdir, "task=walker-walk", teacher, "epsiodes=3"), "episodes")
-    overlap = script("accelerate", workdir, "task=walker-walk", teacher, "collect_seed=20000", "out=b")
+    one_line(script("accelerate", workdir, "task=walker-walk", teacher, "epsiodes=3"), "data.episodes")
+    overlap = script("accelerate", workdir, "task=walker-walk", teacher, "data.seed=20000", "out=b")
     one_line(overlap, "overlap")
     assert not (workdir / "a").exists() and not (workdir / "b").exists()
 
@@ -296,27 +305,29 @@ def test_mistakes_end_in_one_line(workdir: Path) -> None:
 @pytest.mark.parametrize(
     "mistake",
     [
-        {"width": 33},
-        {"held_out_every": 1},
-        {"architecture": "three_tower"},
-        {"architecture": "distilled"},
-        {"label_episodes": 5, "num_envs": 4},
-        {"calibration_episodes": 1},
-        {"quantile": 0.0},
-        {"episodes": 2},
+        {"distillation.width": 33},
+        {"distillation.held_out_every": 1},
+        {"distillation.architecture": "three_tower"},
+        {"distillation.architecture": "distilled"},
+        {"evaluation.label_episodes": 5, "evaluation.num_envs": 4},
+        {"evaluation.calibration_episodes": 1},
+        {"evaluation.quantile": 0.0},
+        {"evaluation.seed": 10_000},
+        {"evaluation.seed": -1},
+        {"data.episodes": 2},
+        {"data.seed": 20_000},
         {"rounds": -1},
-        {"eval_seed": -1},
-        {"weight_decay": -1.0},
-        {"lr": float("inf")},
-        {"num_elites": 1000},
-        {"precision": "float16"},
+        {"distillation.weight_decay": -1.0},
+        {"distillation.lr": float("inf")},
+        {"planner.num_elites": 1000},
+        {"planner.precision": "float16"},
         {"device": "gpu"},
     ],
 )
 def test_a_mistake_is_found_before_anything_is_written(mistake: dict[str, Any], tmp_path: Path) -> None:
-    given = {"task": "walker-walk", "checkpoint": str(TEACHER), "out": str(tmp_path / "a"), **mistake}
-    with pytest.raises(ConfigError, match=next(iter(mistake))):
-        run_job(AccelerateConfig(**given), SILENT)
+    given = {"task": "walker-walk", "checkpoint": str(TEACHER), "out": str(tmp_path / "a"), **nested(mistake)}
+    with pytest.raises(ConfigError, match=f"^{next(iter(mistake))}="):
+        run_job(from_json(AccelerateConfig, given), SILENT)
     assert not (tmp_path / "a").exists()
 
 
@@ -346,16 +357,17 @@ def test_correctors_of_another_teacher_are_refused(finished: Path, workdir: Path
 
 
 def test_correctors_are_not_evaluated_on_what_they_were_trained_on(finished: Path, workdir: Path) -> None:
-    arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false", "eval_episodes=3"]
-    result = script("compare", workdir, *arguments, "correctors=done/correctors", "out=no", "eval_seed=6")
-    one_line(result, "was trained on episodes with seeds of this evaluation")
+    arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "planner.compile=false"]
+    arguments += ["evaluation.episodes=3", "evaluation.seed=6"]
+    result = script("compare", workdir, *arguments, "correctors=done/correctors", "out=no")
+    one_line(result, "was trained on episodes with seeds of this evaluation: change evaluation.seed")
 
 
 def test_a_half_trained_corrector_is_not_evaluated(finished: Path, workdir: Path) -> None:
-    teacher = load_teacher(finished, compute=EAGER).model
+    teacher = tdmpc2.load_world_model(finished)
     half = load_corrector(finished / "correctors/two_tower", None)
     save_corrector(workdir / "half/two_tower", half, fingerprint(teacher))
-    arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "compile=false"]
+    arguments = ["task=short_task:Short-v0", f"checkpoint={TEACHER}", "planner.compile=false"]
     result = script("compare", workdir, *arguments, "correctors=half", "out=refused")
     one_line(result, "half/two_tower did not end")
 
@@ -504,8 +516,8 @@ def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.M
     subject = evaluate.Subject(teacher, {})
     latency = evaluate._latency(subject, modes, config, tmp_path / "latency.csv", SILENT)
     latency["act_ms"] = np.where(latency["kind"] == "planned", 10.0, 1.0)
-    mode, why = evaluate.choose(subject, modes, latency, config, tmp_path, SILENT)
-    assert mode == "naive" and "where both are pushed" in why
+    mode, why, _ = evaluate.choose(subject, modes, latency, config, tmp_path, SILENT)
+    assert mode == "naive" and "under pushes" in why
     calm, pushed = (pd.read_csv(tmp_path / name / "baseline/episodes.csv") for name in ("modes", "pushed"))
     assert list(calm["seed"]) == list(pushed["seed"]) and (calm["return"] != pushed["return"]).any()
 
@@ -527,10 +539,15 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, few in {"QUANTILES": (0.97,), "UNROLLED": (2,), "HEAD_UPDATES": 2, "LONG": 5}.items():
         monkeypatch.setattr(experiments, name, few)
     folder = as_walker(finished, tmp_path / "agent")
-    config = experiments.ExperimentConfig(
-        **{"agent": str(folder), "out": str(tmp_path / "out"), "compile": False, "num_samples": 16},
-        **{"eval_episodes": 2, "calibration_episodes": 2, "num_envs": 2, "round_episodes": 2},
-        **{"updates": 2, "batch_size": 4, "rollout_steps": 4, "validate_every": 1, "width": 32, "window": 3},
+    usual = experiments.ExperimentConfig(agent=str(folder), out=str(tmp_path / "out"))
+    trained = {"updates": 2, "batch_size": 4, "rollout_steps": 4, "validate_every": 1}
+    trained |= {"width": 32, "window": 3}
+    config = replace(
+        usual,
+        round_episodes=2,
+        planner=BudgetOverride(num_samples=16, compile=False),
+        evaluation=replace(usual.evaluation, episodes=2, calibration_episodes=2, num_envs=2),
+        distillation=replace(usual.distillation, **trained),
     )
     experiments.main(config)
     done = tmp_path / "out/walker-walk.csv"
@@ -553,19 +570,22 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     about = done.with_suffix(".json")
     about.rename(about.with_suffix(".json.running"))
     with pytest.raises(ConfigError, match="other settings"):
-        experiments.main(replace(config, updates=3))
+        experiments.main(replace(config, distillation=replace(config.distillation, updates=3)))
     experiments.main(config)
     pd.testing.assert_frame_equal(pd.read_csv(done, keep_default_na=False), table)
 
 
-def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
-    monkeypatch.setattr(disturbed, "STRENGTHS", {"obs_noise": (0.0, 3.0)})
+    monkeypatch.setattr(perturbed, "STRENGTHS", {"obs_noise": (0.0, 3.0)})
     folder = as_walker(finished, tmp_path / "agent")
-    config = disturbed.DisturbedConfig(
-        agent=str(folder), kinds=("obs_noise",), eval_episodes=3, num_envs=3, compile=False
+    config = perturbed.PerturbedConfig(
+        agent=str(folder),
+        kinds=("obs_noise",),
+        planner=BudgetOverride(compile=False),
+        evaluation=EpisodesConfig(3, num_envs=3),
     )
-    table = disturbed.evaluate_disturbed(config, SILENT)
+    table = perturbed.evaluate_perturbed(config, SILENT)
     chosen = json.loads((finished / "evaluation/chosen.json").read_text())["mode"]
     modes = list(dict.fromkeys(["baseline", chosen, "naive_6", "distilled_refined", "prior"]))
     assert list(table["mode"]) == 2 * modes and list(table["strength"]) == len(modes) * [0.0] + len(modes) * [
@@ -573,24 +593,28 @@ def test_disturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     returns = table.pivot(index="mode", columns="strength", values="return_mean")
     assert (returns[0.0] != returns[3.0]).all(), "every mode sees the noise"
-    pd.testing.assert_frame_equal(disturbed.evaluate_disturbed(config, SILENT), table)  # read back
-    with in_use(folder / "disturbed"), pytest.raises(ConfigError, match="in use by another process"):
-        disturbed.evaluate_disturbed(config, SILENT)
-    with pytest.raises(ConfigError, match="not 2"):
-        disturbed.evaluate_disturbed(replace(config, eval_episodes=2, num_envs=2), SILENT)
+    pd.testing.assert_frame_equal(perturbed.evaluate_perturbed(config, SILENT), table)  # read back
+    with in_use(folder / "perturbed"), pytest.raises(ConfigError, match="in use by another process"):
+        perturbed.evaluate_perturbed(config, SILENT)
+    with pytest.raises(ConfigError, match="num_envs=3, not 2"):
+        perturbed.evaluate_perturbed(replace(config, evaluation=EpisodesConfig(2, num_envs=2)), SILENT)
+    provenance = read_json(folder / "evaluation/provenance.json")
+    write_json(
+        folder / "evaluation/provenance.json", {k: v for k, v in provenance.items() if k != "evaluation"}
+    )
+    with pytest.raises(CheckpointError, match="earlier version: make it anew with `tdmpc2 accelerate`"):
+        perturbed.evaluate_perturbed(config, SILENT)
 
 
-def test_mistakes_of_the_disturbed(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = script("perturb", workdir, "agent=done", "task=short_task:Short-v0", "compile=false")
+def test_mistakes_of_perturb(finished: Path, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = script("perturb", workdir, "agent=done", "task=short_task:Short-v0", "planner.compile=false")
     one_line(own, "Short-v0", "MuJoCo")
     with pytest.raises(CheckpointError, match="nowhere"):
-        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere"), SILENT)
-    with pytest.raises(ConfigError, match="storm"):
-        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", kinds=("storm",)), SILENT)
-    with pytest.raises(ConfigError, match="num_envs=0"):
-        disturbed.evaluate_disturbed(disturbed.DisturbedConfig(agent="nowhere", num_envs=0), SILENT)
+        perturbed.evaluate_perturbed(perturbed.PerturbedConfig(agent="nowhere"), SILENT)
+    one_line(script("perturb", workdir, "agent=done", "kinds=[storm]"), "kinds=['storm']", "obs_noise")
+    one_line(script("perturb", workdir, "agent=done", "evaluation.num_envs=0"), "evaluation.num_envs=0")
     monkeypatch.syspath_prepend(workdir)
     import_module("short_task:Short-v0")
-    calibrated = disturbed.DisturbedConfig(agent=str(finished), eval_seed=10_001)
+    calibrated = perturbed.PerturbedConfig(agent=str(finished), evaluation=EpisodesConfig(seed=10_001))
     with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
-        disturbed.evaluate_disturbed(calibrated, SILENT)
+        perturbed.evaluate_perturbed(calibrated, SILENT)

@@ -21,7 +21,7 @@ from tdmpc2.config import (
 from tdmpc2.corrector import build_corrector
 from tdmpc2.errors import ConfigError, DataError, ObservationError
 from tdmpc2.evaluation.modes import ALONE, DISTILLED
-from tdmpc2.mismatch import calibrate_thresholds
+from tdmpc2.monitor import calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.refine import offsets, refine
 from tdmpc2.world_model import load_world_model
@@ -208,7 +208,7 @@ def test_what_the_corrector_answers_is_refined(model, steps: int) -> None:
     agent.reset()
     first, second = observations(2, 2)
     z_pred = model.next(model.encode(first), agent.act(first))
-    z, planned, k = model.encode(second), agent._actions[:, 1].clone(), torch.ones(2, dtype=torch.long)
+    z, planned, k = model.encode(second), agent._now.plan[:, 1].clone(), torch.ones(2, dtype=torch.long)
     answer = corrector(corrector.no_history(2).then(corrector.embed(z, z_pred, planned, k)), planned)
     planner = agent.teacher.planner
     expected = refine(

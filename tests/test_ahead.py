@@ -1,17 +1,21 @@
 """Functions compiled ahead of time: what a library depends on, where it is kept, and what is never opened."""
 
 import copy
+import inspect
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import tdmpc2
+from tdmpc2 import agent as agent_module
+from tdmpc2 import refine as refining
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import (
     COMPILED,
@@ -28,15 +34,24 @@ from tdmpc2.config import (
     SpeculationConfig,
     WorldModelConfig,
 )
-from tdmpc2.corrector import build_corrector
-from tdmpc2.inference import AheadOfTime, libraries
+from tdmpc2.corrector import TwoTowerCorrector, build_corrector
+from tdmpc2.inference import AheadOfTime, ahead, fast_model, libraries, weights
+from tdmpc2.inference import compiled as compiled_module
 from tdmpc2.inference.libraries import ABANDONED, COMPILING, DIGEST, KEPT, library
-from tdmpc2.world_model import WorldModel
+from tdmpc2.inference.sources import sources
+from tdmpc2.planner import Iteration
+from tdmpc2.step import PlanState, PlanStep
+from tdmpc2.world_model import WorldModel, layers
 
 START = """
 import sys, torch, tdmpc2
 from tdmpc2.inference import AheadOfTime
-compiled = AheadOfTime(lambda x: x.sin(), lambda y: y[0], what="it", depends_on="")
+
+class Sine(torch.nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+compiled = AheadOfTime(Sine(), lambda y: y[0], what="it")
 print(compiled(torch.ones(1)).item())
 print(*(name in sys.modules for name in ("torch._inductor", "torch._dynamo", "gymnasium")))
 """
@@ -314,19 +329,32 @@ class Odd(nn.Linear):
         return -super().forward(x)
 
 
+class Cosine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cos()
+
+
 def first(y: list[Tensor]) -> Tensor:
     return y[0]
 
 
-class Shifted:
+class Shift(nn.Module):
     """Adds to what a module answers."""
 
-    def __init__(self, module: nn.Module, shift: float = 0.0):
+    def __init__(self, module: nn.Module, shift: Any):
+        super().__init__()
         self.module, self.shift = module, shift
-        self.compiled = AheadOfTime(self.run, first, what="it", modules=[module], depends_on=shift)
 
-    def run(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.module(x) + self.shift
+
+
+class Shifted:
+    """The same, eager and compiled."""
+
+    def __init__(self, module: nn.Module, shift: Any = 0.0):
+        self.module, self.run = module, Shift(module, shift)
+        self.compiled = AheadOfTime(self.run, first, what="it")
 
 
 @pytest.fixture
@@ -384,18 +412,37 @@ def test_all_but_weights_is_in_the_name(names: dict[str, str]) -> None:
         name_of(nn.Linear(3, 2).double(), x=torch.zeros(1, 3, dtype=torch.double)),
         name_of(nn.Linear(3, 2), x=torch.zeros(2, 3)),
         name_of(nn.Linear(4, 2), x=torch.zeros(1, 4)),
+        name_of(nn.Sequential(nn.Linear(3, 2))),
+        name_of(nn.Linear(3, 2), 0),
+        name_of(nn.Linear(3, 2), True),
+        name_of(nn.Linear(3, 2), (torch.float32,)),
     ]
     assert len({name, *others}) == 1 + len(others)
 
 
 def test_weights_that_it_does_not_know_of_are_refused(cache: Path) -> None:
     hidden = nn.Linear(3, 2)
-    with pytest.raises(AssertionError, match="neither arguments nor of its modules"):
-        AheadOfTime(lambda x: hidden(x), first, what="it", depends_on="")(torch.zeros(1, 3))
+
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return hidden(x)
+
+    with pytest.raises(AssertionError, match="neither arguments nor its own"):
+        AheadOfTime(Reads(), first, what="it")(torch.zeros(1, 3))
+
+
+def test_what_is_neither_constant_nor_code_stays_uncompiled(names: dict[str, str], capsys) -> None:
+    """A library could not be told from one with another value."""
+    for odd in (np.ones(2, dtype=np.float32), Making(b"")):
+        shift = odd if isinstance(odd, np.ndarray) else 1.0
+        one = Shifted(nn.Linear(3, 2), shift)
+        one.run.odd = odd
+        one.compiled(torch.zeros(1, 3))
+        assert not names and f".odd is a {type(odd).__module__}" in capsys.readouterr().err
 
 
 def test_without_a_compiler_it_works_all_the_same_and_says_so(cache: Path, capsys) -> None:
-    compiled = AheadOfTime(lambda x: x.cos() + 41.375, first, what="the planner", depends_on="")
+    compiled = AheadOfTime(Shift(Cosine(), 41.375), first, what="the planner")
     with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
         for _ in range(2):
             assert torch.equal(compiled(torch.zeros(3, 2)), torch.full((3, 2), 42.375))
@@ -425,33 +472,123 @@ def agent_of(
     return SpeculativeAgent(teacher, mode, build_corrector(corrector).eval())
 
 
+CODE = re.compile(r"(\S+): \(b['\"]")  # begins what `sources` says of a function
+
+
+def asked(agent: SpeculativeAgent) -> dict[str, list[str]]:
+    """What the libraries that an agent needs are made of, by what is compiled."""
+    made_of: dict[str, list[str]] = {}
+
+    def recorded(module: nn.Module, arguments: object, *others: Any) -> list[str]:
+        made_of[type(module).__name__] = sources(module, arguments, *others)
+        raise RuntimeError("not compiled in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tdmpc2.inference.ahead.sources", recorded)
+        agent.act(np.zeros(agent.teacher.model.config.obs_shape))
+    return made_of
+
+
 @pytest.mark.parametrize("tasks", [{}, TASKS])
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal", "distilled"])
-def test_a_library_depends_on_the_sources_that_are_compiled(architecture, tasks, monkeypatch) -> None:
-    """All code of the package that runs when a function is traced is in its sources; no other is."""
-    ran: dict[AheadOfTime, set[str]] = {}
+def test_a_library_depends_on_the_code_that_is_compiled(architecture, tasks, monkeypatch) -> None:
+    """All code of the package that runs when a module is traced is in its sources; little else is."""
+    ran: dict[str, set[str]] = {}
 
     def traced(self: AheadOfTime, *args: Any, **kwargs: Any) -> Any:
-        paths = ran.setdefault(self, set())
-        sys.setprofile(lambda frame, *_: paths.add(frame.f_code.co_filename))
+        names = ran.setdefault(type(self._module).__name__, set())
+
+        def profile(frame: FrameType, *_: object) -> None:
+            names.add(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}")
+
+        sys.setprofile(profile)
         try:
-            return self._function(*args, **kwargs)
+            return self._module(*args, **kwargs)
         finally:
             sys.setprofile(None)
 
-    monkeypatch.setattr(AheadOfTime, "__call__", traced)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     model = WorldModelConfig((5,), 3, **SIZES, episodic=True, **tasks)
-    agent_of(model, corrector=CorrectorConfig(16, 3, architecture)).act(np.zeros(5))
-    planner, step = ran
-    package = str(Path(tdmpc2.__file__).parent)
-    for function, paths in ran.items():
-        assert {path for path in paths if path.startswith(package)} <= set(function.sources())
-    only = [
-        {Path(path).name for path in one.sources()} - {Path(path).name for path in other.sources()}
-        for one, other in ((planner, step), (step, planner))
-    ]
-    assert only == [{"planner.py"}, {"agent.py", "corrector.py"}]
+    mode = replace(MODE, refine_steps=2)
+    agent = agent_of(model, mode=mode, corrector=CorrectorConfig(16, 3, architecture))
+    made_of = asked(agent)
+    with monkeypatch.context() as patch:
+        patch.setattr(AheadOfTime, "__call__", traced)
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        agent.reset()
+        agent.act(np.zeros(5))
+    assert ran.keys() == made_of.keys() == {"Iteration", "PlanStep"}
+    own = {what: {match[1] for x in texts if (match := CODE.match(x))} for what, texts in made_of.items()}
+    for what, names in ran.items():
+        run = {name for name in names if name.startswith("tdmpc2") and "<" not in name}
+        assert run <= own[what] and len(run) > 10
+    homes = {what: {name.rsplit(".", 2)[0] for name in names} for what, names in own.items()}
+    assert not any("distillation" in home or "evaluation" in home for home in homes["Iteration"])
+    planner, step = own["Iteration"] - own["PlanStep"], own["PlanStep"] - own["Iteration"]
+    for names, files in (
+        (planner, ("planner", "inference.fast_model", "inference.weights")),
+        (step, ("step", "refine", "corrector", "world_model")),
+    ):
+        assert all(name.startswith((*(f"tdmpc2.{file}." for file in files), "namedtuple_")) for name in names)
+
+
+def other_step(self: PlanStep, now: PlanState) -> Tensor:
+    return self.model.prior(now.z, now.task)
+
+
+class Swapped(NamedTuple):
+    """`PlanState` with its first two fields exchanged."""
+
+    z_pred: Tensor
+    z: Tensor
+    plan: Tensor
+    k: Tensor
+    history: Any
+    task: Tensor | None
+
+
+def rewritten(function: Callable[..., Any], old: str, new: str) -> Any:
+    """A function as its source would make it with another text, once, in the globals that it has."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert old in source
+    code = compile(source.replace(old, new, 1), "rewritten", "exec")
+    made: dict[str, Any] = {}
+    exec(code, function.__globals__, made)
+    made[function.__name__].__qualname__ = function.__qualname__
+    return made[function.__name__]
+
+
+def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monkeypatch) -> None:
+    usual = asked(agent_of())
+
+    def changed(target: Any, name: str, value: Any) -> set[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            return {what for what, texts in asked(agent_of()).items() if texts != usual[what]}
+
+    planner, step, both = {"Iteration"}, {"PlanStep"}, {"Iteration", "PlanStep"}
+    assert not changed(tdmpc2, "__version__", "0")
+    for old, new in ((":\n", ":  # a comment\n"), ('"""', '"""In other words: ')):
+        for target, name in ((refining, "refine"), (PlanStep, "forward"), (Iteration, "forward")):
+            assert not changed(target, name, rewritten(getattr(target, name), old, new))
+    assert changed(Iteration, "forward", rewritten(Iteration.forward, "+ 1e-9", "+ 2e-9")) == planner
+    assert changed(layers, "mish", lambda x: torch.nn.functional.mish(x)) == step, "of its own module"
+    assert changed(fast_model, "mish", lambda x: torch.nn.functional.mish(x)) == planner
+    assert changed(fast_model, "LAYER_NORM_EPS", 2e-5) == planner
+    assert changed(weights, "for_tasks", lambda w, embedding: w) == set(), (
+        "fast_model has its own name for it"
+    )
+    assert changed(weights.Layer, "one", lambda self, i: self) == planner, "a class among the arguments"
+    assert changed(PlanStep, "planned", other_step) == step
+    assert changed(TwoTowerCorrector, "features", lambda self, history: history.steps[:, 0]) == step
+    assert changed(WorldModel, "next", lambda self, z, action, task: z) == step
+    assert changed(agent_module, "PlanState", Swapped) == step, "the order of inputs"
+    assert changed(compiled_module, "say", print) == set()
+    assert changed(ahead, "OPTIONS", {}) == both
+    assert changed(TDMPC2, "encode", lambda self, obs: torch.zeros(1, 16)) == set()
+    refined = asked(agent_of(mode=replace(MODE, refine_steps=1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(refining, "ELITES", 3)
+        assert asked(agent_of(mode=replace(MODE, refine_steps=1)))["PlanStep"] != refined["PlanStep"]
 
 
 BOTH, PLANNER, STEP, NEITHER = (

@@ -113,10 +113,9 @@ def test_each_measurement_has_a_process_of_its_own() -> None:
 def test_bench_writes_records(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     alone: list[int] = []  # threads of each measurement
     monkeypatch.setattr(bench, "alone", lambda measurement, threads: alone.append(threads) or measurement())
-    settings = {name: getattr(BUDGET, name) for name in vars(BUDGET)}
     out = tmp_path / "new" / "bench.json"
     config = bench.BenchConfig(
-        **settings,
+        planner=BUDGET,
         only=("planner",),
         sizes=(1,),
         batches=(1, 2),

@@ -17,8 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tdmpc2
-from tdmpc2.agent import load_teacher
-from tdmpc2.config import EAGER, MODEL_SIZES, BudgetOverride, SpeculationConfig, WorldModelConfig
+from tdmpc2.config import (
+    EAGER,
+    MODEL_SIZES,
+    BudgetOverride,
+    ModelOverride,
+    SpeculationConfig,
+    WorldModelConfig,
+)
 from tdmpc2.corrector import build_corrector, save_corrector
 from tdmpc2.envs import dmc
 from tdmpc2.errors import CheckpointError, ConfigError, FileError, TaskError
@@ -146,7 +152,7 @@ def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
     for planner in ({"horizont": 3}, 5, None):
         save_world_model(tmp_path, model, planner=planner)
         with pytest.raises(CheckpointError, match="horizont" if planner == {"horizont": 3} else "mapping"):
-            load_teacher(tmp_path)
+            tdmpc2.load_agent(tmp_path)
     save_world_model(tmp_path, model)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["world_model"]
@@ -248,7 +254,7 @@ def test_what_an_original_file_does_not_say_can_be_given(tmp_path: Path) -> None
     z = usual.encode(obs)
     assert model.reward(z, action) != usual.reward(z, action)
     assert tdmpc2.load_agent(path, compute=EAGER, **given).model.config == model.config
-    teacher = open_teacher("walker-walk", str(path), BudgetOverride(vmin=-5, vmax=4, simnorm_dim=4))
+    teacher = open_teacher("walker-walk", str(path), BudgetOverride(), ModelOverride(-5, 4, 4))
     assert teacher.model.config == model.config
     for wrong in ({"vmin": 20.0}, {"vmax": math.nan}, {"simnorm_dim": 5}, {"simnorm_dim": "8"}):
         with pytest.raises(CheckpointError, match=next(iter(wrong))):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import FrozenInstanceError, astuple, dataclass, make_dataclass
+from dataclasses import FrozenInstanceError, astuple, dataclass, field, make_dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from tdmpc2 import cli
 from tdmpc2.config import PlannerConfig
 from tdmpc2.errors import ConfigError, Stopped
-from tdmpc2.files import read_json
+from tdmpc2.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,26 +35,40 @@ class Colour(Enum):
 
 
 @dataclass(frozen=True)
-class Base:
+class Part:
     """What several scripts share.
 
     More words, which --help leaves out.
     """
 
     steps: int = 10  # of the agent
-    rate: float = 3e-4
+    name: str = ""
+    may: str | None = None
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class LongPart(Part):
+    """A part of many steps."""
+
+    rate: float = 3e-4  # a step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Base):
+class Config:
     """What this script alone has."""
 
     task: str
+    steps: int = 3
     seed: int | None = None  # None: a random one
+    rate: float = 3e-4
     sizes: tuple[int, ...] = (1, 2)
     resume: bool = False
     note: str = ""  # free text
     colour: Colour = Colour.red
+    part: Part = field(default_factory=Part)
+    long: LongPart = field(default_factory=lambda: LongPart(steps=1000))
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
 
 
 @pytest.fixture
@@ -110,14 +124,26 @@ def test_defaults_and_null(start):
     assert start("task=a", "seed=null") == [Config(task="a")]
 
 
-def test_parts_of_the_package_can_be_inherited_from(start):
-    @dataclass(frozen=True, kw_only=True)
-    class Planning(PlannerConfig):
-        task: str
+def test_settings_of_parts(start, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = ["part.steps=5", "part.name=~/José (1),v=2.pt", "part.may=null", "part.sizes=[3,4]"]
+    (config,) = start("task=a", *arguments, "planner.num_samples=256")
+    part = Part(steps=5, name="/home/me/José (1),v=2.pt", sizes=(3, 4))
+    assert config == Config(task="a", part=part, planner=PlannerConfig(num_samples=256))
+    assert type(config.part) is Part and type(config.part.sizes) is tuple
+    assert config.long == LongPart(steps=1000), "a default of the whole, not of the part's class"
+    (config,) = start("task=a", "long.rate=1", "part.may='null'", "part.name='null'")
+    assert config.long == LongPart(steps=1000, rate=1.0)
+    assert (config.part.may, config.part.name) == ("null", "null")
 
-    (config,) = start("task=a", "num_samples=256", config=Planning)
-    assert isinstance(config, PlannerConfig)
-    assert (config.num_samples, config.num_elites) == (256, PlannerConfig().num_elites)
+
+def test_a_sweep_over_a_part(start, capsys):
+    configs = start("--multirun", "task=a", "planner.num_samples=128,256", "part.name='x,y',z")
+    found = [(c.planner.num_samples, c.part.name) for c in configs]
+    assert found == [(128, "x,y"), (128, "z"), (256, "x,y"), (256, "z")]
+    with pytest.raises(SystemExit):
+        start("-m", "task=a", "planner.num_samples=128,256", main=raiser(ConfigError("no")))
+    assert capsys.readouterr().err.splitlines()[0] == "error: planner.num_samples=128: no"
 
 
 def test_multirun_visits_every_combination(start):
@@ -135,11 +161,30 @@ def test_nothing_is_littered_and_the_folder_stays(start, tmp_path):
 
 
 def test_unknown_setting_names_the_nearest(fails):
-    expected = "error: unknown setting 'tsk'; did you mean 'task'? `--help` lists all"
+    expected = "error: unknown setting 'tsk'; did you mean task?"
     assert fails("tsk=walker-walk") == expected
     assert fails("--multirun", "tsk=a,b") == expected
     assert fails("qqqqq=1") == "error: unknown setting 'qqqqq'; `--help` lists all"
     assert "unknown setting '+extra'" in fails("task=a", "+extra=1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("num_samples", "planner.num_samples"),
+        ("planer.num_samples", "planner.num_samples"),
+        ("part.num_samples", "planner.num_samples"),
+        ("num_sampels", "planner.num_samples"),
+        ("planner.num_sampels", "planner.num_samples"),
+        ("min_stdd", "planner.min_std"),
+        ("lon_steps", "long.steps"),
+        ("planner.note", "note"),
+        ("name", "part.name or long.name"),
+        ("long", "long.steps or long.name or long.may"),
+    ],
+)
+def test_a_setting_of_another_part_is_named(fails, typed, meant):
+    assert fails("task=a", f"{typed}=3") == f"error: unknown setting {typed!r}; did you mean {meant}?"
 
 
 def test_required_settings(fails):
@@ -168,6 +213,19 @@ def test_required_settings(fails):
         ("rate=nan", "error: rate=nan: must be of type float"),
         ("rate=", "error: rate: Value '' of type 'str' could not be converted to Float"),
         ("walker-walk", "error: 'walker-walk' is no setting: write key=value"),
+        (
+            "part.steps=many",
+            "error: part.steps: Value 'many' of type 'str' could not be converted to Integer",
+        ),
+        ("part.steps=null", "error: part.steps: field 'part.steps' is not Optional"),
+        ("part.sizes=3", "error: part.sizes"),
+        ("part.sizes=[1,2", "error: part.sizes=[1,2: this value cannot be read"),
+        ("part.steps=1,2", "error: part.steps=1,2: several values make a sweep"),
+        ("long.rate=nan", "error: long.rate=nan: must be of type float"),
+        ("planner.horizon=0", "error: planner.horizon=0: must be from 1 to 100"),
+        ("planner.num_elites=513", "error: planner.num_elites=513: must be from 1 to num_samples, 512"),
+        ("--num-samples=3", "error: --num-samples=3: settings are written without dashes"),
+        ("--planner.num_samples=3", "error: --planner.num_samples=3: settings are written without dashes"),
         ("--task=a", "error: --task=a: settings are written without dashes"),
     ],
 )
@@ -220,9 +278,9 @@ def test_a_failed_run_does_not_stop_the_sweep(start, capsys):
     assert e.value.code == 1
     assert seen == ["a", "a", "b", "b"]
     assert capsys.readouterr().err.splitlines() == [
-        "error: rate=1.0 task=a: a is bad",
-        "error: rate=2.0 task=a: a is bad",
-        "error: rate=2.0 task=b: b.pt: No such file",
+        "error: task=a rate=1.0: a is bad",
+        "error: task=a rate=2.0: a is bad",
+        "error: task=b rate=2.0: b.pt: No such file",
         "error: 3 of 4 runs failed",
     ]
 
@@ -460,7 +518,8 @@ def test_help(start, capsys):
     out = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0] == "python scripts/demo.py key=value ..."
-    assert lines.index("What this script alone has.") < lines.index("What several scripts share.")
+    groups = ("What this script alone has.", "What several scripts share.", "A part of many steps.")
+    assert sorted(map(lines.index, groups)) == [*map(lines.index, groups)]
     for line in (
         "task=... (required)",
         "seed=null null: a random one",
@@ -468,21 +527,20 @@ def test_help(start, capsys):
         'note="" free text',
         "colour=red",
         "resume=false",
-        "steps=10 of the agent",
+        "steps=3",
         "rate=0.0003",
+        "part.steps=10 of the agent",
+        "long.steps=1000 of the agent",
+        "long.rate=0.0003 a step",
+        "part.may=null",
     ):
         assert lines.count(line) == 1, line
     assert "More words" not in out and "None" not in out
 
 
-def test_save_config(tmp_path):
-    cli.save_config(tmp_path / "config.json", Base(steps=3))
-    assert read_json(tmp_path / "config.json") == {"steps": 3, "rate": 3e-4}
-
-
 def test_provenance(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(Path("scripts/demo.py").absolute()), "task=a", "note=a b"])
-    found = cli.provenance()
+    found = provenance()
     assert found["command"] == "python scripts/demo.py task=a 'note=a b'"
     assert set(found) == {"command", "commit", "machine", "versions", "date"}
     assert all(found.values())

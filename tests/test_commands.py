@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from gymnasium.spaces import Box
@@ -96,6 +97,13 @@ def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> N
     elsewhere = teacher.rename(teacher.parent / "v=2, new")
     tdmpc2(monkeypatch, "info", elsewhere)
     assert "Seen-v0" in capsys.readouterr().out, "a path may have any characters"
+    monkeypatch.chdir(teacher.parent)
+    elsewhere.rename("teacher.new=2")
+    tdmpc2(monkeypatch, "info", "teacher.new=2", "model.vmin=-10")
+    assert "Seen-v0" in capsys.readouterr().out, "also one that looks like a setting of a part"
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "info", "model.vmim=-10", "agent=teacher.new=2")
+    assert "did you mean model.vmin" in capsys.readouterr().err
     tdmpc2(monkeypatch, "info", TEACHER)  # an original file says less
     assert "512 samples" in capsys.readouterr().out
 
@@ -150,7 +158,7 @@ def test_tasks(monkeypatch, capsys) -> None:
 
 
 def test_evaluate_takes_the_task_from_the_checkpoint(monkeypatch, capsys, teacher: Path) -> None:
-    tdmpc2(monkeypatch, "evaluate", f"checkpoint={teacher}", "episodes=2", "compile=false")
+    tdmpc2(monkeypatch, "evaluate", f"checkpoint={teacher}", "episodes=2", "planner.compile=false")
     assert "6.0" in capsys.readouterr().out  # the return of six steps
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "evaluate", f"checkpoint={TEACHER}")
@@ -159,7 +167,7 @@ def test_evaluate_takes_the_task_from_the_checkpoint(monkeypatch, capsys, teache
 
 def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> None:
     out = tmp_path / "a.gif"
-    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "compile=false", "baseline=true")
+    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "planner.compile=false", "baseline=true")
     with Image.open(out) as gif:
         assert gif.n_frames == STEPS // 2, "50 steps a second make 25 frames"
         seen = []
@@ -170,11 +178,23 @@ def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> No
     assert seen[0] < seen[1] < seen[2]
 
 
+def test_play_writes_films(monkeypatch, capsys, tmp_path: Path, teacher: Path) -> None:
+    out = tmp_path / "a.mp4"
+    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "compile=false")
+    film = imageio_ffmpeg.read_frames(str(out))
+    assert next(film)["fps"] == 50
+    assert len(list(film)) == STEPS
+    monkeypatch.setattr(play, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "play", teacher, f"out={out}")
+    assert "pip install imageio-ffmpeg" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("frame", [None, [1, 2], np.zeros((4, 4), np.uint8)])
 def test_play_needs_pictures(monkeypatch, capsys, tmp_path: Path, teacher: Path, frame: object) -> None:
     monkeypatch.setattr(Seen, "render", lambda self: frame)
     with pytest.raises(SystemExit):
-        tdmpc2(monkeypatch, "play", teacher, f"out={tmp_path / 'a.gif'}", "compile=false")
+        tdmpc2(monkeypatch, "play", teacher, f"out={tmp_path / 'a.gif'}", "planner.compile=false")
     assert "renders no pictures" in capsys.readouterr().err
     assert not (tmp_path / "a.gif").exists()
 

@@ -525,9 +525,9 @@ def test_replayed_stretch_is_what_the_agent_does(model: WorldModel, architecture
         executed = torch.zeros_like(data.teacher_action)
         for t in range(3, start + 6):
             if t == start:  # the last plan is executed for longer
-                agents[6]._history = agent._history
+                agents[6]._now = agent._now
                 agent = agents[6]
-                agent._k[:] = 6
+                agent._now.k[:] = 6
             plan = Plan(*[data.plan[t : t + 1]] * 2, *[torch.zeros(1)] * 2)
             executed[t] = agent.act(obs[t : t + 1], plan)[0]
         # Earlier corrections are taken to be the teacher's: here they are.

@@ -14,7 +14,7 @@ from tdmpc2.config import EAGER, BudgetOverride
 from tdmpc2.envs.disturb import KINDS, Disturbed
 from tdmpc2.envs.dmc import DmControl
 from tdmpc2.errors import CheckpointError, ConfigError, TaskError
-from tdmpc2.evaluation.disturbed import DisturbedConfig, evaluate_disturbed
+from tdmpc2.evaluation.perturbed import PerturbedConfig, evaluate_perturbed
 from tdmpc2.files import write_json
 from tdmpc2.progress import SILENT
 from tdmpc2.teacher import Teacher, open_teacher
@@ -146,15 +146,16 @@ def test_a_downloaded_folder_runs_no_code(tmp_path: Path, monkeypatch: pytest.Mo
     model = load_world_model(TEACHER)
     save_world_model(tmp_path, model, task="evil:Evil-v0")
     write_json(tmp_path / "evaluation/provenance.json", {})
+    eager = BudgetOverride(compile=False)
     for evaluates in (
-        lambda: evaluate_disturbed(DisturbedConfig(agent=".", compile=False), SILENT),
-        lambda: experiments.main(experiments.ExperimentConfig(agent=".", compile=False)),
+        lambda: evaluate_perturbed(PerturbedConfig(agent=".", planner=eager), SILENT),
+        lambda: experiments.main(experiments.ExperimentConfig(agent=".", planner=eager)),
     ):
         with pytest.raises(
             TaskError, match=r"'evil' is not imported, .*: give task=\.\.\. on the command line"
         ):
             evaluates()
     with pytest.raises(CheckpointError, match="was made for evil:Evil-v0"):
-        open_teacher("walker-walk", ".", BudgetOverride(compile=False))
+        open_teacher("walker-walk", ".", eager)
     load_agent(".", compute=EAGER)
     assert "evil" not in sys.modules and not (tmp_path / "evil-was-here").exists()

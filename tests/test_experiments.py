@@ -14,7 +14,9 @@ from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConf
 from tdmpc2.corrector import BaseCorrector, build_corrector
 from tdmpc2.distillation.dataset import Recording, episode_bounds
 from tdmpc2.evaluation.modes import PRIOR
+from tdmpc2.monitor import Monitor
 from tdmpc2.refine import offsets, refine
+from tdmpc2.step import PlanState, PlanStep
 from tdmpc2.teacher import Teacher
 from tdmpc2.world_model import load_world_model
 
@@ -24,9 +26,9 @@ GENERATOR = torch.Generator().manual_seed(0)
 OBSERVATIONS = torch.randn(12, 1, 24, generator=GENERATOR)
 
 
-def drifts(agent_type, steps: int = 6, **arguments) -> torch.Tensor:
-    """What is held against the threshold in the steps after the first of one long plan."""
-    agent = agent_type(TDMPC2(MODEL, BUDGET), SpeculationConfig(100), **arguments)
+def measured(monitor: Monitor, steps: int = 6) -> torch.Tensor:
+    """What a rule compares with the threshold in the steps after the first of one long plan."""
+    agent = SpeculativeAgent(TDMPC2(MODEL, BUDGET), SpeculationConfig(100), monitor=monitor)
     agent.reset()
     seen = []
     for obs in OBSERVATIONS[:steps]:
@@ -35,22 +37,28 @@ def drifts(agent_type, steps: int = 6, **arguments) -> torch.Tensor:
     return torch.cat(seen)[1:]
 
 
+def step_of(corrector: BaseCorrector | None) -> PlanStep:
+    return PlanStep(MODEL, corrector, SpeculationConfig(3), 3, BUDGET, 0.99)
+
+
 def test_mismatch_in_units_of_the_last_step() -> None:
     z = MODEL.encode(OBSERVATIONS[:6, 0])
     moved = z.diff(dim=0).norm(dim=-1) + 1e-3
-    torch.testing.assert_close(drifts(experiments.RelativeDrift), drifts(SpeculativeAgent) / moved)
+    torch.testing.assert_close(measured(experiments.RelativeMismatch()), measured(Monitor()) / moved)
 
 
 def test_action_gap_is_that_of_the_prior() -> None:
-    agent = experiments.ActionGap(TDMPC2(MODEL, BUDGET), SpeculationConfig(3))
-    z, agent._z_pred = MODEL.encode(OBSERVATIONS[:2, 0]).split(1)
-    expected = (MODEL.prior(z) - MODEL.prior(agent._z_pred)).norm(dim=-1)
-    torch.testing.assert_close(agent._drift(z), expected)
-    assert agent._drift(agent._z_pred) == 0
+    z, z_pred = MODEL.encode(OBSERVATIONS[:2, 0]).split(1)
+    now = PlanState(z, z_pred, torch.zeros(1, 3, 6), torch.ones(1).long(), None, None)
+    rule = experiments.ActionGap()
+    expected = (MODEL.prior(z) - MODEL.prior(z_pred)).norm(dim=-1)
+    torch.testing.assert_close(rule.measure(now, step_of(None)), expected)
+    assert rule.measure(now._replace(z=z_pred), step_of(None)) == 0
 
 
 def test_refined_prior_is_the_prior_refined() -> None:
-    agent = experiments.RefinedPrior(TDMPC2(MODEL, BUDGET), replace(PRIOR, refine_steps=1))
+    untrained = experiments.untrained(CorrectorConfig(MODEL.config.latent_dim, MODEL.config.action_dim))
+    agent = SpeculativeAgent(TDMPC2(MODEL, BUDGET), replace(PRIOR, refine_steps=1), untrained)
     discount, temperature = agent.teacher.planner.discount, agent.teacher.planner.config.temperature
     moved = 0.0
     for obs in OBSERVATIONS[:4]:
@@ -77,16 +85,13 @@ def corrector_of(architecture: str) -> BaseCorrector:
 @pytest.mark.parametrize("refine_steps", [0, 1])
 def test_rules_judge_the_action_that_would_be_executed(rule: str, refine_steps: int) -> None:
     own, other = corrector_of("temporal"), corrector_of("two_tower")
-    arguments = {"judge": other} if rule == "Disagreement" else {}
-    agent = getattr(experiments, rule)(
-        TDMPC2(MODEL, BUDGET),
-        SpeculationConfig(100, corrector="temporal", refine_steps=refine_steps),
-        own,
-        **arguments,
-    )
+    monitor = experiments.Disagreement(None, other) if rule == "Disagreement" else experiments.ValueGap()
+    mode = SpeculationConfig(100, corrector="temporal", refine_steps=refine_steps)
+    agent = SpeculativeAgent(TDMPC2(MODEL, BUDGET), mode, own, monitor)
     agent.reset()
     for t, obs in enumerate(OBSERVATIONS[:6]):  # past the plan's end too
-        z, z_pred, plan, k = MODEL.encode(obs), agent._z_pred, agent._actions.clone(), agent._k.clone()
+        z = MODEL.encode(obs)
+        now = agent._now._replace(z=z, plan=agent._now.plan.clone())
         action = agent.act(obs)
         if not t:
             continue
@@ -94,8 +99,8 @@ def test_rules_judge_the_action_that_would_be_executed(rule: str, refine_steps: 
             values = [MODEL.value(z, a).mean(0) for a in (MODEL.prior(z), action)]
             expected = values[0] - values[1]
         else:
-            planned = agent._planned_action(z, plan, k, None)
-            answer = other(other.no_history(1).then(other.embed(z, z_pred, planned, k)), planned)
+            planned = agent.step.planned(now)
+            answer = other(other.no_history(1).then(other.embed(z, now.z_pred, planned, now.k)), planned)
             expected = (action - answer).norm(dim=-1)
         torch.testing.assert_close(agent.info.mismatch, expected)
         assert expected.abs() > 1e-4
@@ -112,11 +117,9 @@ def test_error_is_estimated_where_it_is() -> None:
     head = experiments.error_estimate(
         MODEL, corrector.requires_grad_(False), data, experiments.CorrectorTrainConfig(rollout_steps=4)
     )
-    agent = experiments.OwnError(
-        TDMPC2(MODEL, BUDGET, num_envs=240), SpeculationConfig(3), corrector, judge=head
-    )
-    agent._z_pred, agent._k = data.latent, torch.ones(240, dtype=torch.long)
-    estimate = agent._drift(data.latent)
+    k, plan = torch.ones(240, dtype=torch.long), torch.zeros(240, 3, 6)
+    now = PlanState(data.latent, data.latent, plan, k, corrector.no_history(240), None)
+    estimate = experiments.OwnError(None, head).measure(now, step_of(corrector))
     assert estimate[60:120].mean() > 4 and estimate[120:180].mean() < 2, "six actions are off by one"
 
 
@@ -211,7 +214,7 @@ def test_trained_variants_change_one_thing(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(experiments, "load_shards", lambda folder, _: own[folder.name])
     monkeypatch.setattr(experiments, "mean_label", lambda data, teacher: data.teacher_action)
     teacher = Teacher("", MODEL, BUDGET, 0.99, "", None, EAGER)
-    config = experiments.ExperimentConfig(agent="", loss="l1")
+    config = experiments.CorrectorTrainConfig(architecture="two_tower", loss="l1")
     runs = []
     experiments.training(data, tmp_path, teacher, config, lambda *run: runs.append(run))
     changed = {

@@ -1,4 +1,4 @@
-"""Thresholds as modes get them: from the mismatches of plans that were executed to their end."""
+"""The monitor, and its thresholds: from the mismatches of plans that were executed to their end."""
 
 from pathlib import Path
 
@@ -9,12 +9,14 @@ import pytest
 import torch
 from stand_ins import Seeded
 
-from tdmpc2.config import EAGER, PlannerConfig
+from tdmpc2.agent import TDMPC2, SpeculativeAgent
+from tdmpc2.config import EAGER, PlannerConfig, SpeculationConfig, WorldModelConfig
 from tdmpc2.evaluation.evaluate import EvaluationConfig, Subject, calibrate
-from tdmpc2.mismatch import calibrate_thresholds, mismatch
+from tdmpc2.monitor import Monitor, calibrate_thresholds
 from tdmpc2.progress import SILENT
+from tdmpc2.step import PlanState, PlanStep
 from tdmpc2.teacher import Teacher
-from tdmpc2.world_model import fingerprint, load_world_model
+from tdmpc2.world_model import WorldModel, fingerprint, load_world_model
 
 BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
 
@@ -26,11 +28,48 @@ class OfSeeds(Teacher):
         return Seeded()
 
 
+def watched(monitor: Monitor, z_pred: torch.Tensor, k: list[int]) -> tuple[list[float], list[bool]]:
+    """What a monitor measures where every real latent is zero, and where it gives plans up."""
+    now = PlanState(torch.zeros_like(z_pred), z_pred, z_pred[:, None], torch.tensor(k), None, None)
+    model = WorldModel(WorldModelConfig((5,), 3, latent_dim=8))
+    step = PlanStep(model, None, SpeculationConfig(), 3, PlannerConfig(), 0.99)
+    measured, given_up = monitor(now, step)
+    return measured.tolist(), given_up.tolist()
+
+
 def test_mismatch_is_a_distance() -> None:
-    z = torch.zeros(2, 8)
     z_pred = torch.zeros(2, 8)
     z_pred[0, :2] = torch.tensor([3.0, 4.0])
-    assert mismatch(z, z_pred).tolist() == [5.0, 0.0]
+    assert watched(Monitor(), z_pred, [1, 1]) == ([5.0, 0.0], [False, False]), "without a threshold, never"
+
+
+def test_a_plan_is_given_up_above_the_threshold_of_its_step() -> None:
+    z_pred = torch.zeros(6, 8)
+    z_pred[:, 0] = torch.tensor([0.5, 0.6, 0.6, 0.7, 0.8, torch.nan])
+    _, given_up = watched(Monitor((0.5, 0.7)), z_pred, [1, 1, 2, 2, 9, 2])
+    assert given_up == [False, True, False, False, True, True]
+
+
+def test_another_rule_is_a_monitor_that_measures_something_else() -> None:
+    """An agent asks it at every step, and tells it what it would execute."""
+    model = load_world_model(Path(__file__).parent / "fixtures/official/state_small.pt")
+    seen: list[PlanState] = []
+
+    class Third(Monitor):
+        def measure(self, now: PlanState, step: PlanStep) -> torch.Tensor:
+            seen.append(now)
+            assert step.planned(now).shape == (2, 6)
+            return (now.k == 2).float()
+
+    agent = SpeculativeAgent(TDMPC2(model, BUDGET, num_envs=2), SpeculationConfig(9), monitor=Third((0.5,)))
+    obs, kinds = torch.randn(6, 2, 24, generator=torch.Generator().manual_seed(0)), []
+    for o in obs:
+        agent.act(o)
+        assert agent.info is not None
+        kinds.append(agent.info.kinds[0].name[0])
+    assert "".join(kinds) == "POFOFO"
+    torch.testing.assert_close(torch.stack([now.z for now in seen]), model.encode(obs))
+    assert agent.info.mismatch.tolist() == [0.0, 0.0], "what is measured is in `info`"
 
 
 def test_false_alarms_are_counted_by_plans_not_by_episodes() -> None:

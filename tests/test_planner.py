@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdmpc2.config import ComputeConfig
 from tdmpc2.errors import ConfigError
-from tdmpc2.inference import FastModel, compiled
+from tdmpc2.inference import FastModel, FollowedWeights, compiled, origin
 from tdmpc2.planner import NoiseSource, Plan, Planner, warm_start
 from tdmpc2.world_model import WorldModel, load_world_model
 
@@ -215,20 +215,21 @@ def test_compiled_equals_eager_and_compiles_twice_whatever_the_batch(
         assert len(tracing.made) == 2
 
 
-def score(fast: FastModel, batch: int = 4) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    c = fast.config
-    z = fast.model.encode(torch.randn(batch, *c.obs_shape, generator=generator))
+def score(weights: FollowedWeights, batch: int = 4) -> Tensor:
+    generator, model = torch.Generator().manual_seed(0), weights.model
+    c = model.config
+    z = model.encode(torch.randn(batch, *c.obs_shape, generator=generator))
     actions = torch.rand(batch, 3, 200, c.action_dim, generator=generator) * 2 - 1
     noise = torch.randn(batch, 200, c.action_dim, generator=generator)
     centre = actions.mean(2, keepdim=True)
-    return fast.score(fast.origin(z), actions, centre, noise, torch.tensor([0, 1]), fast.weights())
+    fast = FastModel(c, 0.99, weights.dtype)
+    return fast.score(origin(model, z), actions, centre, noise, torch.tensor([0, 1]), weights())
 
 
 def test_bfloat16_values_are_close() -> None:
     official = Path(__file__).parent / "fixtures" / "official" / "state_small.pt"
     model = load_world_model(official)
-    exact, rounded = (score(FastModel(model, 0.99, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (score(FollowedWeights(model, dtype)) for dtype in (torch.float32, torch.bfloat16))
     assert exact.dtype == rounded.dtype == torch.float32
     error = (exact - rounded).square().mean().sqrt()
     assert 0 < error < 0.1 * exact.std(1).mean()
@@ -239,15 +240,15 @@ def test_bfloat16_values_are_close() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_planning_follows_the_weights_of_a_model_in_training(dtype: torch.dtype) -> None:
     model = random_model("plain").requires_grad_(True)
-    fast = FastModel(model, 0.99, dtype)
+    weights = FollowedWeights(model, dtype)
     with torch.no_grad():
-        before = score(fast)
-    assert fast.weights() is fast.weights(), "nothing changed, nothing to copy"
+        before = score(weights)
+    assert weights() is weights(), "nothing changed, nothing to copy"
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     model.reward(model.encode(torch.ones(2, 5)), torch.ones(2, 3)).sum().backward()
     optimizer.step()
     with torch.no_grad():
-        after, fresh = score(fast), score(FastModel(model, 0.99, dtype))
+        after, fresh = score(weights), score(FollowedWeights(model, dtype))
     assert torch.equal(after, fresh)
     assert not torch.equal(after, before)
 

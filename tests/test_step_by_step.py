@@ -29,10 +29,19 @@ from tdmpc2.world_model import fingerprint
 
 TEACHER = str(Path(__file__).parent / "fixtures/official/state_small.pt")
 TASK = "task=step_by_step_task:StepByStep-v0"
-BUDGET = ("num_samples=16", "iterations=2", "num_elites=4", "num_pi_trajs=4", "compile=false")
+BUDGET = (
+    *("planner.num_samples=16", "planner.iterations=2", "planner.num_elites=4", "planner.num_pi_trajs=4"),
+    "planner.compile=false",
+)
 TEACHING = (TASK, f"checkpoint={TEACHER}", *BUDGET)
-SMALL = ("eval_episodes=2", "calibration_episodes=2", "latency_steps=3", "label_episodes=0", "num_envs=2")
-TRAINING = ("updates=2", "batch_size=4", "rollout_steps=4", "validate_every=1", "width=32", "window=3")
+SMALL = (
+    *("evaluation.episodes=2", "evaluation.calibration_episodes=2", "evaluation.latency_steps=3"),
+    *("evaluation.label_episodes=0", "evaluation.num_envs=2"),
+)
+TRAINING = (
+    *("distillation.updates=2", "distillation.batch_size=4", "distillation.rollout_steps=4"),
+    *("distillation.validate_every=1", "distillation.width=32", "distillation.window=3"),
+)
 MODE = "two_tower_3"
 ENVIRONMENT = '''
 import gymnasium as gym
@@ -72,10 +81,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         choose_at_once(patch)
         start(patch, collect, *TEACHING, "episodes=3", "num_envs=2", "out=data/teacher")
         train = [f"checkpoint={TEACHER}", "data=data", "out=correctors", *TRAINING]
-        start(patch, distill, *train, "architecture=two_tower")
+        start(patch, distill, *train, "distillation.architecture=two_tower")
         more = ["corrector=correctors/two_tower", "execution_horizon=3", "seed=3", "episodes=3"]
         start(patch, collect, *TEACHING, *more, "out=data/round")
-        start(patch, distill, *train, "architecture=two_tower", "loss=mse")
+        start(patch, distill, *train, "distillation.architecture=two_tower", "distillation.loss=mse")
         start(patch, compare, *TEACHING, "correctors=correctors", "out=agent", *SMALL)
     return folder
 
@@ -168,10 +177,9 @@ def test_evaluating_again_goes_on_and_leaves_the_same_agent(folder: Path, run: R
     before = [(folder / "agent" / name).read_bytes() for name in files]
     run(compare, *TEACHING, "correctors=agent/correctors", "out=agent", *SMALL)
     assert [(folder / "agent" / name).read_bytes() for name in files] == before
-    refused = run(
-        compare, *TEACHING, "correctors=correctors", "out=agent", *SMALL, "quantile=0.5", fails=True
-    )
-    assert "quantile=0.9, not 0.5" in refused
+    other = ("correctors=correctors", "out=agent", *SMALL, "evaluation.quantile=0.5")
+    refused = run(compare, *TEACHING, *other, fails=True)
+    assert "was written with evaluation.quantile=0.9, not 0.5: choose another out=" in refused
 
 
 def test_the_folder_of_correctors_is_said(run: Run) -> None:

@@ -21,10 +21,12 @@ import torch
 from gymnasium.spaces import Box
 from rich.console import Console
 from safetensors.torch import load_file
+from stand_ins import nested
 
 import tdmpc2
 from tdmpc2 import cli
 from tdmpc2 import config as tdmpc2_config
+from tdmpc2.checked import from_json
 from tdmpc2.config import PlannerConfig
 from tdmpc2.envs import dmc, import_module
 from tdmpc2.errors import CheckpointError, ConfigError, DataError, TaskError, TDMPC2Error
@@ -33,15 +35,25 @@ from tdmpc2.progress import Progress
 from tdmpc2.training import trainer as trainer_module
 from tdmpc2.training.checkpoint import FORMAT
 from tdmpc2.training.log import Log
-from tdmpc2.training.trainer import TrainConfig, Trainer
+from tdmpc2.training.trainer import TrainConfig, Trainer, TrainPlannerConfig
 
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_enc_layers=2, num_q=3)
-TINY = dict(
-    model_size=0, num_samples=8, num_elites=4, num_pi_trajs=2, iterations=1, batch_size=8,
-    steps=140, seed_steps=30, eval_freq=60, eval_episodes=2, checkpoint_freq=50, seed=3,
-    compile=False,
-)  # fmt: skip
+TINY = {
+    "model_size": 0,
+    "steps": 140,
+    "seed_steps": 30,
+    "checkpoint_freq": 50,
+    "seed": 3,
+    "planner.num_samples": 8,
+    "planner.num_elites": 4,
+    "planner.num_pi_trajs": 2,
+    "planner.iterations": 1,
+    "planner.compile": False,
+    "update.batch_size": 8,
+    "evaluation.freq": 60,
+    "evaluation.episodes": 2,
+}
 EPISODE = 20
 # A real simulator with terminations and short episodes, registered as a user would do it.
 SHORT_HOPPER = f"""
@@ -103,7 +115,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_config(work_dir: Path, **changes) -> TrainConfig:
-    return TrainConfig(**{"task": "cartpole-swingup", **TINY, "work_dir": str(work_dir), **changes})
+    """Settings of a short run; `evaluation__freq` is the setting `evaluation.freq`."""
+    own = {name.replace("__", "."): value for name, value in changes.items()}
+    settings = {"task": "cartpole-swingup", **TINY, "work_dir": str(work_dir), **own}
+    return from_json(TrainConfig, nested(settings))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -139,7 +154,7 @@ def said(trainer: Trainer, **kwargs) -> list[str]:
 
 
 def resumable(folder: Path) -> Trainer:
-    return Trainer(tiny_config(folder, steps=100, eval_freq=80, checkpoint_freq=40, resume=True))
+    return Trainer(tiny_config(folder, steps=100, evaluation__freq=80, checkpoint_freq=40, resume=True))
 
 
 class Killed(BaseException):
@@ -174,7 +189,7 @@ def test_a_run_and_what_it_leaves(tmp_path: Path) -> None:
     saved = read_json(teacher / "config.json")
     assert saved["eval_return"] == best == trainer.best_return
     assert saved["planner"]["num_samples"] == 8 and saved["discount"] == trainer.discount
-    assert (teacher / "train_config.json").exists()
+    assert from_json(TrainConfig, read_json(teacher / "train_config.json")) == trainer.config
     agent = tdmpc2.load_agent(teacher, compute=tdmpc2_config.EAGER)
     obs, _ = tdmpc2.make_env("cartpole-swingup").reset(seed=0)
     assert agent.act(obs).shape == (1,)
@@ -235,7 +250,7 @@ def test_what_was_learnt_is_saved_before_an_evaluation(
 def test_a_run_that_is_killed_while_it_saves_goes_on(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for when in ("save_state", "save_config"):  # after the shard, before the checkpoint; the first write
+    for when in ("save_state", "write_json"):  # after the shard, before the checkpoint; the first write
 
         def killed(*args: object) -> None:
             raise Killed
@@ -369,8 +384,8 @@ def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, monkeypatch: pytes
     def as_before(folder: Path) -> None:
         pass
 
-    refused(as_before, ConfigError, r"has lr=0\.0003, not 0\.001", lr=1e-3)
-    refused(as_before, ConfigError, r"has vmax=10\.0, not 12\.0", vmax=12.0)
+    refused(as_before, ConfigError, r"has update\.lr=0\.0003, not 0\.001", update__lr=1e-3)
+    refused(as_before, ConfigError, r"has model\.vmax=10\.0, not 12\.0", model__vmax=12.0)
     refused(cut("checkpoint.safetensors", 1000), CheckpointError, "damaged")
     refused(cut("checkpoint.safetensors", -8), CheckpointError, "damaged")
     refused(cut("train.csv", 100), DataError, r"train\.csv has lost rows")
@@ -407,16 +422,16 @@ def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, monkeypatch: pytes
             ConfigError,
             r"36\d{3}\.\d GB.* set buffer_size=",
         ),
-        ({"eval_episodes": 0}, ConfigError, "eval_episodes=0"),
-        ({"eval_freq": 0}, ConfigError, "eval_freq=0"),
+        ({"evaluation.episodes": 0}, ConfigError, r"^evaluation\.episodes=0"),
+        ({"evaluation.freq": 0}, ConfigError, r"^evaluation\.freq=0"),
         ({"checkpoint_freq": 0}, ConfigError, "checkpoint_freq=0"),
         ({"seed": -1}, ConfigError, "seed=-1"),
         ({"seed_steps": -5}, ConfigError, "seed_steps=-5"),
         ({"threads": 0}, ConfigError, "threads=0"),
         ({"steps": 30}, ConfigError, "steps=30: nothing would be learnt.* seed_steps=30"),
-        ({"task": "Reach-v0"}, ConfigError, "last at most 1 steps: set horizon=1"),
+        ({"task": "Reach-v0"}, ConfigError, r"last at most 1 steps: set planner\.horizon=1"),
         ({"seed_steps": 0, "steps": EPISODE}, TDMPC2Error, "nothing was learnt in 20 steps"),
-        ({"num_elites": 100}, ConfigError, "num_elites=100"),
+        ({"planner.num_elites": 100}, ConfigError, r"^planner\.num_elites=100"),
         ({"device": "gpu"}, ConfigError, "device=gpu"),
         ({"wandb_project": "x"}, ConfigError, "pip install wandb"),
     ],
@@ -438,6 +453,7 @@ def test_command_line(tmp_path: Path, monkeypatch, capsys) -> None:
         return capsys.readouterr().err
 
     assert "model_size" in train("task=walker-walk", "modelsize=5")
+    assert "did you mean update.batch_size?" in train("task=walker-walk", "batch_size=5")
     assert "task=... is required" in train("seed=1")
     assert "did you mean walker-walk" in train("task=walker-wallk")
     assert not (tmp_path / "run").exists()
@@ -464,39 +480,40 @@ def test_failures_within_the_horizon_are_learnt(tmp_path: Path) -> None:
 
 
 def test_episodes_of_one_step_are_learnt_with_a_horizon_of_one(tmp_path: Path) -> None:
-    trainer = Trainer(tiny_config(tmp_path, task="Reach-v0", horizon=1, steps=60))
+    trainer = Trainer(tiny_config(tmp_path, task="Reach-v0", planner__horizon=1, steps=60))
     trainer.run()
     assert trainer.updates == 30 + (60 - 31)
 
 
 def test_episodes_that_are_cut_off_within_the_horizon_are_mentioned(tmp_path: Path) -> None:
     lines = said(Trainer(tiny_config(tmp_path, task="CutOff-v0")))
-    assert sum("episodes shorter than horizon=3" in line for line in lines) == 1
-    assert "none of the 16 episodes so far lasted horizon=3 steps" in lines[-1]
+    assert sum("episodes shorter than planner.horizon=3" in line for line in lines) == 1
+    assert "none of the 16 episodes so far lasted planner.horizon=3 steps" in lines[-1]
     assert lines[-2].startswith("stopped at step 32")
 
 
 def test_rewards_beyond_the_bins_are_mentioned_once(tmp_path: Path) -> None:
-    config = dict(task="Costs-v0", seed_steps=12, steps=30, eval_freq=30)
+    config = dict(task="Costs-v0", seed_steps=12, steps=30, evaluation__freq=30)
     mentioned = [line for line in said(Trainer(tiny_config(tmp_path / "a", **config))) if "scale" in line]
     assert len(mentioned) == 1
     assert "-50,000 to 0" in mentioned[0] and "-22,025 to 22,025" in mentioned[0]
-    assert mentioned[0].endswith("vmin=-14 vmax=10")
-    trainer = Trainer(tiny_config(tmp_path / "b", vmin=-14.0, **config))
+    assert mentioned[0].endswith("model.vmin=-14 model.vmax=10")
+    trainer = Trainer(tiny_config(tmp_path / "b", model__vmin=-14.0, **config))
     assert not any("scale" in line for line in said(trainer))
     assert read_json(tmp_path / "b/teacher/config.json")["world_model"]["vmin"] == -14.0
 
 
 def test_values_beyond_the_bins_are_mentioned(tmp_path: Path) -> None:
     """The bins reach to 1.01, which is enough for rewards of 1, but not for what follows."""
-    config = dict(task="Pays-v0", vmin=-0.7, vmax=0.7, lr=0.01, eval_freq=140)
+    config = dict(task="Pays-v0", model__vmin=-0.7, model__vmax=0.7, update__lr=0.01, evaluation__freq=140)
     lines = said(Trainer(tiny_config(tmp_path, **config)))
     (mentioned,) = (line for line in lines if "scale" in line)
     assert int(mentioned.split()[1].rstrip(":")) > 30, "before a value was learnt"
 
 
 def test_default_folders_have_no_colon() -> None:
-    config = TrainConfig(task="gymnasium:Reach-v0", horizon=1, model_size=0, compile=False)
+    planner = TrainPlannerConfig(horizon=1, compile=False)
+    config = TrainConfig(task="gymnasium:Reach-v0", model_size=0, planner=planner)
     assert str(Trainer(config).folder) == "runs/gymnasium-Reach-v0/1"
 
 
@@ -548,9 +565,9 @@ def test_every_stage_shows_itself_where_there_is_no_terminal(tmp_path: Path) -> 
 
 def test_large_action_spaces_get_two_more_iterations(tmp_path: Path) -> None:
     def iterations(task: str, **changes) -> int:
-        budget = {"iterations": PlannerConfig.iterations, **changes}
+        budget = {"planner__iterations": PlannerConfig.iterations, **changes}
         return Trainer(tiny_config(tmp_path, task=task, **budget)).planner.iterations
 
     assert iterations("humanoid-stand") == 8
-    assert iterations("humanoid-stand", iterations=4) == 4
+    assert iterations("humanoid-stand", planner__iterations=4) == 4
     assert iterations("walker-walk") == 6

@@ -5,10 +5,10 @@ receives one.
 """
 
 import importlib
-import inspect
 import sys
 from difflib import get_close_matches
 
+from ..checked import types
 from ..cli import fail, run
 
 VERBS = {
@@ -37,15 +37,16 @@ def main() -> None:
         hint = f"did you mean {near[0]}?" if near else "`tdmpc2 --help` lists all"
         fail(f"error: {verb!r} is no verb; {hint}")
     module = importlib.import_module(f".{verb}", __name__)
-    first = next(iter(inspect.get_annotations(module.Settings)))
-    if arguments and first == "agent" and not _is_setting(arguments[0]):
+    names = [*types(module.Settings)]
+    if arguments and names[0] == "agent" and not _is_setting(arguments[0], names):
         arguments[0] = f"agent={arguments[0]}"  # a path alone
     sys.argv = [f"tdmpc2 {verb}", *arguments]
     run(module.Settings, module.main)
 
 
-def _is_setting(argument: str) -> bool:
-    """Whether it is an option or `key=value`; a path may have an `=` too."""
+def _is_setting(argument: str, names: list[str]) -> bool:
+    """Whether it is an option or `key=value`; `names` are settings and parts. A path may have an `=` too."""
     name, equals, _ = argument.partition("=")
+    setting = name.isidentifier() or name.partition(".")[0] in names
     of_hydra = name.startswith(("hydra.", "hydra/", "+hydra."))
-    return argument.startswith("-") or (bool(equals) and (name.isidentifier() or of_hydra))
+    return argument.startswith("-") or (bool(equals) and (setting or of_hydra))

@@ -6,13 +6,13 @@ By default the teacher itself acts. `corrector=FOLDER execution_horizon=6` lets 
 agent act while the teacher labels. Started again, it goes on with the first missing shard.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from ..checked import at_least
-from ..config import BudgetOverride, SpeculationConfig
+from ..checked import Checked, at_least
+from ..config import BudgetOverride, ModelOverride, SpeculationConfig
 from ..corrector import FILE, load_corrector
 from ..distillation import collect
 from ..errors import ConfigError
@@ -22,7 +22,7 @@ from ..teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BudgetOverride):
+class Settings(Checked):
     """What is collected, where, and who acts."""
 
     task: str  # e.g. walker-walk
@@ -34,6 +34,8 @@ class Settings(BudgetOverride):
     execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
     corrector: str = ""  # folder of the corrector that then acts; empty for none
     device: str = "cpu"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
     def check_ranges(self) -> None:
         at_least(1, self, "episodes", "num_envs", "execution_horizon")
@@ -42,7 +44,7 @@ class Settings(BudgetOverride):
 
 def main(settings: Settings) -> None:
     s = settings
-    teacher = open_teacher(s.task, s.checkpoint, s, s.device)
+    teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
     behaviour, correctors = SpeculationConfig(execution_horizon=s.execution_horizon), {}
     if s.corrector:
         folder = Path(s.corrector)

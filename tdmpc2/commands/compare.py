@@ -7,13 +7,14 @@
 `tdmpc2.load_agent(out)` opens it, and its report is in `out/evaluation`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from ..accelerate import check_room_for_agent, evaluate_correctors, save_agent
-from ..config import BudgetOverride
+from ..checked import Checked
+from ..config import BudgetOverride, ModelOverride
 from ..evaluation.evaluate import EvaluationConfig
 from ..files import in_use
 from ..progress import Progress
@@ -21,7 +22,7 @@ from ..teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BudgetOverride, EvaluationConfig):
+class Settings(Checked):
     """Which correctors are compared, how, and where the agent comes."""
 
     task: str
@@ -29,13 +30,16 @@ class Settings(BudgetOverride, EvaluationConfig):
     correctors: str  # folder of two_tower/, temporal/, distilled/, or some of them
     out: str  # folder of the agent and its evaluation
     device: str = "cpu"
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def main(settings: Settings) -> None:
-    out, correctors = Path(settings.out), Path(settings.correctors)
-    check_room_for_agent(out, settings.checkpoint)
+    s, out, correctors = settings, Path(settings.out), Path(settings.correctors)
+    check_room_for_agent(out, s.checkpoint)
     with in_use(out), Progress(Console()) as progress:
-        teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
-        evaluate_correctors(teacher, correctors, out / "evaluation", settings, progress)
+        teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
+        evaluate_correctors(teacher, correctors, out / "evaluation", s.evaluation, progress)
         save_agent(out, teacher, out / "evaluation", correctors)
-        progress.print(f'done: agent = tdmpc2.load_agent("{out}")')
+        progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')

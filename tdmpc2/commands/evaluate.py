@@ -1,13 +1,12 @@
 """The return of an agent: tdmpc2 evaluate checkpoint=FOLDER_OR_FILE.
 
 An accelerated agent acts in its mode, a teacher replans at every step; the result says which. The
-planning budget is the one saved with the checkpoint, else the published one, unless `num_samples=`,
-`iterations=` or `num_elites=` say otherwise. With `out=FOLDER` the result is written to `episodes.csv` and
-`evaluation.json` there.
+planning budget is the one saved with the checkpoint, else the published one; `planner.num_samples=` and the
+like change it. With `out=FOLDER` the result is written to `episodes.csv` and `evaluation.json` there.
 """
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,20 +14,20 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import SpeculativeAgent
-from ..agent import read_mode
-from ..checked import at_least
-from ..cli import provenance
-from ..config import TEACHER, BudgetOverride
+from ..checked import Checked, at_least
+from ..config import TEACHER, BudgetOverride, ModelOverride
 from ..evaluation.modes import BASELINE
 from ..evaluation.rollout import rollout
 from ..files import atomic_write, in_use, write_json
+from ..loading import read_mode
 from ..progress import Progress
+from ..provenance import provenance
 from ..teacher import open_teacher
-from ..world_model.checkpoint import saved_config
+from ..world_model.checkpoint import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BudgetOverride):
+class Settings(Checked):
     """Which agent acts, and how long."""
 
     task: str | None = None  # None: the checkpoint's own
@@ -38,6 +37,8 @@ class Settings(BudgetOverride):
     device: str = "cpu"
     threads: int | None = None  # of torch; None: its own choice
     out: str = ""  # folder for the result; "" writes nothing
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
     def check_ranges(self) -> None:
         at_least(1, self, "episodes", "threads")
@@ -51,11 +52,12 @@ def main(settings: Settings) -> None:
 
 def evaluate(settings: Settings) -> None:
     """Run the episodes, print them, and write them to `settings.out`."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    teacher = open_teacher(settings.task, settings.checkpoint, settings, settings.device)
+    s = settings
+    if s.threads is not None:
+        torch.set_num_threads(s.threads)
+    teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
     mode, corrector = read_mode(settings.checkpoint, teacher.model)
-    name = BASELINE if mode == TEACHER else saved_config(settings.checkpoint).get("mode", "speculative")
+    name = BASELINE if mode == TEACHER else read_config(settings.checkpoint).get("mode", "speculative")
     agent = SpeculativeAgent(teacher.agent(settings.episodes, settings.seed), mode, corrector)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     console = Console()

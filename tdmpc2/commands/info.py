@@ -1,25 +1,25 @@
 """Say what a checkpoint is, without acting: tdmpc2 info FOLDER_OR_FILE."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from ..agent import read_mode, read_teacher
 from ..config import TEACHER, ModelOverride
 from ..errors import DataError
 from ..evaluation.modes import BASELINE
 from ..files import read_json
+from ..loading import open_checkpoint, read_mode
 from ..world_model import fingerprint
-from ..world_model.checkpoint import saved_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ModelOverride):
+class Settings:
     """Which checkpoint."""
 
     agent: str  # an original .pt file, a teacher or an accelerated agent; a path alone means this
+    model: ModelOverride = field(default_factory=ModelOverride)
 
 
 def main(settings: Settings) -> None:
@@ -30,8 +30,8 @@ def main(settings: Settings) -> None:
 def about(settings: Settings) -> Iterator[tuple[str, str]]:
     """What there is to say, by name."""
     path = settings.agent
-    model, planner, discount = read_teacher(path, **settings.unsaid())
-    saved, c = saved_config(path), model.config
+    opened = open_checkpoint(path, **settings.model.unsaid())
+    saved, model, c = opened.saved, opened.model, opened.model.config
     mode, corrector = read_mode(path, model)
     if "task" in saved:
         yield "task", saved["task"]
@@ -41,8 +41,8 @@ def about(settings: Settings) -> Iterator[tuple[str, str]]:
     yield "world model", f"{parameters:,} parameters, latents of {c.latent_dim}, {c.num_q} Q heads"
     yield "observations", "x".join(map(str, c.obs_shape)) + (" pixels" if c.pixels else "")
     yield "actions", f"{c.action_dim}, in [-1, 1]"
-    yield "planning budget", planner.in_words()
-    yield "discount", f"{discount:.4g}"
+    yield "planning budget", opened.planner.in_words()
+    yield "discount", f"{opened.discount:.4g}"
     yield "mode", f"{BASELINE if mode == TEACHER else saved.get('mode', '')}: {mode.in_words()}"
     if corrector is not None:
         yield "corrector", f"{sum(p.numel() for p in corrector.parameters()):,} parameters"

@@ -1,6 +1,6 @@
 """Evaluate an accelerated agent in a world that is not as modelled, beside replanning at every step.
 
-    tdmpc2 perturb agent=accelerated/walker-walk eval_episodes=10
+    tdmpc2 perturb agent=accelerated/walker-walk evaluation.episodes=10
 
 Pushes, noisy observations, other masses and other friction, at a few strengths each.
 """
@@ -9,16 +9,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.disturbed import DisturbedConfig as Settings
-from ..evaluation.disturbed import evaluate_disturbed
 from ..evaluation.metrics import with_interval
+from ..evaluation.perturbed import PerturbedConfig as Settings
+from ..evaluation.perturbed import evaluate_perturbed
 from ..progress import Progress
 
 
 def main(settings: Settings) -> None:
-    table = Table("disturbance", "mode", "return", "ratio to replanning [95 %]", "planner calls", "fallbacks")
+    table = Table("world", "mode", "return", "ratio to replanning [95 %]", "planner calls", "fallbacks")
     with Progress(Console()) as progress:
-        for row in evaluate_disturbed(settings, progress).itertuples():
+        for row in evaluate_perturbed(settings, progress).itertuples():
             ratio = escape(with_interval(row.return_ratio, row.return_ratio_low, row.return_ratio_high))
             cells = [f"{row.kind} {row.strength}", row.mode, f"{row.return_mean:.1f}", ratio]
             table.add_row(*cells, f"{row.planner_calls:.1%}", f"{row.fallbacks:.1%}")

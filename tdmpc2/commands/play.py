@@ -1,7 +1,7 @@
 """Show an agent at work.
 
     tdmpc2 play pretrained/walker-walk                 a window, where there is a display
-    tdmpc2 play pretrained/walker-walk out=walk.gif    a file
+    tdmpc2 play pretrained/walker-walk out=walk.gif    a file, .gif or .mp4
 
 Under the picture runs the episode, a column a step. Its colour says what the step was: planned, corrected, a
 fallback. The curves are the mismatch and the reward. `baseline=true` puts the same teacher beside it: it
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +22,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from ..agent import Kind, SpeculativeAgent, read_mode
-from ..checked import at_least
-from ..config import TEACHER, BudgetOverride, SpeculationConfig
+from ..agent import Kind, SpeculativeAgent
+from ..checked import Checked, at_least
+from ..config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from ..corrector import BaseCorrector
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, check_writable
+from ..loading import read_mode
 from ..progress import Progress
 from ..teacher import Teacher, open_teacher
 
@@ -46,7 +47,7 @@ GIF_FPS = 25  # at most; browsers slow down what is faster
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(BudgetOverride):
+class Settings(Checked):
     """Who is shown, and for how long."""
 
     agent: str  # an accelerated agent or a teacher; a path alone means this
@@ -54,13 +55,15 @@ class Settings(BudgetOverride):
     seed: int = 1000
     steps: int = 250  # at most
     baseline: bool = False  # also the teacher that replans at every step
-    out: str = ""  # a .gif file; "" for a window
+    out: str = ""  # a .gif or .mp4 file; "" for a window
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    model: ModelOverride = field(default_factory=ModelOverride)
 
     def check_ranges(self) -> None:
         at_least(1, self, "steps")
         at_least(0, self, "seed")
-        if self.out and not self.out.endswith(".gif"):
-            raise ConfigError(f"out={self.out}: must end with .gif")
+        if self.out and not self.out.endswith((".gif", ".mp4")):
+            raise ConfigError(f"out={self.out}: must end with .gif or .mp4")
 
 
 class Moment(NamedTuple):
@@ -83,17 +86,20 @@ class Show(NamedTuple):
 def main(settings: Settings) -> None:
     if settings.out:
         check_writable(settings.out)
+        if settings.out.endswith(".mp4") and find_spec("imageio_ffmpeg") is None:
+            raise ConfigError(".mp4 needs imageio-ffmpeg: `pip install imageio-ffmpeg`, or give out=FILE.gif")
     elif not _has_display():
         raise ConfigError("there is no display to open a window on: give out=FILE.gif")
     elif find_spec("pygame") is None:
         raise ConfigError("a window needs pygame: `pip install pygame`, or give out=FILE.gif")
     with Progress(Console()) as progress:
-        teacher = open_teacher(settings.task, settings.agent, settings)
+        teacher = open_teacher(settings.task, settings.agent, settings.planner, settings.model)
         shows = [_play(settings, teacher, *read_mode(settings.agent, teacher.model), progress)]
         if settings.baseline:
             shows.append(_play(settings, teacher, TEACHER, None, progress))
         if settings.out:
-            _write(shows, Path(settings.out))
+            write = _write_gif if settings.out.endswith(".gif") else _write_mp4
+            write(shows, Path(settings.out))
             progress.print(f"{settings.out}: " + "; ".join(map(_summary, shows)))
     if not settings.out:
         _window(shows)
@@ -186,7 +192,7 @@ def _draw(image: Image.Image, show: Show, t: int, left: int) -> None:
         x += pen.textlength(word) + MARGIN
 
 
-def _write(shows: Sequence[Show], path: Path) -> None:
+def _write_gif(shows: Sequence[Show], path: Path) -> None:
     """All frames as a GIF that repeats."""
     every = max(1, round(shows[0].fps / GIF_FPS))
     frames = [frame.quantize(64, dither=Image.Dither.NONE) for frame in _frames(shows, every)]
@@ -195,6 +201,21 @@ def _write(shows: Sequence[Show], path: Path) -> None:
         frames[0].save(
             tmp, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True
         )
+
+
+def _write_mp4(shows: Sequence[Show], path: Path) -> None:
+    """All frames as a film at the task's own speed."""
+    import imageio_ffmpeg
+
+    frames = list(_frames(shows, 1))
+    with atomic_write(path) as tmp:
+        film = imageio_ffmpeg.write_frames(
+            str(tmp), frames[0].size, fps=shows[0].fps, macro_block_size=2, output_params=["-f", "mp4"]
+        )
+        film.send(None)
+        for frame in frames:
+            film.send(frame.tobytes())
+        film.close()
 
 
 def _window(shows: Sequence[Show]) -> None:

@@ -212,7 +212,7 @@ def _train(
             error = _mean(judge.error(corrector))
             mean_loss = float(total_loss) / ((update - 1) % c.validate_every + 1)
             if not math.isfinite(error + mean_loss):
-                raise TDMPC2Error(f"training of {name} diverged by update {update}: lower lr")
+                raise TDMPC2Error(f"training of {name} diverged by update {update}: lower distillation.lr")
             total_loss.zero_()
             log.writerow([update, mean_loss, error, plan_error, round(time.monotonic() - began, 2)])
             file.flush()

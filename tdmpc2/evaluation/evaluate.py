@@ -14,9 +14,8 @@
 A run that is killed goes on with the modes that are missing.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,40 +25,40 @@ import pandas as pd
 
 from ..agent import SpeculativeAgent
 from ..checked import Checked, at_least
-from ..config import SpeculationConfig, part
+from ..config import SpeculationConfig
 from ..corrector import BaseCorrector, read_header
 from ..errors import ConfigError, TaskError
 from ..files import atomic_write, difference, read_json, write_json
-from ..mismatch import calibrate_thresholds
+from ..monitor import calibrate_thresholds
 from ..progress import Progress
 from ..teacher import Teacher
 from ..world_model import fingerprint
 from .metrics import act_columns, act_times, by_step_in_plan, holds_up, summarise
 from .modes import ALONE, BASELINE, DISTILLED, PRIOR, SIMPLER, families, simple_modes
-from .report import in_terminal, write_report
+from .report import in_terminal, verdict, write_report
 from .rollout import Rollout, measure_latency, random_returns, rollout
 
 REFINING_LOSS = 0.01  # of the return, that refining by a single step may cost
 CLEARLY_FASTER = 0.8  # of the baseline's mean time of an action, that a chosen mode takes at most
 ALIKE = 0.1  # relative difference of mean times that says nothing
-PUSH = ("push", 0.3)  # the disturbance that a chosen mode must withstand
+PUSH = ("push", 0.3)  # the perturbation that a chosen mode must withstand
 
 
 @dataclass(frozen=True)
 class EpisodesConfig(Checked):
     """Which episodes are evaluated."""
 
-    eval_episodes: int = 20  # per mode
-    eval_seed: int = 20_000  # the first of them; the others follow
+    episodes: int = 20  # per mode
+    seed: int = 20_000  # the first of them; the others follow
     num_envs: int = 10  # episodes run as one batch
 
     def check_ranges(self) -> None:
-        at_least(1, self, "eval_episodes", "num_envs")
-        at_least(0, self, "eval_seed")
+        at_least(1, self, "episodes", "num_envs")
+        at_least(0, self, "seed")
 
     @property
-    def eval_seeds(self) -> range:
-        return range(self.eval_seed, self.eval_seed + self.eval_episodes)
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.episodes)
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,20 @@ class EvaluationConfig(EpisodesConfig):
     min_return_pushed: float = 0.95  # the same where both are pushed, on average
 
     def check_ranges(self) -> None:
+        super().check_ranges()
         at_least(2, self, "calibration_episodes")  # a single one has no interval: no mode could be chosen
         at_least(1, self, "latency_steps")
         at_least(0, self, "calibration_seed")
         for name in ("quantile", "min_return", "min_return_pushed"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be above 0 and at most 1")
-        if not 0 <= self.label_episodes <= min(self.num_envs, self.eval_episodes):
+        if not 0 <= self.label_episodes <= min(self.num_envs, self.episodes):
             raise ConfigError(
                 f"label_episodes={self.label_episodes}: these are among the episodes that run at once, at "
-                f"most {min(self.num_envs, self.eval_episodes)}"
+                f"most {min(self.num_envs, self.episodes)}"
             )
-        if overlap(self.eval_seeds, self.calibration_seeds):
-            raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
+        if overlap(self.seeds, self.calibration_seeds):
+            raise ConfigError(f"seed={self.seed}: evaluation seeds overlap the calibration seeds")
 
     @property
     def calibration_seeds(self) -> range:
@@ -104,8 +104,8 @@ def check_unseen(seeds: Iterable[int], correctors: Iterable[Path]) -> None:
         seen = set(read_header(folder).get("seeds", ()))  # correctors of earlier versions do not tell
         if seen.intersection(seeds):
             raise ConfigError(
-                f"{folder} was trained on episodes with seeds of this evaluation: change eval_seed or "
-                "calibration_seed"
+                f"{folder} was trained on episodes with seeds of this evaluation: change evaluation.seed or "
+                "evaluation.calibration_seed"
             )
 
 
@@ -230,7 +230,7 @@ def choose(
     """The mode with the least mean time of an action that holds up on the calibration seeds, none of SIMPLER.
 
     A mode holds up where the lower end of its return ratio is at least `min_return`. Where the task can be
-    disturbed, its mean return under pushes is at least `min_return_pushed` of the baseline's there. It is
+    perturbed, its mean return under pushes is at least `min_return_pushed` of the baseline's there. It is
     clearly faster than the baseline. Times that differ by less than `ALIKE` count as equal: then the mode
     whose return has the higher lower end is chosen. Modes are tried from the fastest on, as they are without
     fallbacks, until none that is left can be the fastest. Where the teacher does no better than random
@@ -253,10 +253,10 @@ def choose(
     pushed: Subject | None = None
     try:
         pushed = Subject(subject.teacher.disturbed(*PUSH), subject.correctors)
-        under_pushes = f", and {config.min_return_pushed} of it where both are pushed"
+        under_pushes = f", and {config.min_return_pushed} of it under pushes"
     except TaskError as e:
         progress.print(f"{e}; the mode is chosen without pushes")
-        under_pushes = "; the task cannot be disturbed, so it was not tried under pushes"
+        under_pushes = "; the task cannot be perturbed, so the mode was not tried under pushes"
     limit = CLEARLY_FASTER * baseline["act_ms_mean"]
     fastest = {  # without fallbacks
         name: act_columns(*act_times(latency, name, 1 / mode.execution_horizon))["act_ms_mean"]
@@ -302,7 +302,7 @@ def choose(
     return Choice(
         BASELINE,
         f"of the modes that hold {config.min_return} of the return ({', '.join(held)}) none "
-        f"keeps {config.min_return_pushed} of it where both are pushed",
+        f"keeps {config.min_return_pushed} of it under pushes",
         more_data_may_help=True,
     )
 
@@ -369,14 +369,14 @@ def evaluate(
     Raises:
         ConfigError: the seeds overlap, or `out` holds an evaluation with other settings.
     """
-    seeds = config.eval_seeds
+    seeds = config.seeds
     settings = {
         "task": subject.teacher.task,
         "teacher": subject.teacher.fingerprint,
         "correctors": {name: fingerprint(c) for name, c in subject.correctors.items()},
         "planner": asdict(subject.teacher.planner),
         "precision": subject.teacher.compute.precision,
-        "config": asdict(part(EvaluationConfig, config)),
+        "evaluation": asdict(config),
     }
     claim(out, settings)
     written_by = out / "commits.json"
@@ -401,19 +401,21 @@ def evaluate(
     provided = {
         **meta,
         **settings,
-        "config": asdict(config),
         "commit": ", ".join(commits),
         "chosen": chosen,
         "why": why,
         "min_return": config.min_return,
+        "min_return_pushed": config.min_return_pushed,
         "seeds": f"{seeds[0]} to {seeds[-1]}",
         "calibration_seeds": f"{config.calibration_seeds[0]} to {config.calibration_seeds[-1]}",
         "modes": {name: asdict(mode) for name, mode in modes.items()},
     }
     write_json(out / "provenance.json", provided)
-    report = write_report(out, episodes, steps, summary, provided)
+    report = write_report(out)
     progress.table(in_terminal(summary))
-    progress.print(f"chosen on the calibration seeds: {chosen}: {why}; report: {report}")
+    for sentence in verdict(summary, provided)[:2]:
+        progress.print(sentence)
+    progress.print(f"The report says why and where it fails: {report}")
     return choice
 
 
@@ -461,18 +463,17 @@ def _latency(
     return pd.read_csv(path)
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make `out` the folder of results with these settings; ConfigError where it has others."""
-    if not _same_settings(out / "settings.json", settings):
+def claim(out: Path, settings: dict[str, Any], free: Collection[str] = ()) -> None:
+    """Make `out` the folder of results with these settings; ConfigError where others than `free` differ."""
+    if not _same_settings(out / "settings.json", settings, free):
         write_json(out / "settings.json", settings)
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> bool:
+def _same_settings(path: Path, settings: dict[str, Any], free: Collection[str] = ()) -> bool:
     """Whether `path` holds these settings; False where there is no such file."""
     if not path.exists():
         return False
-    settings = json.loads(json.dumps(settings))  # which makes lists of tuples
-    if differs := difference(read_json(path), settings):
+    if differs := difference(read_json(path), settings, free):
         raise ConfigError(f"{path} was written with {differs}: choose another out=, or delete it")
     return True
 

@@ -1,8 +1,8 @@
-"""The report: one HTML file with everything inside, and the same table for the terminal."""
+"""The report: one HTML file with everything inside, and a table for the terminal."""
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,19 +13,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ..corrector import ARCHITECTURES
-from ..files import atomic_write
-from .metrics import by_step_in_plan, holds_up, with_interval
-from .modes import HORIZONS, PAPER_HORIZONS, REFINED, SIMPLER, Family, families
+from ..config import SpeculationConfig
+from ..files import atomic_write, read_json
+from .metrics import PLANS, holds_up, with_interval
+from .modes import HORIZONS, PAPER_HORIZONS, SIMPLER
 
 COLUMNS = {
     "mode": "mode",
@@ -58,7 +56,13 @@ IN_TERMINAL = {
     "act_ms_mean": "\nmean",
     "act_ms_p99": "\np99",
 }
-PROVENANCE = {  # what leads, and its name in the report; the rest of `meta` follows under its own
+BY_STEP = {
+    "mismatch": "mismatch",
+    "delta_a": "correction",
+    "reward": "reward",
+    "teacher_distance": "distance to the teacher's action",
+}
+PROVENANCE = {  # these come first in the report, under these names
     "teacher": "teacher (hash)",
     "command": "command",
     "commit": "commit",
@@ -70,110 +74,95 @@ PROVENANCE = {  # what leads, and its name in the report; the rest of `meta` fol
     "versions": "versions",
     "trained": "data and correctors",
 }
-FEW = 10  # episodes, below which the intervals are said to be too narrow
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that paper swallows.
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#7f7f7f"]
-MARKERS = "osD^vPX"
+FEW = 10  # with fewer episodes, the report says that the intervals are too narrow
+# Figures are drawn in these colours (Okabe and Ito's, safe for colour-blind readers). The page replaces each
+# by its own, which depends on light or dark.
+TEXT, GREY, FALLBACK = "#010101", "#909090", "#d55e00"
+RIVALS = ("#0072b2", "#009e73", "#cc79a7")  # the chosen mode has the first
+INKS = {
+    TEXT: "currentColor",
+    GREY: "var(--grey)",
+    FALLBACK: "var(--orange)",
+    **dict(zip(RIVALS, ("var(--blue)", "var(--green)", "var(--pink)"), strict=True)),
+}
+DRAWING: dict[Any, Any] = {
+    "svg.hashsalt": "report",  # one name for each part of a figure, in every run
+    "svg.fonttype": "none",  # text stays text
+    "font.size": 11,
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], TEXT),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right"], False),
+    **dict.fromkeys(["figure.facecolor", "axes.facecolor"], "none"),
+}
 
 
-# The modes that are shown step by step: naive and corrected execution at the longest published horizon.
-_LONGEST_OF_THE_PAPER = (
-    f"naive_{max(PAPER_HORIZONS)}",
-    *(
-        Family(corrector, refined).mode_name(max(PAPER_HORIZONS))
-        for corrector in ("two_tower", "temporal")
-        for refined in (False, True)
-    ),
-)
+class Mode(NamedTuple):
+    """A mode as the page shows it."""
+
+    name: str
+    tag: str  # the class of everything that is drawn for it
+    color: str  # GREY, where the reader switches it on
+    words: str
+    cells: Mapping[str, str]  # of the table
+    speed: str  # times as fast as the baseline
+    bar: float  # mean time of an action, in % of the longest
+    marks: tuple[float, ...]  # return: lower end, mean and upper end, in % of the axis
+
+    @property
+    def ink(self) -> str:
+        return INKS[self.color]
 
 
-class Style(NamedTuple):
-    """How one mode looks in every figure."""
-
-    color: str
-    marker: str
-    line: str
-    fill: str  # of the marker
-
-
-def write_report(
-    folder: Path,
-    episodes: pd.DataFrame,
-    steps: pd.DataFrame,
-    summary: pd.DataFrame,
-    meta: Mapping[str, Any],
-) -> Path:
-    """Write `folder/report.html`, which needs nothing but itself.
+def write_report(folder: Path) -> Path:
+    """Write `folder/report.html`, which needs no other file.
 
     Args:
-        folder: where to.
-        episodes: as `metrics.summarise` takes them, and so are `steps`.
-        steps: one row a step.
-        summary: what `metrics.summarise` returned.
-        meta: where the numbers come from: strings, numbers, lists and dicts, by name, all of it shown.
-            `task` is the title; `chosen` the mode chosen on other seeds; `min_return` the ratio that a
-            mode must hold; `why` the mode was chosen, in words; `validation` a list of dicts
-            `corrector, error, plan_error, prior_error`.
+        folder: of an evaluation that ended, see `evaluate`: its tables, `provenance.json` and `calibration/`.
 
     Returns:
         The file.
     """
-    style = styles(list(summary["mode"]))
-    by_k = by_step_in_plan(steps)
-    shown = by_k[by_k["mode"].isin([*_LONGEST_OF_THE_PAPER, _choice(summary, meta)])]
-    front = (
-        "Bars are 95 % paired bootstrap intervals, lines join the execution horizons of one corrector. "
-        "Modes that are nearly at one place stand side by side."
+    meta = read_json(folder / "provenance.json")
+    tables = ("episodes", "steps", "summary", "by_step_in_plan")
+    episodes, steps, summary, by_k = (pd.read_csv(folder / f"{name}.csv") for name in tables)
+    rivals = _rivals(summary, meta)
+    modes, axis = _modes(summary, meta, rivals)
+    subject = meta["chosen"] if meta["chosen"] != modes[0].name else rivals[min(1, len(rivals) - 1)]
+    own = episodes[episodes["mode"] == subject].set_index("seed")
+    baseline = episodes[episodes["mode"] == modes[0].name].set_index("seed")["return"]
+    by_loss = (own["return"] - baseline).sort_values(kind="stable").index  # seeds, the worst first
+    environment = Environment(
+        loader=PackageLoader("tdmpc2", "evaluation"), autoescape=True, undefined=StrictUndefined
     )
-    bars = (
-        "Lines join means, bars span the quartiles; shown are the modes of the longest published horizon and "
-        "the chosen one."
+    html = environment.get_template("report.html.j2").render(
+        task=meta["task"],
+        modes=modes,
+        chosen=meta["chosen"],
+        subject=next(mode for mode in modes if mode.name == subject),
+        colored=len(rivals),
+        verdict=verdict(summary, meta),
+        notes=notes(summary, meta),
+        axis=axis,
+        seeds=_words(meta["seeds"]),
+        episodes=len(own),
+        min_return=meta["min_return"],
+        when=_when(steps, modes, subject),
+        where=_where(episodes, modes, by_loss),
+        own=own,
+        baseline=baseline,
+        timelines={
+            seed: _timeline(steps[(steps["mode"] == subject) & (steps["seed"] == seed)])
+            for seed in dict.fromkeys([by_loss[len(own) // 2], by_loss[0]])
+        },
+        reasons=reasons(folder / "calibration", summary, meta),
+        columns=COLUMNS,
+        steps_in_plan=_steps_in_plan(by_k, summary, subject),
+        by_step=BY_STEP,
+        labelled=steps.loc[steps["teacher_distance"].notna(), "seed"].nunique(),
+        validation=meta["validation"],
+        settings={name: _words(mode) for name, mode in meta["modes"].items()},
+        provenance=_provenance(meta),
     )
-    with plt.rc_context({"svg.hashsalt": "report", "font.size": 10}):
-        figures = {
-            "Return by mode: every episode (dots), their mean and its 95 % bootstrap interval (diamond "
-            "and bar).": _returns(episodes, summary, style),
-            f"What speculation saves and what it costs: up and to the left is better. {front}": (
-                _front(summary, style, meta.get("min_return"), "planner_calls", "planner calls (% of steps)")
-            ),
-            f"The same against the mean time of an action. {front}": (
-                _front(summary, style, meta.get("min_return"), "act_ms_mean", "mean time of an action (ms)")
-            ),
-            f"Mismatch by step in plan. {bars} A mismatch that led to a fallback counts where it was seen.": (
-                _by_k(shown, "mismatch", "mismatch (distance of latents)", style)
-            ),
-            f"Size of the correction by step in plan, of modes that correct. {bars}": (
-                _by_k(_that_correct(shown), "delta_a", "correction ‖δa‖ (action units)", style)
-            ),
-            "Distance of the executed action to the mean of the plan that the teacher makes in the same "
-            f"state. {bars} Dotted: modes that have no later steps.": (
-                _by_k(shown, "teacher_distance", "distance to the teacher's\naction (action units)", style)
-            ),
-            "Mean reward by step in plan; fallbacks count at k = 0. Dotted: modes without later steps.": (
-                _by_k(shown, "reward", "reward of a step", style, quartiles=False)
-            ),
-            "Time of one act call at batch 1, the figures of the table. Modes that speculate are fast in "
-            "most steps and as slow as the planner in the others.": _latency(summary, style),
-        }
-    html = (
-        Environment(loader=PackageLoader("tdmpc2", "evaluation"), autoescape=select_autoescape(default=True))
-        .get_template("report.html.j2")
-        .render(
-            task=meta.get("task", ""),
-            chosen=_choice(summary, meta),
-            seeds=_words(meta.get("seeds", sorted(set(episodes["seed"])))),
-            headline=headline(summary, meta),
-            notes=notes(summary, steps, meta.get("min_return")),
-            episodes=int(summary["episodes"].iloc[0]),
-            columns=COLUMNS,
-            rows=[_row(row) for _, row in summary.iterrows()],
-            validation=meta.get("validation"),
-            paper=_paper_table(by_k, summary),
-            figures=[{"svg": svg, "caption": caption} for caption, svg in figures.items()],
-            provenance=_provenance(meta),
-        )
-    )
-    path = Path(folder) / "report.html"
+    path = folder / "report.html"
     with atomic_write(path) as tmp:
         tmp.write_text(html, encoding="utf-8")
     return path
@@ -189,121 +178,306 @@ def in_terminal(summary: pd.DataFrame) -> Table:
         else:
             table.add_column(Text(title), justify="right", no_wrap=True)
     for _, row in summary.iterrows():
-        cells = _row(row)
+        cells = _cells(row)
         table.add_row(*(Text(cells[name]) for name in IN_TERMINAL))  # Text: a bracket is no markup
     return table
 
 
-def headline(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str:
-    """What the numbers say of the chosen mode, in words.
+def verdict(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
+    """What the numbers say of the chosen mode: the main sentence first.
 
-    The mode is `meta["chosen"]`, which was chosen on other seeds; without it, the one with the fewest
-    planner calls whose lower bound meets `meta["min_return"]` on these very episodes.
+    Args:
+        summary: what `metrics.summarise` returned, with times.
+        meta: of it `chosen`, the mode's name, `why` it was chosen, and `min_return`.
     """
-    rows, required = summary.set_index("mode"), meta.get("min_return")
-    baseline, mode = rows.iloc[0], _choice(summary, meta)
-    held_out = meta.get("chosen") == mode
-    among = "on the calibration seeds" if held_out else "on these episodes"
-    if mode == baseline.name:
-        why = meta.get("why", f"no mode that speculates holds its return {among}, by the 95 % interval")
-        return f"The agent replans at every step: {why}."
-    if mode is None:
-        return (
-            f"{len(rows)} modes on the same {baseline.episodes:.0f} episodes. {baseline.name}, to which all "
-            f"are compared, has a mean return of {baseline.return_mean:.1f}{_interval(baseline)}."
-        )
-    row = rows.loc[mode]
-    good = required is not None and holds_up(summary, required).to_numpy()[rows.index.get_loc(mode)]
-    met = "meets" if good else "does not meet"
-    if held_out:
-        text = f"{mode} was chosen {among}" + (f": {meta['why']}" if "why" in meta else "")
-        text += ". On held-out seeds "
-    else:
-        text = (
-            f"{mode} has the fewest planner calls of those whose return holds up {among}, which flatters it: "
-            "choose on other seeds. Here "
-        )
+    baseline, required = summary.iloc[0], meta["min_return"]
+    row = summary.set_index("mode").loc[meta["chosen"]]
+    if row.name == baseline["mode"]:
+        return [
+            "No faster mode was chosen. The agent plans at every step, as the teacher does.",
+            f"The reason: {meta['why']}.",
+        ]
+    faster = f"{row.name} is {_factor(baseline.act_ms_mean / row.act_ms_mean)} times as fast as the teacher"
     if np.isnan(row.return_ratio):
-        text += f"its mean return is {row.return_mean:.1f}, {baseline.name}'s {baseline.return_mean:.1f}"
-        if required is not None and not np.isnan(row.return_difference_low):
-            least = -(1 - required) * abs(baseline.return_mean)
-            text += (
-                f" (the lower end of the 95 % interval of the difference, {row.return_difference_low:z.1f}, "
-                f"{met} the required {least:z.1f})"
-            )
-        text += "; "
+        lead = (
+            f"{faster}. Its mean return is {row.return_mean:.1f}, the teacher's {baseline.return_mean:.1f}."
+        )
+        low, least = row.return_difference_low, -(1 - required) * abs(baseline.return_mean)
+        interval = f"of the difference in return begins at {low:z.1f}. {least:z.1f} is required"
     else:
-        text += f"it keeps {row.return_ratio:.1%} of the baseline's return"
-        if not np.isnan(row.return_ratio_low):
-            text += f" (95 % interval {row.return_ratio_low:.1%} to {row.return_ratio_high:.1%}"
-            if required is not None:
-                text += f": its lower end {met} the required {required:.1%}"
-            text += ")"
-        text += "; "
-    text += f"the planner is called in {row.planner_calls:.1%} of the steps."
-    if "act_ms_median" in rows:
-        text += (
-            f" One act call takes {_number(row.act_ms_median)} ms at the median instead of "
-            f"{_number(baseline.act_ms_median)} ms, and {_number(row.act_ms_mean)} ms on average instead of "
-            f"{_number(baseline.act_ms_mean)} ms."
-        )
-    return text
+        lead = f"{faster} and keeps {_percent(row.return_ratio)} of its return."
+        low, least = row.return_ratio_low, required
+        ends = f"{_percent(low)} to {_percent(row.return_ratio_high)}"
+        interval = f"of that share is {ends}. Its lower end must be at least {_percent(least)}"
+    sentences = [
+        lead,
+        f"One step takes {_number(row.act_ms_mean)} ms on average; the teacher takes "
+        f"{_number(baseline.act_ms_mean)} ms.",
+        f"The agent calls the planner in {_percent(row.planner_calls)} of the steps.",
+        f"The slowest 1 % of the steps take {_number(row.act_ms_p99)} ms or more; with the teacher, "
+        f"{_number(baseline.act_ms_p99)} ms.",
+    ]
+    if not np.isnan(low):
+        met = "it is" if low >= least else "it is not"
+        sentences.append(f"The 95 % interval {interval}, and {met}.")
+    return [*sentences, f"The mode was chosen on other episodes: {meta['why']}."]
 
 
-def notes(summary: pd.DataFrame, steps: pd.DataFrame, min_return: float | None = None) -> list[str]:
-    """What a careful reader has to know of these numbers in particular."""
+def notes(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
+    """What a careful reader has to know about these numbers in particular."""
     n, found = int(summary["episodes"].iloc[0]), []
-    if min_return is not None:
-        simpler = summary[holds_up(summary, min_return) & summary["mode"].isin(SIMPLER)]["mode"]
-        found.append(
-            f"Of what is simpler than correcting plans, this held its return on these episodes as well: "
-            f"{', '.join(simpler) or 'nothing'}."
-        )
+    simpler = summary.loc[holds_up(summary, meta["min_return"]) & summary["mode"].isin(SIMPLER), "mode"]
+    if len(simpler):
+        found.append(f"Simpler modes kept their return on these episodes too: {', '.join(simpler)}.")
     if n < 2:
-        found.append("With one episode there are no intervals.")
+        found.append("One episode gives no interval.")
     elif n < FEW:
-        found.append(f"With {n} episodes the intervals are too narrow; {FEW} or more are needed.")
+        found.append(f"{n} episodes are few: the intervals are too narrow. Use {FEW} or more.")
     if summary["return_mean"].iloc[0] <= 0:
         found.append(
-            "The baseline's mean return is not positive, so that a ratio to it says nothing: what holds up "
-            "is told by the paired difference."
+            "The teacher's mean return is not positive, so there is no return ratio. The report compares "
+            "mean returns instead."
         )
     if (summary["failure_rate"].iloc[1:] == 0).any():  # the baseline's is 0 by definition
         unseen = 1 - 0.05 ** (1 / n)
         found.append(
-            f"No failure among {n} episodes is what a mode that fails in up to {_percent(unseen)} of them "
-            "may show too (95 % bound); the intervals know nothing of failures that did not occur."
+            f"A mode without a failure in {n} episodes may still fail in up to {_percent(unseen)} of all "
+            "episodes (95 % bound)."
         )
-    measured = steps.loc[steps["teacher_distance"].notna(), "seed"].nunique()
-    if not measured:
-        found.append("The distance to the teacher's action was not measured.")
-    elif measured < n:
-        found.append(f"The distance to the teacher's action was measured on {measured} of {n} episodes.")
     return found
 
 
-def styles(modes: Sequence[str]) -> dict[str, Style]:
-    """Colour, marker and line of every mode: the baseline is black, beyond seven others turn hollow."""
-    table = {modes[0]: Style("#000000", "*", "-", "full")}
-    for i, mode in enumerate(modes[1:]):
-        again, j = i // len(COLOURS), i % len(COLOURS)
-        marker = MARKERS[(j + again) % len(MARKERS)]
-        table[mode] = Style(COLOURS[j], marker, "--" if again else "-", "none" if again else "full")
-    return table
+def describe(mode: SpeculationConfig) -> str:
+    """What a mode does, in one line of plain words."""
+    corrector = f"the corrector {mode.corrector}" if mode.corrector else ""
+    if mode.plan_length == 0:
+        words = f"Never plans: {corrector or 'the policy prior'} acts alone."
+    elif mode.execution_horizon == 1:
+        budget = f"iterations of the planner: {mode.iterations}" if mode.iterations else "the teacher itself"
+        words = f"Plans at every step ({budget})."
+    else:
+        how = f"; {corrector} changes all but the first" if corrector else " as planned"
+        words = f"Executes {mode.execution_horizon} steps of each plan{how}."
+    if mode.refine_steps:
+        words += " A short search in the world model refines the action."
+    if mode.threshold:
+        words += " Falls back to a new plan when the mismatch is too large."
+    return words
 
 
-def _choice(summary: pd.DataFrame, meta: Mapping[str, Any]) -> str | None:
-    """The mode that the report is about; None where nothing says which."""
-    modes, required = list(summary["mode"]), meta.get("min_return")
-    if meta.get("chosen") in modes:
-        return str(meta["chosen"])
-    if required is None:
+def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Why each other mode was not chosen: `mode, ratio, pushed, ms, why`, as text.
+
+    Args:
+        calibration: the folder where the choice left its numbers. Modes without any share a row.
+        summary: of the held-out episodes; names all modes.
+        meta: as `verdict` takes it, with `min_return_pushed`.
+    """
+    tried = pd.read_csv(calibration / "modes" / "summary.csv")
+    held = dict(zip(tried["mode"], holds_up(tried, meta["min_return"]), strict=True))
+    path = calibration / "pushed" / "summary.csv"
+    pushed = pd.read_csv(path) if path.exists() else tried[:0]
+    tried, pushed = (table.set_index("mode", drop=False) for table in (tried, pushed))
+    baseline, chosen = summary["mode"].iloc[0], meta["chosen"]
+    found: list[dict[str, str]] = []
+    untried: dict[str, list[str]] = {}  # by reason
+    for mode in summary["mode"]:
+        if mode in (baseline, chosen):
+            continue
+        if mode not in tried.index:
+            if mode in SIMPLER:
+                why = "A simpler method. It is measured for comparison and is never chosen."
+            elif len(tried) == 1:
+                why = "Not tried, for the reason in the verdict."
+            else:
+                why = "Not tried. Even without fallbacks it would be too slow to be chosen."
+            untried.setdefault(why, []).append(mode)
+            continue
+        own, under_pushes, withstands = tried.loc[mode], "–", True
+        if mode in pushed.index:
+            under_pushes = _cells(pushed.loc[mode])["return_ratio"]
+            lost = pushed.loc[baseline, "return_mean"] - pushed.loc[mode, "return_mean"]
+            withstands = lost <= (1 - meta["min_return_pushed"]) * abs(pushed.loc[baseline, "return_mean"])
+        if not held[mode]:
+            why = f"By its interval, it may lose more than {_percent(1 - meta['min_return'])} of the return."
+        elif not withstands:
+            why = f"Under pushes, it loses more than {_percent(1 - meta['min_return_pushed'])} of the return."
+        elif chosen == baseline:
+            why = "It keeps the return but saves too little time."
+        else:
+            why = f"It keeps the return too. {chosen} is faster, or about as fast with a higher lower end."
+        ratio, ms = _cells(own)["return_ratio"], _number(own["act_ms_mean"])
+        found.append({"mode": mode, "ratio": ratio, "pushed": under_pushes, "ms": ms, "why": why})
+    none = dict.fromkeys(("ratio", "pushed", "ms"), "–")
+    return [*found, *({"mode": ", ".join(modes), **none, "why": why} for why, modes in untried.items())]
+
+
+def _rivals(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
+    """The modes in colour: the baseline, the chosen mode, and the best of the others and of SIMPLER."""
+    held = holds_up(summary, meta["min_return"])
+    # First those that keep the return, the fastest first; then the others by return.
+    ranked = summary.assign(lost=~held, rank=summary["act_ms_mean"].where(held, -summary["return_mean"]))
+    ranked = ranked.iloc[1:].sort_values(["lost", "rank"], kind="stable")
+    others = [mode for mode in ranked["mode"] if mode not in (*SIMPLER, meta["chosen"])]
+    simpler = [mode for mode in ranked["mode"] if mode in SIMPLER]
+    best = list(dict.fromkeys([summary["mode"].iloc[0], meta["chosen"], *others]))[: len(RIVALS)]
+    return [*best, *simpler][: 1 + len(RIVALS)]
+
+
+def _modes(
+    summary: pd.DataFrame, meta: Mapping[str, Any], rivals: Sequence[str]
+) -> tuple[list[Mode], dict[str, float]]:
+    """All modes, `rivals` first; and the axis of returns: the places of the baseline and of `required`."""
+    rows = summary.set_index("mode", drop=False)
+    baseline = rows.iloc[0]
+    columns, one, required = (
+        ["return_ratio_low", "return_ratio", "return_ratio_high"],
+        1.0,
+        meta["min_return"],
+    )
+    if np.isnan(baseline.return_ratio):
+        columns, one = ["return_low", "return_mean", "return_high"], baseline.return_mean
+        required = one - (1 - required) * abs(one)
+    shown = [required, one, *rows.loc[rivals, columns].to_numpy().ravel()]  # all that is in colour
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    margin = 0.05 * (high - low) or 1.0
+
+    def at(value: float) -> float:
+        return float(np.clip(100 * (value - low + margin) / (high - low + 2 * margin), 0, 100))
+
+    colors = dict(zip(rivals, (TEXT, *RIVALS), strict=False))
+    modes = []
+    for i, name in enumerate([*rivals, *(mode for mode in rows.index if mode not in rivals)]):
+        row = rows.loc[name]
+        marks = row[columns].fillna(row[columns[1]])  # without an interval, a point
+        modes.append(
+            Mode(
+                name=name,
+                tag=f"m{i}",
+                color=colors.get(name, GREY),
+                words=describe(SpeculationConfig(**meta["modes"][name])),
+                cells=_cells(row),
+                speed=_factor(baseline.act_ms_mean / row.act_ms_mean),
+                bar=min(100, 100 * row.act_ms_mean / rows.loc[rivals, "act_ms_mean"].max()),
+                marks=tuple(map(at, marks)),
+            )
+        )
+    return modes, {"one": at(one), "required": at(required)}
+
+
+def _when(steps: pd.DataFrame, modes: Sequence[Mode], subject: str) -> str | None:
+    """Planner calls over the time of an episode; None where all modes in colour plan always or never."""
+    plans = steps["kind"].isin(PLANS).groupby(steps["mode"]).mean()
+    shown = [mode for mode in modes if 0 < plans[mode.name] < 1]
+    if all(mode.color == GREY for mode in shown):
         return None
-    good = summary[holds_up(summary, required)]
-    return str(good.sort_values("planner_calls", kind="stable")["mode"].iloc[0])
+    n = steps["t"].max() + 1
+    width = min(max(HORIZONS), max(1, n // 4))  # of whole plans, or else fixed horizons would show as waves
+
+    def draw(axes: Axes) -> None:
+        top = 0.0
+        for mode in shown:
+            own = steps[(steps["mode"] == mode.name) & (steps["t"] < n // width * width)]
+            kinds = own["kind"].groupby(own["t"] // width * width + width / 2)
+            calls = 100 * kinds.agg(lambda kind: kind.isin(PLANS).mean())
+            axes.plot(calls, color=mode.color, gid=mode.tag, zorder=1 + (mode.color != GREY))
+            top = max(top, 0 if mode.color == GREY else calls.max())
+            if mode.name == subject:
+                fallbacks = 100 * kinds.agg(lambda kind: (kind == "fallback").mean())
+                axes.fill_between(fallbacks.index, fallbacks, color=FALLBACK, alpha=0.5, lw=0, gid=mode.tag)
+        axes.set_ylim(0, 1.1 * top)
+        axes.set_xlabel("time in the episode (steps)")
+        axes.set_ylabel("planner calls (% of steps)")
+
+    return _svg(draw, "planner calls over the time of an episode")
 
 
-def _row(row: pd.Series) -> dict[str, str]:
+def _where(episodes: pd.DataFrame, modes: Sequence[Mode], seeds: Sequence[int]) -> str:
+    """Return of every episode minus the baseline's on the same seed, in the order of `seeds`."""
+    returns = episodes.pivot(index="seed", columns="mode", values="return").loc[list(seeds)]
+    difference = returns.sub(returns[modes[0].name], axis="index")
+    in_color = difference[[mode.name for mode in modes if mode.color != GREY]]
+
+    def draw(axes: Axes) -> None:
+        for i, mode in enumerate(modes[1:]):
+            x = np.arange(len(returns)) + 0.15 * (i % 3 - 1)
+            y = difference[mode.name].clip(in_color.min().min(), in_color.max().max())
+            axes.scatter(x, y, 24, mode.color, gid=mode.tag, lw=0, zorder=2 + (mode.color != GREY))
+        axes.axhline(0, color=TEXT, lw=1)
+        axes.set_xticks(range(len(returns)), map(str, returns.index), rotation=90, fontsize=8)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("seed of the episode")
+        axes.set_ylabel("return minus the baseline's")
+
+    return _svg(draw, "difference in return to the baseline, episode by episode")
+
+
+def _timeline(steps: pd.DataFrame) -> str:
+    """One episode of one mode, step by step; what it does not have (e.g. corrections) has no panel."""
+    lines = [name for name in ("delta_a", "mismatch") if steps[name].any()] + ["reward"]
+    t, kind = steps["t"].to_numpy(), steps["kind"].to_numpy()
+    edges = np.append(t, t[-1] + 1)
+
+    def draw(kinds: Axes, *panels: Axes) -> None:
+        kinds.vlines(t[kind == "planned"], 0, 1, color=RIVALS[0], lw=0.5)
+        kinds.vlines(t[kind == "fallback"], 0, 1.6, color=FALLBACK, lw=1)
+        kinds.set_axis_off()
+        for axes, name in zip(panels, lines, strict=True):
+            axes.stairs(steps[name], edges, fill=True, color=GREY, lw=0.3)
+            axes.set_ylabel(BY_STEP[name], rotation=0, ha="right", va="center")
+            axes.yaxis.set_major_locator(MaxNLocator(2))
+        panels[-1].set_xlabel("time in the episode (steps)")
+
+    return _svg(draw, "one episode, step by step", [0.35, *[1] * len(lines)])
+
+
+def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) -> str:
+    """What `draw(axes, ...)` draws on panels of these relative heights, as an element of the page.
+
+    It is 5 inches wide, so that its text is readable on a phone. The `gid` of an artist becomes a class.
+    """
+    with plt.rc_context(DRAWING):
+        figure, axes = plt.subplots(
+            len(panels),
+            sharex=True,
+            squeeze=False,
+            figsize=(5, 3.4),
+            height_ratios=panels,
+            layout="tight",
+        )
+        for ax in axes.flat:
+            ax.grid(alpha=0.25)
+            ax.set_axisbelow(True)
+        draw(*axes.flat)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+        plt.close(figure)
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    # HTML knows XML's namespaces by itself, and the file shall hold no address at all.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r'<g id="(m\d+)">', r'<g class="\1">', svg)
+    for drawn, ink in INKS.items():
+        svg = svg.replace(drawn, ink)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
+
+
+def _steps_in_plan(
+    by_k: pd.DataFrame, summary: pd.DataFrame, subject: str
+) -> dict[str, list[dict[str, str]]]:
+    """By mode and its mean return, rows by step in plan: the published modes of 6 steps, and `subject`."""
+    longest = max(PAPER_HORIZONS)
+    published = [f"two_tower_{longest}", f"temporal_{longest}"]
+    returns = summary.set_index("mode")["return_mean"]
+    tables: dict[str, list[dict[str, str]]] = {}
+    for mode in dict.fromkeys([*published, subject]):
+        for row in by_k[by_k["mode"] == mode].to_dict("records"):
+            cells = {name: "–" if np.isnan(row[name]) else f"{row[name]:.3f}" for name in BY_STEP}
+            title = f"{mode}, mean return {returns[mode]:.1f}"
+            tables.setdefault(title, []).append({"k": str(row["k"]), **cells})
+    return tables
+
+
+def _cells(row: pd.Series) -> dict[str, str]:
     """The cells of a table's row, as text."""
     cells = {"mode": str(row["mode"])}
     for name in list(COLUMNS)[1:]:
@@ -321,14 +495,12 @@ def _row(row: pd.Series) -> dict[str, str]:
     return cells
 
 
-def _interval(row: pd.Series) -> str:
-    if np.isnan(row.return_low):
-        return ""
-    return f" (95 % interval {row.return_low:.1f} to {row.return_high:.1f})"
-
-
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _number(value: float) -> str:
@@ -339,7 +511,7 @@ def _number(value: float) -> str:
 
 
 def _provenance(meta: Mapping[str, Any]) -> dict[str, str]:
-    rest = [k for k in meta if k not in PROVENANCE and k not in ("task", "validation")]
+    rest = [k for k in meta if k not in PROVENANCE and k not in ("task", "validation", "modes")]
     names = [*(k for k in PROVENANCE if k in meta), *rest]
     return {PROVENANCE.get(k, k.replace("_", " ")): _words(meta[k]) for k in names}
 
@@ -350,197 +522,5 @@ def _words(value: Any) -> str:
         inside = (f"({_words(v)})" if isinstance(v, Mapping) else _words(v) for v in value.values())
         return ", ".join(f"{k} = {v}" for k, v in zip(value, inside, strict=True))
     if isinstance(value, Sequence) and not isinstance(value, str):
-        whole = len(value) > 2 and all(isinstance(v, int | np.integer) for v in value)
-        if whole and list(value) == list(range(value[0], value[0] + len(value))):
-            return f"{value[0]} to {value[-1]}"
         return ", ".join(map(_words, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _svg(draw: Callable[[Axes], None], alt: str, height: float = 4.2) -> str:
-    """What `draw` draws, as an element that HTML takes as it is."""
-    figure, axes = plt.subplots(figsize=(9.5, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.set_axisbelow(True)
-    draw(axes)
-    text = io.StringIO()
-    nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    figure.savefig(text, format="svg", metadata=nothing, dpi=200)
-    plt.close(figure)
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    # In HTML the names of XML's namespaces are known, and the file shall hold no address at all.
-    for name in ('xmlns="http://www.w3.org/2000/svg"', 'xmlns:xlink="http://www.w3.org/1999/xlink"'):
-        svg = svg.replace(name, "")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
-
-
-def _modes_as_rows(axes: Axes, modes: Sequence[str]) -> None:
-    axes.set_yticks(range(len(modes)), [_plain(mode) for mode in modes])
-    axes.set_ylim(len(modes) - 0.5, -0.5)
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")
-
-
-def _legend(axes: Axes, style: Mapping[str, Style], modes: Sequence[str]) -> None:
-    handles = [
-        Line2D([], [], color=s.color, marker=s.marker, ls=s.line, fillstyle=s.fill, label=_plain(mode))  # type: ignore[arg-type]
-        for mode, s in style.items()
-        if mode in modes
-    ]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-
-
-def _returns(episodes: pd.DataFrame, summary: pd.DataFrame, style: Mapping[str, Style]) -> str:
-    def draw(axes: Axes) -> None:
-        rng = np.random.default_rng(0)
-        for y, row in enumerate(summary.itertuples()):
-            returns = episodes.loc[episodes["mode"] == row.mode, "return"].to_numpy()
-            color = style[str(row.mode)].color
-            jitter = y + rng.uniform(-0.28, 0.28, len(returns))
-            axes.scatter(returns, jitter, s=15, alpha=0.5, color=color, linewidths=0)
-            axes.plot(row.return_mean, y, "D", color=color, mec="white", ms=9)
-            ends = [row.return_low, row.return_high]
-            axes.plot(ends, [y, y], "|-", color="black", lw=1.5, ms=9, mew=1.5)
-        _modes_as_rows(axes, list(summary["mode"]))
-        axes.set_xlabel("return of an episode (sum of rewards)")
-
-    return _svg(draw, "return by mode", 1.2 + 0.4 * len(summary))
-
-
-def _front(
-    summary: pd.DataFrame, style: Mapping[str, Style], required: float | None, column: str, label: str
-) -> str:
-    scale = 100 if column == "planner_calls" else 1
-    at = (scale * summary.set_index("mode")[column]).to_dict()
-    widest = max(at.values())
-
-    def draw(axes: Axes) -> None:
-        known = summary[np.isfinite(summary["return_ratio"])]
-        if known.empty:
-            _empty(axes, "no ratio: the baseline's mean return is not positive")
-        for family in families(list(ARCHITECTURES)):
-            own = known[known["mode"].isin([family.mode_name(k) for k in HORIZONS])]
-            axes.plot([at[mode] for mode in own["mode"]], own["return_ratio"], color="0.75", lw=1, zorder=0)
-        placed: list[float] = []
-        for row in known.itertuples():
-            x, y, s = at[str(row.mode)], row.return_ratio, style[str(row.mode)]
-            # The low and high end may be NaN, and the mean outside of them by rounding.
-            below, above = np.fmax(y - row.return_ratio_low, 0), np.fmax(row.return_ratio_high - y, 0)
-            near = sum(abs(x - other) < 0.015 * widest for other in placed)
-            placed.append(x)
-            # 0, 1, -1, 2, -2, ... times nine points of the page to the right
-            shift = (near + 1) // 2 * (9 if near % 2 else -9) / 72
-            beside = ScaledTranslation(shift, 0, axes.figure.dpi_scale_trans)  # type: ignore[union-attr]
-            look = dict(fmt=s.marker, color=s.color, fillstyle=s.fill, ms=8, capsize=3)
-            axes.errorbar(x, y, [[below], [above]], transform=axes.transData + beside, **look)  # type: ignore[arg-type]
-            axes.update_datalim([(x, y - below), (x, y + above)])  # which a shifted point does not
-        axes.autoscale_view()
-        axes.axhline(1.0, color="black", lw=0.8)
-        if required is not None and not known.empty:
-            axes.axhline(required, color="black", lw=0.8, ls=":")
-            axes.annotate(
-                f"required: {required:g}",
-                (1, required),
-                (-3, -3),
-                xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                fontsize=8,
-            )
-        axes.set_xlim(-0.04 * widest, 1.04 * widest)
-        axes.set_xlabel(label)
-        axes.set_ylabel("mean return\n(ratio to the baseline's)")
-        _legend(axes, style, list(known["mode"]))
-
-    return _svg(draw, f"return ratio against {label}", max(4.2, 0.8 + 0.25 * len(summary)))
-
-
-def _paper_table(by_k: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, str]]:
-    """Rows of the table of the published modes of the longest horizon by step in plan, as text."""
-    names = [n for n in _LONGEST_OF_THE_PAPER[1:] if not n.endswith(REFINED)]
-    returns = summary.set_index("mode")["return_mean"]
-    rows = []
-    for row in by_k[by_k["mode"].isin(names)].to_dict("records"):
-        rows.append(
-            {
-                "mode": f"{row['mode']} (mean return {returns[row['mode']]:.1f})",
-                "step": f"t+{row['k'] + 1}",
-                **{
-                    name: "–" if np.isnan(row[name]) else f"{row[name]:.3f}"
-                    for name in ("mismatch", "delta_a", "reward", "teacher_distance")
-                },
-            }
-        )
-    return rows
-
-
-def _that_correct(by_k: pd.DataFrame) -> pd.DataFrame:
-    largest = by_k.groupby("mode")["delta_a"].transform("max")
-    return by_k[(largest > 0) & (by_k["k"] > 0)]
-
-
-def _by_k(
-    table: pd.DataFrame, name: str, label: str, style: Mapping[str, Style], *, quartiles: bool = True
-) -> str:
-    known = table[table[f"{name}_n"] > 0]
-    modes = list(dict.fromkeys(known["mode"]))
-
-    def draw(axes: Axes) -> None:
-        if not modes:
-            _empty(axes, "not measured")
-        for i, mode in enumerate(modes):
-            own, s = known[known["mode"] == mode], style[mode]
-            x = own["k"].to_numpy() + 0.5 * (i / max(len(modes) - 1, 1) - 0.5)
-            mean = own[name].to_numpy()
-            axes.plot(
-                x, mean, marker=s.marker, ls=s.line, color=s.color, fillstyle=s.fill, ms=5, lw=1.3  # type: ignore[arg-type]
-            )  # fmt: skip
-            if quartiles:
-                axes.vlines(x, own[f"{name}_q25"], own[f"{name}_q75"], color=s.color, lw=3, alpha=0.25)
-            if len(own) == 1:
-                axes.axhline(mean[0], color=s.color, lw=1, ls=":")
-        axes.set_xlabel("step in plan k (0: the step planned from)")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _legend(axes, style, modes)
-
-    return _svg(draw, f"{name} by step in plan", max(4.2, 0.8 + 0.25 * len(modes)))
-
-
-def _latency(summary: pd.DataFrame, style: Mapping[str, Style]) -> str:
-    modes = list(summary["mode"])
-    marks = {"median": ("|", 16.0), "mean": ("D", 6.0), "p95": ("^", 6.0), "p99": ("v", 6.0)}
-
-    def draw(axes: Axes) -> None:
-        for y, row in summary.iterrows():
-            times = [row[f"act_ms_{name}"] for name in marks]
-            color = style[str(row["mode"])].color
-            axes.plot([min(times), max(times)], [y, y], color=color, lw=2, alpha=0.5)  # type: ignore[list-item]
-            for value, (marker, size) in zip(times, marks.values(), strict=True):
-                axes.plot(value, y, marker, color=color, mfc="white", mew=1.6, ms=size)
-        _modes_as_rows(axes, modes)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        low, high = axes.get_xlim()
-        if high < 10 * low:  # less than a decade: the axis would show one label, or none
-            axes.set_xlim(low / 2, high * 2)
-            axes.xaxis.set_minor_formatter(
-                FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-            )
-        axes.set_xlabel("time of one act call (ms, log scale)")
-        handles = [
-            Line2D([], [], color="black", marker=m, ls="", mfc="white", mew=1.6, ms=min(size, 9), label=name)
-            for name, (m, size) in marks.items()
-        ]
-        axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
-
-    return _svg(draw, "latency by mode", 1.5 + 0.4 * len(modes))
-
-
-def _empty(axes: Axes, why: str) -> None:
-    axes.text(0.5, 0.5, why, transform=axes.transAxes, ha="center")

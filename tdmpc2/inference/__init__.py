@@ -2,16 +2,18 @@
 
 from .ahead import AheadOfTime
 from .compiled import Compiled, dtype_of
-from .fast_model import FastModel, Origin
+from .fast_model import FastModel, Origin, origin
 from .forks import forks_have_one_thread
-from .weights import Weights
+from .weights import FollowedWeights, Weights
 
 __all__ = [
     "AheadOfTime",
     "Compiled",
     "FastModel",
+    "FollowedWeights",
     "Origin",
     "Weights",
     "dtype_of",
     "forks_have_one_thread",
+    "origin",
 ]

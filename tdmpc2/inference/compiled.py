@@ -2,13 +2,13 @@
 
 import contextlib
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils._pytree import tree_map
 
 from ..config import ComputeConfig
@@ -37,9 +37,7 @@ def computes_in_bfloat16() -> bool:
 
 @cache
 def _say_slow() -> None:
-    Console(stderr=True).print(
-        "this processor has no instructions for bfloat16: precision=float32 is many times faster here"
-    )
+    say("this processor has no instructions for bfloat16: precision=float32 is many times faster here")
 
 
 @contextlib.contextmanager
@@ -60,7 +58,7 @@ def announced(what: str) -> Iterator[None]:
 
 def say(line: str) -> None:
     """A line on stderr, as it is."""
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+    print(line, file=sys.stderr)
 
 
 def stays_uncompiled(what: str, error: Exception) -> None:

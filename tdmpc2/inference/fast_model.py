@@ -18,12 +18,13 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import WorldModelConfig
 from ..world_model.layers import mish
 from ..world_model.model import WorldModel
 from ..world_model.two_hot import symexp
-from .weights import Layer, Layers, Weights, copy_weights, for_tasks, transposed
+from .weights import Layer, Layers, Weights, for_tasks, transposed
 
 LAYER_NORM_EPS = 1e-5  # PyTorch's default
 Linear = Callable[[Tensor, Layer], Tensor]  # `[h or 1, B, N, in]` to float32 `[h, B, N, out]`
@@ -45,19 +46,26 @@ class Rollout(NamedTuple):
     z: Tensor  # [B, N, L], the last latent, transposed
 
 
-class FastModel:
+def origin(model: WorldModel, z: Tensor, task: Tensor | None = None) -> Origin:
+    """Latents `[B, L]`, of tasks `[B]` of a multi-task model, as `FastModel.score` takes them."""
+    latent = transposed(z, model.config.simnorm_dim)
+    if task is None:
+        return Origin(latent, z[:, :0], z.new_ones(z.shape[0], model.config.action_dim))
+    return Origin(latent, model.task_embedding(task), model.action_masks[task])
+
+
+class FastModel(nn.Module):
     """A world model for planning.
 
     Args:
-        model: the world model; later changes of its weights are followed.
+        config: of the world model.
         discount: per agent step.
         dtype: of matrix products.
     """
 
-    def __init__(self, model: WorldModel, discount: float, dtype: torch.dtype):
-        self.model, self.config, self.discount, self.dtype = model, model.config, discount, dtype
-        self._weights: Weights | None = None
-        self._version: list[tuple[int, int]] = []
+    def __init__(self, config: WorldModelConfig, discount: float, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.discount, self.dtype = config, discount, dtype
 
     def score(
         self, at: Origin, actions: Tensor, centre: Tensor, noise: Tensor, heads: Tensor, w: Weights
@@ -73,7 +81,7 @@ class FastModel:
             centre: `[B, H, 1, A]`, where these lie around: there precision is highest.
             noise: `[B, N, A]`, standard normal, of the policy's action at the horizon.
             heads: `[2]`.
-            w: from `weights`.
+            w: from `FollowedWeights`.
         """
         w = for_tasks(w, at.task)
         # Of two heads there is one choice, and the order in which they are drawn makes no difference.
@@ -98,22 +106,6 @@ class FastModel:
             end = self._step(end, x, w, linear)
         x = self._join(end.z, self._pi(end.z, noise, at.mask, w, linear))
         return end.total + end.discount * two_hot_mean(mlp(x, w.q, linear), w.bins).mean(0)
-
-    def weights(self) -> Weights:
-        """The model's weights as they are now."""
-        parameters = list(self.model.parameters())
-        tracked = not any(p.is_inference() for p in parameters)  # such tensors do not tell of changes
-        version = [(p.data_ptr(), p._version) for p in parameters] if tracked else []
-        if self._weights is None or not tracked or version != self._version:
-            self._weights, self._version = copy_weights(self.model, self.dtype), version
-        return self._weights
-
-    def origin(self, z: Tensor, task: Tensor | None = None) -> Origin:
-        """Latents `[B, L]`, of tasks `[B]` of a multi-task model, as `score` takes them."""
-        latent = transposed(z, self.config.simnorm_dim)
-        if task is None:
-            return Origin(latent, z[:, :0], z.new_ones(z.shape[0], self.config.action_dim))
-        return Origin(latent, self.model.task_embedding(task), self.model.action_masks[task])
 
     def _join(self, z: Tensor, action: Tensor) -> Tensor:
         """What networks of latent and action read: `[1, B, N, L + A]`."""

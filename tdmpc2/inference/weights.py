@@ -57,6 +57,24 @@ class Weights(NamedTuple):
     bins: Tensor  # [num_bins], symlog units
 
 
+class FollowedWeights:
+    """The weights of `model`, matrices in `dtype`, copied anew where they have changed."""
+
+    def __init__(self, model: WorldModel, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self._copy: Weights | None = None
+        self._version: list[tuple[int, int]] = []
+
+    def __call__(self) -> Weights:
+        """The weights as they are now."""
+        parameters = list(self.model.parameters())
+        tracked = not any(p.is_inference() for p in parameters)  # such tensors do not tell of changes
+        version = [(p.data_ptr(), p._version) for p in parameters] if tracked else []
+        if self._copy is None or not tracked or version != self._version:
+            self._copy, self._version = copy_weights(self.model, self.dtype), version
+        return self._copy
+
+
 def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
     """The weights of `model`, matrices in `dtype`."""
     c = model.config

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..files import read_tensors, write_tensors
 from .update import Update
 
-FORMAT = "tdmpc2-training-2"
+FORMAT = "tdmpc2-training-3"
 AGAIN = "start the run anew elsewhere"
 
 

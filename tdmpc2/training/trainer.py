@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from ..agent import TDMPC2, SpeculativeAgent
-from ..checked import at_least, within
-from ..cli import provenance, save_config
+from ..checked import Checked, at_least, within
 from ..config import (
     MODEL_SIZES,
     SYMLOG,
@@ -41,15 +40,15 @@ from ..config import (
     UpdateConfig,
     WorldModelConfig,
     discount_of,
-    part,
     published_budget,
 )
 from ..envs import is_episodic, make_env, max_episode_steps
 from ..envs.guard import closed_on_error
 from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
-from ..files import atomic_write, difference, file_name, in_use, read_bytes
+from ..files import atomic_write, difference, file_name, in_use, read_bytes, write_json
 from ..progress import SILENT, Progress
+from ..provenance import provenance
 from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
 from ..world_model.model import WorldModel
 from ..world_model.two_hot import support
@@ -64,12 +63,48 @@ TABLES = {
 }
 SAVE_EVERY = 50  # times as long as the last save took, from one checkpoint to the next at least
 # Settings that may differ when a run goes on: they do not change what was learnt so far.
-FREE_ON_RESUME = {*("steps", "checkpoint_freq", "work_dir", "resume", "threads", "compile", "wandb_project")}
+FREE_ON_RESUME = (
+    *("steps", "checkpoint_freq", "work_dir", "resume", "threads", "planner.compile", "wandb_project"),
+)
+
+
+@dataclass(frozen=True)
+class TrainPlannerConfig(PlannerConfig):
+    """How training plans, and how planning and updates compute."""
+
+    compile: bool = True  # the planner and the update
+    precision: str = "float32"  # of products in planning and of hidden layers' in updates, or bfloat16
+
+    def check_ranges(self) -> None:
+        super().check_ranges()
+        ComputeConfig(self.precision)
+
+
+@dataclass(frozen=True)
+class TrainEvaluationConfig(Checked):
+    """Evaluations during training."""
+
+    freq: int = 25_000  # steps from one to the next
+    episodes: int = 10
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "freq", "episodes")
+
+
+@dataclass(frozen=True)
+class BinsConfig(Checked):
+    """The bins of rewards and values, in symlog units: sign(x) * log(1 + |x|)."""
+
+    vmin: float = WorldModelConfig.vmin
+    vmax: float = WorldModelConfig.vmax
+
+    def check_ranges(self) -> None:
+        within(self, *SYMLOG, "vmin", "vmax")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(PlannerConfig, UpdateConfig):
-    """Everything that `tdmpc2 train` can be told; steps are agent steps."""
+class TrainConfig(Checked):
+    """What is trained, where, and how long; steps are agent steps."""
 
     task: str
     model_size: int = 5  # millions of parameters
@@ -77,26 +112,21 @@ class TrainConfig(PlannerConfig, UpdateConfig):
     steps: int = 500_000  # the run ends with the first episode that reaches them
     seed_steps: int | None = None  # random actions first; None: 5 episodes, at least 1000
     buffer_size: int = 1_000_000  # observations
-    vmin: float = WorldModelConfig.vmin  # of the bins of rewards and values, as sign(x) * log(1 + |x|)
-    vmax: float = WorldModelConfig.vmax
     seed: int = 1
-    eval_freq: int = 25_000  # steps
-    eval_episodes: int = 10
     checkpoint_freq: int = 2_500  # steps of a replay shard; checkpoints come as often, or more
     work_dir: str = ""  # default: runs/<task>/<seed>
     resume: bool = False  # go on with the run in work_dir
     device: str = "cpu"
     threads: int | None = None  # of torch; None: its own choice
-    compile: bool = True  # the planner and the update
-    precision: str = "float32"  # of products in planning and of hidden layers' in updates, or bfloat16
     wandb_project: str = ""
+    planner: TrainPlannerConfig = field(default_factory=TrainPlannerConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: TrainEvaluationConfig = field(default_factory=TrainEvaluationConfig)
+    model: BinsConfig = field(default_factory=BinsConfig)
 
     def check_ranges(self) -> None:
-        """Raise ConfigError for a number that no run can have."""
-        at_least(1, self, "steps", "buffer_size", "eval_freq", "eval_episodes", "checkpoint_freq")
+        at_least(1, self, "steps", "buffer_size", "checkpoint_freq", "threads")
         at_least(0, self, "seed", "seed_steps", "model_size")
-        at_least(1, self, "threads")
-        within(self, *SYMLOG, "vmin", "vmax")
 
 
 class Trainer:
@@ -124,7 +154,9 @@ class Trainer:
         """What training needs, before the first step."""
         config = self.config
         model = WorldModel(self._architecture()).to(config.device).eval()
-        self.planner = part(PlannerConfig, config)
+        settings = asdict(config.planner)
+        compute = ComputeConfig(settings.pop("precision"), settings.pop("compile"))
+        self.planner = PlannerConfig(**settings)
         if self.planner.iterations == PlannerConfig.iterations:
             published = published_budget(model.config.action_dim)
             self.planner = replace(self.planner, iterations=published.iterations)
@@ -133,17 +165,16 @@ class Trainer:
         self.seed_steps = default if config.seed_steps is None else config.seed_steps
         self._check_episodes(length)
         self.discount = discount_of(length)
-        compute = ComputeConfig(config.precision, config.compile)
         self.agent = TDMPC2(model, self.planner, discount=self.discount, seed=config.seed, compute=compute)
         self.evaluated = TDMPC2(
             model,
             self.planner,
             discount=self.discount,
-            num_envs=config.eval_episodes,
+            num_envs=config.evaluation.episodes,
             compute=compute,
         )
         noise = self.agent.planner.noise
-        self.update = Update(model, part(UpdateConfig, config), self.discount, noise, compute)
+        self.update = Update(model, config.update, self.discount, noise, compute)
         self.replay = Replay(config.buffer_size, self.planner.horizon, config.seed)
         self.generators = {"noise": noise.generator, "replay": self.replay.generator}
         self.step = self.episode = self.updates = 0
@@ -192,7 +223,7 @@ class Trainer:
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
         else:
             self.report(f"going on from step {self.step:,}")
-        save_config(self.folder / "train_config.json", c)
+        write_json(self.folder / "train_config.json", asdict(c))
         log = Log(
             self.folder, TABLES, sizes=sizes, step=self.step, wandb_project=c.wandb_project, config=asdict(c)
         )
@@ -226,7 +257,7 @@ class Trainer:
                 self._save(log, full)
 
     def _evaluation_due(self) -> bool:
-        last, freq = self.evaluated_step, self.config.eval_freq
+        last, freq = self.evaluated_step, self.config.evaluation.freq
         return self.step > last and (self.step >= self.config.steps or self.step // freq > last // freq)
 
     def _run_episode(self) -> dict[str, float]:
@@ -276,13 +307,13 @@ class Trainer:
         if len(rewards) < horizon and not terminated:
             self._warn(
                 f"episode {self.episode} was cut off after {len(rewards)} steps: episodes shorter than "
-                f"horizon={horizon} that do not terminate are never learnt from",
+                f"planner.horizon={horizon} that do not terminate are never learnt from",
                 "short",
             )
         if not self.updates and self.step > self.seed_steps and not self.replay.num_slices:
             raise TDMPC2Error(
-                f"nothing can be learnt: none of the {self.episode} episodes so far lasted horizon={horizon} "
-                "steps or terminated; set a smaller horizon, or more seed_steps"
+                f"nothing can be learnt: none of the {self.episode} episodes so far lasted "
+                f"planner.horizon={horizon} steps or terminated; set a smaller horizon, or more seed_steps"
             )
         if not self.updates and self.step >= c.steps:
             raise TDMPC2Error(
@@ -296,8 +327,8 @@ class Trainer:
             self._warn(
                 f"step {self.step:,}: rewards or returns reach from {lowest:,.0f} to {highest:,.0f}, beyond "
                 f"the model's bins from {low:,.0f} to {high:,.0f}, where it tells none apart: scale the "
-                f"rewards, or train anew with vmin={self._bound(lowest, c.vmin):g} "
-                f"vmax={self._bound(highest, c.vmax):g}",
+                f"rewards, or train anew with model.vmin={self._bound(lowest, c.model.vmin):g} "
+                f"model.vmax={self._bound(highest, c.model.vmax):g}",
                 "range",
             )
 
@@ -330,11 +361,11 @@ class Trainer:
                     infos.append(self._update())
                     stage.advance()
         if not infos[-1].isfinite().all():
-            raise TDMPC2Error(f"training diverged at step {self.step} (a loss is not finite): lower lr")
+            raise TDMPC2Error(f"training diverged at step {self.step}, a loss is not finite: lower update.lr")
         return infos
 
     def _update(self) -> Tensor:
-        batch = self.replay.sample(self.config.batch_size)
+        batch = self.replay.sample(self.config.update.batch_size)
         batch = Batch(*(column.to(self.agent.device) for column in batch))
         self.updates += 1
         return torch.stack(list(self.update(batch).values()))
@@ -345,7 +376,7 @@ class Trainer:
         # The same seeds every time: evaluations differ by what was learnt alone.
         self.evaluated.planner.noise.generator.manual_seed(c.seed)
         agent = SpeculativeAgent(self.evaluated, TEACHER)
-        seeds = [self._seed_of("eval", i) for i in range(c.eval_episodes)]
+        seeds = [self._seed_of("eval", i) for i in range(c.evaluation.episodes)]
         with self.progress.add("evaluating", max_episode_steps(self.env), unit="steps") as stage:
             result = rollout(
                 agent, lambda: make_env(c.task, obs=c.obs), seeds, on_step=lambda done: stage.advance()
@@ -363,11 +394,11 @@ class Trainer:
             "sd": float(returns.std(ddof=0)),
             "min": float(returns.min()),
             "max": float(returns.max()),
-            "episodes": c.eval_episodes,
+            "episodes": c.evaluation.episodes,
             "seconds": round(self._seconds(), 1),
         }
         self.report(
-            f"step {self.step:,}: evaluation {mean:.1f} (sd {row['sd']:.1f}, {c.eval_episodes} episodes), "
+            f"step {self.step:,}: evaluation {mean:.1f} (sd {row['sd']:.1f}, {row['episodes']} episodes), "
             f"after {row['seconds']:.0f} s"
         )
         return row
@@ -442,11 +473,7 @@ class Trainer:
                 )
             return None
         tensors, loop = read_state(self.checkpoint, self._where({}))
-        kept = [
-            {name: value for name, value in settings.items() if name not in FREE_ON_RESUME}
-            for settings in (loop["config"], asdict(self.config))
-        ]
-        if differs := difference(*kept):
+        if differs := difference(loop["config"], asdict(self.config), FREE_ON_RESUME):
             raise ConfigError(
                 f"the run in {self.folder} has {differs}: resume it with its own settings (see "
                 "train_config.json)"
@@ -481,7 +508,7 @@ class Trainer:
             raise ConfigError(f"model_size={c.model_size}: choose one of {sizes} (millions)")
         shape, action = self.env.observation_space.shape, self.env.action_space.shape
         assert shape and action
-        config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env), vmin=c.vmin, vmax=c.vmax)
+        config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env), **asdict(c.model))
         config = replace(config, **MODEL_SIZES[c.model_size])  # type: ignore[arg-type]
         if config.pixels:  # the convolutions end in 4 x 4 positions
             config = replace(config, latent_dim=16 * config.num_channels)
@@ -490,9 +517,10 @@ class Trainer:
     def _check_episodes(self, length: int) -> None:
         """Raise ConfigError where episodes of at most so many steps cannot be stored or learnt from."""
         c = self.config
-        if length < c.horizon:
+        if length < c.planner.horizon:
             raise ConfigError(
-                f"horizon={c.horizon}: episodes of {c.task} last at most {length} steps: set horizon={length}"
+                f"planner.horizon={c.planner.horizon}: episodes of {c.task} last at most {length} steps: set "
+                f"planner.horizon={length}"
             )
         if c.steps <= self.seed_steps:
             raise ConfigError(

@@ -10,7 +10,6 @@ Three namings were published:
 """
 
 import hashlib
-import os
 import re
 import warnings
 import zipfile
@@ -197,16 +196,21 @@ def save_world_model(folder: str | Path, model: WorldModel, **entries: Any) -> N
     write_json(folder / CONFIG, config | entries)
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a folder of ours; the types of `ENTRIES` are checked.
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: a folder's config.json, nothing in an original file.
+
+    The types of `ENTRIES` are checked.
 
     Raises:
         CheckpointError: it is missing, damaged, or not ours.
         FileError: it may not be read.
     """
-    path = Path(folder) / CONFIG
+    folder = Path(path)
+    if not folder.is_dir():
+        return {}
+    path = folder / CONFIG
     if not exists(path):
-        raise CheckpointError(_instead(Path(folder)))
+        raise CheckpointError(_instead(folder))
     try:
         config = read_json(path)
         found = config["format"]
@@ -223,11 +227,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e}; restore it from where it came") from e
     return config
-
-
-def saved_config(path: str | Path) -> dict[str, Any]:
-    """`read_config` of a folder of ours; empty for an original file, which says nothing."""
-    return read_config(path) if os.path.isdir(path) else {}
 
 
 def saved_as(cls: type[T], settings: Any, path: str | Path) -> T:

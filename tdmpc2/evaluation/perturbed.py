@@ -2,23 +2,24 @@
 
     OUT/KIND-STRENGTH/NAME/     episodes.csv, steps.csv
     OUT/episodes.csv            all episodes together
-    OUT/summary.csv             a row for every disturbance and mode
+    OUT/summary.csv             a row for every perturbation and mode
     OUT/provenance.json         where they come from
 
 A run that is killed goes on with what is missing.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from ..cli import provenance
+from ..checked import Checked
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
 from ..files import in_use, read_json, write_json
 from ..progress import Progress
+from ..provenance import provenance
 from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import saved_as
 from .evaluate import (
@@ -27,6 +28,7 @@ from .evaluate import (
     Subject,
     check_unseen,
     claim,
+    overlap,
     run_modes,
     write_csv,
 )
@@ -43,48 +45,50 @@ STRENGTHS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DisturbedConfig(BudgetOverride, EpisodesConfig):
-    """What is evaluated under disturbance."""
+class PerturbedConfig(Checked):
+    """Which agent is evaluated, under which perturbations."""
 
     agent: str  # a folder that `tdmpc2 accelerate` made
     task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
-    out: str = ""  # folder for the results; default: disturbed/ in the agent's
+    out: str = ""  # folder for the results; default: perturbed/ in the agent's
     device: str = "cpu"
     kinds: tuple[str, ...] = tuple(STRENGTHS)
+    planner: BudgetOverride = field(default_factory=BudgetOverride)
+    evaluation: EpisodesConfig = field(default_factory=EpisodesConfig)
+
+    def check_ranges(self) -> None:
+        if not self.kinds or set(self.kinds) - set(STRENGTHS):
+            raise ConfigError(f"kinds={list(self.kinds)}: choose of {', '.join(STRENGTHS)}")
 
 
-def evaluate_disturbed(config: DisturbedConfig, progress: Progress) -> pd.DataFrame:
-    """The chosen mode beside the baseline and what cannot know that it is lost, under every disturbance.
+def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFrame:
+    """The chosen mode beside the baseline and modes without fallback, under every perturbation.
 
     Returns:
         Columns `kind, strength` and those of `summarise`; ratios are to the baseline under the same
-        disturbance, on the same seeds.
+        perturbation, on the same seeds.
 
     Raises:
         CheckpointError: the folder is not one that `tdmpc2 accelerate` finished.
-        ConfigError: a setting cannot be, there is no such kind, the agent was made with episodes of these
-            seeds, or the folder for the results has other settings.
-        TaskError: the task cannot be disturbed.
+        ConfigError: a setting cannot be, the agent was made with episodes of these seeds, or the folder for
+            the results has other settings.
+        TaskError: the task cannot be perturbed.
     """
-    if not config.kinds or set(config.kinds) - set(STRENGTHS):
-        raise ConfigError(f"kinds={list(config.kinds)}: choose of {', '.join(STRENGTHS)}")
-    folder = Path(config.agent)
+    folder, seeds = Path(config.agent), config.evaluation.seeds
     if not (folder / "evaluation" / "provenance.json").exists():
         raise CheckpointError(f"{folder} holds no finished run of `tdmpc2 accelerate`")
-    teacher = open_teacher(config.task, str(folder), config, config.device)
+    teacher = open_teacher(config.task, str(folder), config.planner, device=config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
+    if "evaluation" not in about:
+        raise CheckpointError(f"{folder} is of an earlier version: make it anew with `tdmpc2 accelerate`")
     # Names from a file become parts of paths: only those that there are.
     named = {about["chosen"], *about["modes"]}
     if not (named <= mode_names() and set(about["correctors"]) <= set(ARCHITECTURES)):
         raise CheckpointError(f"{folder} names modes or correctors that there are not: make it anew")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
-    check_unseen(config.eval_seeds, paths.values())
-    calibrated = EvaluationConfig(
-        calibration_seed=about["config"]["calibration_seed"],
-        calibration_episodes=about["config"]["calibration_episodes"],
-    )
-    if set(config.eval_seeds) & set(calibrated.calibration_seeds):
-        raise ConfigError(f"{folder} was calibrated on episodes with these seeds: change eval_seed")
+    check_unseen(seeds, paths.values())
+    if overlap(seeds, saved_as(EvaluationConfig, about["evaluation"], folder).calibration_seeds):
+        raise ConfigError(f"{folder} was calibrated on episodes with these seeds: change evaluation.seed")
     correctors = {n: load_corrector(path, teacher.fingerprint, config.device) for n, path in paths.items()}
     wanted = dict.fromkeys([BASELINE, about["chosen"], "naive_6", DISTILLED + REFINED, "prior"])
     given = {n: about["modes"][n] for n in wanted if n in about["modes"]}
@@ -99,15 +103,15 @@ def evaluate_disturbed(config: DisturbedConfig, progress: Progress) -> pd.DataFr
             reasons.append(str(e))
     if not worlds:
         raise TaskError(reasons[0])
-    out = Path(config.out or folder / "disturbed")
+    out = Path(config.out or folder / "perturbed")
     settings = {
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),
         "compute": asdict(teacher.compute),
         "correctors": about["correctors"],
         "kinds": list(config.kinds),
-        "seeds": list(config.eval_seeds),
-        "num_envs": config.num_envs,
+        "seeds": list(seeds),
+        "num_envs": config.evaluation.num_envs,
     }
     with in_use(out):
         claim(out, settings)
@@ -115,7 +119,7 @@ def evaluate_disturbed(config: DisturbedConfig, progress: Progress) -> pd.DataFr
         for (kind, strength), world in worlds.items():
             progress.print(f"{kind} {strength}")
             subject, name = Subject(world, correctors), out / f"{kind}-{strength}"
-            results[kind, strength] = run_modes(subject, modes, config, config.eval_seeds, name, progress)
+            results[kind, strength] = run_modes(subject, modes, config.evaluation, seeds, name, progress)
         table = _together({key: summarise(r.episodes, r.steps, None) for key, r in results.items()})
         write_csv(out / "episodes.csv", _together({key: r.episodes for key, r in results.items()}))
         write_csv(out / "summary.csv", table)

@@ -1,0 +1,174 @@
+"""A path in, an agent out.
+
+    load_agent           an agent, from any checkpoint
+      open_checkpoint    its world model, and what it says of planning     read_config, load_world_model
+      read_mode          its mode, with the corrector                      read_config, load_corrector
+
+`teacher.open_teacher` opens the same checkpoint for a task that has an environment here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from .agent import TDMPC2, SpeculativeAgent
+from .config import (
+    COMPILED,
+    TEACHER,
+    ComputeConfig,
+    PlannerConfig,
+    SpeculationConfig,
+    Unsaid,
+    discount_of,
+    published_budget,
+)
+from .corrector import ARCHITECTURES, BaseCorrector, load_corrector
+from .errors import CheckpointError
+from .world_model.checkpoint import (
+    fingerprint,
+    load_world_model,
+    published_task_index,
+    read_config,
+    saved_as,
+    spelling,
+)
+from .world_model.model import WorldModel
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was opened.
+
+    An original file says nothing but its weights: it stands for the published budget and episodes of 500
+    steps.
+    """
+
+    path: str | Path
+    saved: Mapping[str, Any]  # config.json; empty of an original file
+    model: WorldModel
+    planner: PlannerConfig
+    discount: float  # per agent step
+    compute: ComputeConfig  # compiled, in the precision that an agent was evaluated in
+
+    def task_index(self, task: int | str | None) -> int | None:
+        """Index of a task in a multi-task model; None in others.
+
+        Args:
+            task: a name in any spelling, an index, or None for the checkpoint's own task.
+
+        Raises:
+            CheckpointError: the checkpoint was made for another task, or does not know the name.
+        """
+        own, num_tasks = self.saved.get("task_index"), self.model.config.num_tasks
+        if isinstance(task, str) and not num_tasks:
+            if spelling(self.saved.get("task", task)) != spelling(task):
+                raise CheckpointError(
+                    f"{self.path} was made for {self.saved['task']}; {task} is another task"
+                )
+            return None
+        index = published_task_index(task, num_tasks) if isinstance(task, str) else task
+        if own is not None and index not in (None, own):
+            raise CheckpointError(
+                f"{self.path} was made for {self.saved.get('task')}, task {own}; task={task} is another one, "
+                "for which its correctors are not made: open the checkpoint that it was made from"
+            )
+        return own if index is None else index
+
+
+def open_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", **unsaid: Unpack[Unsaid]
+) -> Checkpoint:
+    """Open an original `.pt` file or a folder of ours.
+
+    Args:
+        path: the checkpoint.
+        device: to act on.
+        unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, foreign or unsafe.
+        FileError: it may not be read.
+        ConfigError: a setting cannot be.
+    """
+    model = load_world_model(path, device, **unsaid)
+    saved = read_config(path)
+    planner = published_budget(model.config.action_dim)
+    if "planner" in saved:
+        planner = saved_as(PlannerConfig, saved["planner"], path)
+    compute = replace(COMPILED, precision=saved.get("precision", COMPILED.precision))
+    return Checkpoint(path, saved, model, planner, saved.get("discount", discount_of(500)), compute)
+
+
+def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, BaseCorrector | None]:
+    """The mode of execution that a checkpoint names, with its corrector; TEACHER where it names none.
+
+    Args:
+        path: the checkpoint.
+        model: its world model.
+
+    Raises:
+        CheckpointError: the mode does not fit this version, or its corrector cannot be used.
+    """
+    saved = read_config(path)
+    if "speculation" not in saved:
+        return TEACHER, None
+    config = saved_as(SpeculationConfig, saved["speculation"], path)
+    if not config.corrector:
+        return config, None
+    if config.corrector not in ARCHITECTURES:  # nor a path to somewhere else
+        raise CheckpointError(f"{path} names a corrector {config.corrector!r}, which there is not")
+    folder = Path(path) / "correctors" / config.corrector
+    return config, load_corrector(folder, fingerprint(model), next(model.parameters()).device)
+
+
+def load_agent(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    num_envs: int = 1,
+    seed: int = 0,
+    task: int | str | None = None,
+    compute: ComputeConfig | None = None,
+    **unsaid: Unpack[Unsaid],
+) -> TDMPC2 | SpeculativeAgent:
+    """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
+
+        agent = tdmpc2.load_agent("pretrained/walker-walk")
+        agent.reset()
+        action = agent.act(obs)  # in [-1, 1], once an agent step
+
+    In a loop of your own, observations have the order of entries, and actions the scale and the repeat, of
+    the model's training: see `TDMPC2.act`. Processes that are forked off this one compute with one thread.
+
+    Args:
+        path: an original `.pt` file or a folder of ours.
+        device: to act on.
+        num_envs: rows of the batch.
+        seed: of the planner's noise.
+        task: for a multi-task model, the name of a published task or the index of any; a folder of ours may
+            say it itself.
+        compute: precision of planning, and whether to compile; None for compiled, in the precision that the
+            folder's evaluation was made with, or float32.
+        unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, foreign or unsafe, or was made for another task.
+        FileError: it may not be read.
+        ConfigError: a setting cannot be.
+    """
+    checkpoint = open_checkpoint(path, device, **unsaid)
+    teacher = TDMPC2(
+        checkpoint.model,
+        checkpoint.planner,
+        discount=checkpoint.discount,
+        num_envs=num_envs,
+        seed=seed,
+        task=checkpoint.task_index(task),
+        compute=compute or checkpoint.compute,
+    )
+    if "speculation" not in checkpoint.saved:
+        return teacher
+    return SpeculativeAgent(teacher, *read_mode(path, checkpoint.model))

@@ -1,0 +1,79 @@
+"""The monitor: how far reality has drifted from a plan, and how far it may before the plan is given up."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DataError
+from .step import PlanState, PlanStep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Monitor(nn.Module):
+    """Says when a plan is given up: where the mismatch is above the threshold of its step in plan.
+
+    Another rule measures something else, or decides in another way; an agent is given it as `monitor`:
+
+        class ActionGap(Monitor):
+            def measure(self, now, step):
+                predicted = step.model.prior(now.z_pred, now.task)
+                return (step.model.prior(now.z, now.task) - predicted).norm(dim=-1)
+
+    Args:
+        threshold: for the steps in plan 1, 2, ...; the last one holds for all later steps. None: never.
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, threshold: tuple[float, ...] | None = None):
+        super().__init__()
+        numbers = torch.tensor(threshold or (math.inf,), dtype=torch.float32, device="cpu")
+        self.register_buffer("thresholds", numbers, persistent=False)
+
+    def forward(self, now: PlanState, step: PlanStep) -> tuple[Tensor, Tensor]:
+        """What was measured `[B]`, and whether that gives the plan up `[B]` bool; NaN counts as too large."""
+        measured = self.measure(now, step)
+        return measured, ~(measured <= self.thresholds[(now.k - 1).clamp(0, len(self.thresholds) - 1)])
+
+    def measure(self, now: PlanState, step: PlanStep) -> Tensor:
+        """What is compared with the threshold `[B]`: the distance of real and predicted latents.
+
+        Latents are products of simplices of eight entries, so no distance exceeds sqrt(2 L / 8).
+
+        Args:
+            now: where the plans stand.
+            step: executes them; it also tells what would be executed now.
+        """
+        return (now.z - now.z_pred).norm(dim=-1)
+
+
+def calibrate_thresholds(steps: "pd.DataFrame", quantile: float, horizon: int) -> tuple[float, ...]:
+    """Thresholds for the steps in plan 1, 2, ... that a share `quantile` of the plans stays below throughout.
+
+    Mismatch grows with the step in plan, so each step has a threshold of its own: the quantile of the
+    mismatches there, times one factor for all steps. The factor is the quantile, over plans, of the largest
+    ratio of mismatch to threshold. So `1 - quantile` is the rate of false alarms of a whole plan.
+
+    Args:
+        steps: columns `seed, t, k, mismatch`, in order, of plans executed without fallback.
+        quantile: in (0, 1].
+        horizon: execution horizon `K`; the first `K` steps of each plan count.
+
+    Returns:
+        At most `K - 1` thresholds; fewer where no plan lasted so long.
+
+    Raises:
+        DataError: at some step there is no finite mismatch to calibrate on.
+    """
+    later = steps[(steps["k"] > 0) & (steps["k"] < horizon)]
+    at_k = later.groupby("k")["mismatch"].quantile(quantile)
+    if not len(at_k) or at_k.isna().any():
+        raise DataError("no mismatch to calibrate on: the calibration episodes hold no step beyond k = 0")
+    at_k = at_k.clip(lower=1e-9)  # in a world that is predicted exactly
+    plan = (steps["k"] == 0).cumsum()
+    largest = (later["mismatch"] / later["k"].map(at_k)).groupby(plan).max()
+    return tuple((at_k * largest.quantile(quantile)).tolist())

@@ -1,0 +1,113 @@
+"""One step of a plan as one module, which is compiled: planned action, correction, refining, prediction."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .config import PlannerConfig, SpeculationConfig
+from .corrector import BaseCorrector, History
+from .refine import offsets, refine
+from .world_model.model import WorldModel
+
+
+class PlanState(NamedTuple):
+    """Where each row stands in its plan when an observation has arrived."""
+
+    z: Tensor  # [B, L], real latents
+    z_pred: Tensor  # [B, L], predicted ones
+    plan: Tensor  # [B, H, A], planned actions
+    k: Tensor  # [B] long, step in plan
+    history: History | None  # of earlier steps, where there is a corrector
+    task: Tensor | None  # [B] long, indices of tasks, of a multi-task model
+
+
+class Step(NamedTuple):
+    """What is executed in one step of a plan, and remembered for the next."""
+
+    planned: Tensor  # [B, A]
+    action: Tensor  # [B, A], corrected and refined
+    z_pred: Tensor  # [B, L], predicted for the next step
+    steps: Tensor | None = None  # of the history, this step included
+    valid: Tensor | None = None
+
+    @property
+    def history(self) -> History | None:
+        return None if self.steps is None or self.valid is None else History(self.steps, self.valid)
+
+
+class PlanStep(nn.Module):
+    """Executes one step of each row's plan.
+
+    Args:
+        model: predicts and judges.
+        corrector: None executes plans as they are.
+        config: the mode of execution.
+        plan_length: steps that are taken from a plan before the prior extends it.
+        planner: its temperature weighs refined actions too.
+        discount: per agent step.
+    """
+
+    around: Tensor
+
+    def __init__(
+        self,
+        model: WorldModel,
+        corrector: BaseCorrector | None,
+        config: SpeculationConfig,
+        plan_length: int,
+        planner: PlannerConfig,
+        discount: float,
+    ):
+        super().__init__()
+        self.model, self.corrector = model, corrector
+        self.plan_length, self.refine_steps = plan_length, config.refine_steps
+        self.discount, self.temperature = discount, planner.temperature
+        # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
+        # step. A bool, so that one compilation serves all horizons.
+        self.predicts = config.execution_horizon > 1
+        device = next(model.parameters()).device
+        self.register_buffer("around", offsets(model.config.action_dim).to(device), persistent=False)
+
+    def forward(self, now: PlanState, replan: Tensor) -> Step:
+        """Execute step `now.k` of the plans, corrected except where `replan` `[B]` says they are new."""
+        planned = self.planned(now)
+        action, history = self.corrected(now, planned)
+        if history is not None and self.predicts:
+            action = torch.where(replan[:, None], planned, action)
+        z_pred = self.model.next(now.z_pred, action, now.task) if self.predicts else now.z_pred
+        return Step(planned, action, z_pred, *(history or ()))
+
+    def planned(self, now: PlanState) -> Tensor:
+        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
+
+        At the predicted one the prior would follow the model's errors.
+        """
+        if not self.plan_length:
+            return self.model.prior(now.z, now.task)
+        in_plan = now.k < self.plan_length
+        index = now.k.clamp(max=now.plan.shape[1] - 1)[:, None, None]
+        planned = now.plan.gather(1, index.expand(-1, 1, now.plan.shape[2])).squeeze(1)
+        if not torch.compiler.is_compiling() and in_plan.all():
+            return planned
+        return torch.where(in_plan[:, None], planned, self.model.prior(now.z, now.task))
+
+    def corrected(self, now: PlanState, planned: Tensor) -> tuple[Tensor, History | None]:
+        """Corrected, refined actions `[B, A]`, and the history with this step; None without a corrector."""
+        if self.corrector is None or now.history is None:
+            return planned, None
+        history = now.history.then(self.corrector.embed(now.z, now.z_pred, planned, now.k))
+        action = self.corrector(history, planned)
+        if self.refine_steps:
+            action = refine(
+                self.model,
+                now.z,
+                action,
+                planned,
+                self.around,
+                now.task,
+                steps=self.refine_steps,
+                discount=self.discount,
+                temperature=self.temperature,
+            )
+        return action, history
