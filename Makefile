@@ -16,7 +16,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py
 
 docs: .venv-docs/.installed  ## the site, into site/
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -265,7 +265,7 @@ def correctors(results: Mapping[str, TaskResults], table: pd.DataFrame) -> str:
         if counts[first] != counts[second]:
             one, why = max(both, key=lambda name: counts[name]), what
             break
-    lines.append(f"If you train only one, train `{one}` (`distillation.architecture={one}`): {why}.")
+    lines.append(f"If you train only one, train `{one}`: {why}.")
     return "\n".join([*lines, ""])
 
 
