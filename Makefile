@@ -5,8 +5,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed  ## the main job on a shipped teacher
 	$(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
-		out=accelerated/demo episodes=5 rounds=1 round_episodes=5 round_updates=100 updates=200 num_envs=5 \
-		calibration_episodes=3 eval_episodes=3 label_episodes=0 latency_steps=50
+		out=accelerated/demo rounds=1 round_updates=100 data.episodes=4 data.round_episodes=4 \
+		distillation.architecture=two_tower distillation.updates=200 evaluation.calibration_episodes=3 \
+		evaluation.episodes=3 evaluation.label_episodes=0 evaluation.latency_steps=50
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder

@@ -228,7 +228,7 @@ class Bench:
         self,
         mode: SpeculationConfig,
         corrector: BaseCorrector | None = None,
-        disturbance: tuple[str, float] | None = None,
+        perturbation: tuple[str, float] | None = None,
         agent_type: type[SpeculativeAgent] = SpeculativeAgent,
         rule: Callable[..., Monitor] = Monitor,
         seeds: range | None = None,
@@ -238,7 +238,7 @@ class Bench:
         seeds = seeds or self.config.seeds
         planner = self.teacher.planner
         planner = replace(planner, horizon=horizon or planner.horizon)
-        teacher = replace(self.teacher, disturbance=disturbance, planner=planner)
+        teacher = replace(self.teacher, perturbation=perturbation, planner=planner)
         planning = teacher.agent(min(self.config.num_envs, len(seeds)), seeds[0])
         agent = agent_type(planning, mode, corrector, rule(mode.threshold))
         return rollout(agent, teacher.env, seeds)
@@ -248,16 +248,16 @@ class Bench:
         experiment: str,
         variant: str,
         run: Callable[[tuple[str, float] | None], Rollout],
-        disturbances: Sequence[tuple[str, float] | None] = (None, PUSH),
+        perturbations: Sequence[tuple[str, float] | None] = (None, PUSH),
     ) -> None:
-        """The episodes that `run` makes under each disturbance, unless they are there."""
-        for disturbance in disturbances:
-            words = "" if disturbance is None else f"{disturbance[0]} {disturbance[1]}"
+        """The episodes that `run` makes under each perturbation, unless they are there."""
+        for perturbation in perturbations:
+            words = "" if perturbation is None else f"{perturbation[0]} {perturbation[1]}"
             about = {"experiment": experiment, "variant": variant, "disturbance": words}
             if len(self.episodes) and (self.episodes[list(about)] == pd.Series(about)).all(axis=1).any():
                 continue
             print(f"{experiment}: {variant} {words}", file=sys.stderr)
-            own = run(disturbance).episodes[["seed", "return", "length", "planner_calls"]]
+            own = run(perturbation).episodes[["seed", "return", "length", "planner_calls"]]
             self.episodes = pd.concat([self.episodes, own.assign(**about)], ignore_index=True)
             with atomic_write(self.path) as tmp:
                 self.episodes.to_csv(tmp, index=False)
@@ -293,7 +293,7 @@ def main(config: ExperimentConfig) -> None:
         )
     write_json(running_about, {**made_by, **claim})
     bench = Bench(teacher, evaluation, running)
-    bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, disturbance=d), (None, PUSH, HEAVY))
+    bench.add(BASELINE, BASELINE, lambda d: bench.rollout(TEACHER, perturbation=d), (None, PUSH, HEAVY))
 
     for variant, (k, agent_type) in EXECUTED.items():
         bench.add(

@@ -78,9 +78,9 @@ def main(config: RulesConfig) -> None:
     steps = Subject(teacher, {name: corrector}).rollout(free, seeds, config.episodes).steps
     compared = {BASELINE: TEACHER, **rules(free, steps)}
     tables = []
-    for world, disturbance in WORLDS.items():
+    for world, perturbation in WORLDS.items():
         try:
-            own = teacher if disturbance is None else teacher.disturbed(*disturbance)
+            own = teacher if perturbation is None else teacher.perturbed(*perturbation)
         except TaskError as e:
             console.print(f"without {world}: {e}")
             continue

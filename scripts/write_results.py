@@ -3,7 +3,7 @@
     python scripts/write_results.py
 
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
-large table of single steps; in `disturbed/` it holds what `tdmpc2 perturb` wrote;
+large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote;
 `results/experiments` is of `benchmarks/experiments.py`, `results/paper` of `benchmarks/paper.py`,
 `results/rules` of `benchmarks/rules.py`, `results/bench.json` of `benchmarks/bench.py`,
 `results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
@@ -133,17 +133,18 @@ def filled(content: str, blocks: Mapping[str, str], page: Path) -> str:
 
 
 def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
-    """All tasks together, the chosen setting beside the baseline, in a few sentences."""
+    """Three numbers of all tasks together: planner calls, return and time, with their conditions."""
     pooled = table[table["task"] == ALL].set_index("setting")
     own, baseline = pooled.loc[CHOSEN], pooled.loc[BASELINE]
     means = mean_acts(results, CHOSEN), mean_acts(results, BASELINE)
     return (
-        f"On {len(results)} tasks, each in the mode that was chosen for it, the agent plans at "
-        f"{100 * own.planner_calls:.1f} % of the steps and keeps {interval(own)} of the return of replanning "
-        f"at every step (interquartile mean of all episodes, 95 % interval; mean of the tasks "
-        f"{mean_of_tasks(results, CHOSEN)}, lowest {worst_task(table, CHOSEN)}). An action takes "
-        f"{means[0]:.2f} ms instead of {means[1]:.2f} ms on average, {own.act_ms_median:.2f} ms instead of "
-        f"{baseline.act_ms_median:.2f} ms in the median; a step that plans takes no less time.\n"
+        f"On {len(results)} tasks, each in its chosen mode, beside TD-MPC2 with the same planning budget:\n\n"
+        f"- **{100 * own.planner_calls:.1f} % planner calls.** The baseline plans at every step.\n"
+        f"- **{interval(own)} of the return.** This is the interquartile mean of all episodes with its 95 % "
+        f"interval. The lowest task is {worst_task(table, CHOSEN)}.\n"
+        f"- **{means[0]:.2f} ms an action instead of {means[1]:.2f} ms,** on average. The median is "
+        f"{own.act_ms_median:.2f} ms instead of {baseline.act_ms_median:.2f} ms. A step that plans is no "
+        f"faster.\n"
     )
 
 
@@ -344,7 +345,7 @@ def perturbed_tables(tasks: list[Path]) -> pd.DataFrame | None:
     """A row for each task, perturbation (first none) and mode; None where nothing was measured."""
     tables = []
     for folder in tasks:
-        path = folder / "disturbed" / "summary.csv"
+        path = folder / "perturbed" / "summary.csv"
         if path.exists():
             chosen, table = read_json(folder / "chosen.json")["mode"], pd.read_csv(path)
             about, agent = (read_json(p / "provenance.json") for p in (path.parent, folder))
@@ -361,7 +362,7 @@ def unperturbed(folder: Path, seeds: list[int]) -> pd.DataFrame:
     episodes = pd.read_csv(folder / "episodes.csv")
     episodes = episodes[episodes["seed"].isin(seeds)]
     if set(seeds) - set(episodes["seed"]):
-        raise DataError(f"{folder}/disturbed has seeds that {folder} lacks: run it with the same eval_seed")
+        raise DataError(f"{folder}/perturbed has seeds that {folder} lacks: give it the same evaluation.seed")
     sums = episodes.groupby("mode", sort=False).sum()
     returns = episodes.pivot(index="seed", columns="mode", values="return")
     table = sums[["planner_calls", "fallbacks"]].div(sums["length"], axis=0)

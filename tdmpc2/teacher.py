@@ -7,13 +7,12 @@ import gymnasium as gym
 
 from .agent import TDMPC2
 from .config import BudgetOverride, ComputeConfig, ModelOverride, PlannerConfig, discount_of
-from .envs import PadForModel, make_env, max_episode_steps, same_task
-from .envs.disturb import Disturbed
+from .envs import PadForModel, make_env, max_episode_steps
 from .envs.guard import closed_on_error
+from .envs.perturb import Perturbed
 from .errors import CheckpointError, ConfigError, TaskError
 from .loading import open_checkpoint
 from .world_model import WorldModel, fingerprint
-from .world_model.checkpoint import published_task_index
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Teacher:
     fingerprint: str  # of the weights
     task_index: int | None  # in a multi-task model
     compute: ComputeConfig  # how it plans, not what
-    disturbance: tuple[str, float] | None = None  # kind and strength: its world is then not as modelled
+    perturbation: tuple[str, float] | None = None  # kind and strength: its world is then not as modelled
 
     def agent(self, num_envs: int = 1, seed: int = 0) -> TDMPC2:
         """The teacher's own agent, which replans at every step."""
@@ -46,20 +45,20 @@ class Teacher:
         config = self.model.config
         env: gym.Env = make_env(self.task, obs="rgb" if config.pixels else "state")
         with closed_on_error(env):
-            if self.disturbance is not None:
-                env = Disturbed(env, *self.disturbance)
+            if self.perturbation is not None:
+                env = Perturbed(env, *self.perturbation)
             if self.task_index is not None:
                 env = PadForModel(env, config.obs_shape[0], config.action_dim)
         return env
 
-    def disturbed(self, kind: str, strength: float) -> "Teacher":
+    def perturbed(self, kind: str, strength: float) -> "Teacher":
         """The same teacher in a world that is not as modelled.
 
         Raises:
-            ConfigError: there is no such disturbance.
-            TaskError: the task's world cannot be disturbed in that way.
+            ConfigError: there is no such perturbation.
+            TaskError: the task's world cannot be perturbed in that way.
         """
-        teacher = replace(self, disturbance=(kind, strength))
+        teacher = replace(self, perturbation=(kind, strength))
         teacher.env().close()
         return teacher
 
@@ -89,13 +88,12 @@ def open_teacher(
         TaskError: there is no such task.
     """
     opened = open_checkpoint(checkpoint, device, **(unsaid or ModelOverride()).unsaid())
-    saved, model = opened.saved, opened.model
-    task = task or saved.get("task")
+    model, config = opened.model, opened.model.config
+    task = task or opened.saved.get("task")
     if task is None:
         raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
     compute = ComputeConfig(budget.precision or opened.compute.precision, budget.compile)
-    config = model.config
-    index = published_task_index(task, config.num_tasks) if config.num_tasks else None
+    index = opened.task_index(task)
     try:
         env = make_env(task, obs="rgb" if config.pixels else "state")
     except TaskError as e:
@@ -108,9 +106,6 @@ def open_teacher(
     with closing(env):
         obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
         discount = discount_of(max_episode_steps(env))
-    made_for = saved.get("task", task)
-    if not same_task(made_for, task):
-        raise CheckpointError(f"{checkpoint} was made for {made_for}; {task} is another task")
     assert obs_shape is not None
     expected: tuple[tuple[int, ...], tuple[int, ...]]
     expected = (config.obs_shape, (config.action_dim,))

@@ -400,7 +400,7 @@ def choose(
         rows = []
         for name in own:
             _, calls, returned = table[name]
-            if subject.teacher.disturbance is not None:
+            if subject.teacher.perturbation is not None:
                 returned = {"baseline": 80.0, **dict.fromkeys(modes, 80.0), **(pushed or {})}[name]
             elif name not in tried:
                 tried.append(name)
@@ -523,7 +523,7 @@ def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def as_walker(finished: Path, folder: Path) -> Path:
-    """The same teacher, correctors and data put on a simulator that can be disturbed."""
+    """The same teacher, correctors and data put on a simulator that can be perturbed."""
     shutil.copytree(finished, folder)
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, "task": "walker-walk"}))
@@ -556,9 +556,9 @@ def test_experiments(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(table["experiment"]) == names | {"budget", "refinement", "plan", "acceptance"}
     variants = table.groupby(["experiment", "variant", "disturbance"])["seed"].apply(list)
     assert set(map(tuple, variants)) == {(40000, 40001)}
-    undisturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)
-    assert undisturbed["the mean, 1 step"] != undisturbed["baseline"]
-    assert undisturbed["the mean, 3 steps"] != undisturbed["the elite drawn, 3 steps"]
+    unperturbed = table[table["disturbance"] == ""].groupby("variant")["return"].apply(list)
+    assert unperturbed["the mean, 1 step"] != unperturbed["baseline"]
+    assert unperturbed["the mean, 3 steps"] != unperturbed["the elite drawn, 3 steps"]
     refined = table[(table["experiment"] == "refinement") & (table["disturbance"] == "")]
     assert refined.groupby("variant")["return"].apply(tuple).nunique() == 6
     page = write_results.all_experiments(2 * [write_results.Experiments(done)])

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import operator
 import os
 import pickle
 import re
@@ -9,12 +10,12 @@ import stat
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -415,7 +416,6 @@ def test_all_but_weights_is_in_the_name(names: dict[str, str]) -> None:
         name_of(nn.Sequential(nn.Linear(3, 2))),
         name_of(nn.Linear(3, 2), 0),
         name_of(nn.Linear(3, 2), True),
-        name_of(nn.Linear(3, 2), (torch.float32,)),
     ]
     assert len({name, *others}) == 1 + len(others)
 
@@ -434,8 +434,7 @@ def test_weights_that_it_does_not_know_of_are_refused(cache: Path) -> None:
 def test_what_is_neither_constant_nor_code_stays_uncompiled(names: dict[str, str], capsys) -> None:
     """A library could not be told from one with another value."""
     for odd in (np.ones(2, dtype=np.float32), Making(b"")):
-        shift = odd if isinstance(odd, np.ndarray) else 1.0
-        one = Shifted(nn.Linear(3, 2), shift)
+        one = Shifted(nn.Linear(3, 2))
         one.run.odd = odd
         one.compiled(torch.zeros(1, 3))
         assert not names and f".odd is a {type(odd).__module__}" in capsys.readouterr().err
@@ -525,14 +524,10 @@ def test_a_library_depends_on_the_code_that_is_compiled(architecture, tasks, mon
     assert not any("distillation" in home or "evaluation" in home for home in homes["Iteration"])
     planner, step = own["Iteration"] - own["PlanStep"], own["PlanStep"] - own["Iteration"]
     for names, files in (
-        (planner, ("planner", "inference.fast_model", "inference.weights")),
-        (step, ("step", "refine", "corrector", "world_model")),
+        (planner, ("planner", "inference.fast_model", "inference.weights", "config.PlannerConfig")),
+        (step, ("step", "refine", "corrector", "world_model", "config.CorrectorConfig")),
     ):
         assert all(name.startswith((*(f"tdmpc2.{file}." for file in files), "namedtuple_")) for name in names)
-
-
-def other_step(self: PlanStep, now: PlanState) -> Tensor:
-    return self.model.prior(now.z, now.task)
 
 
 class Swapped(NamedTuple):
@@ -546,15 +541,18 @@ class Swapped(NamedTuple):
     task: Tensor | None
 
 
-def rewritten(function: Callable[..., Any], old: str, new: str) -> Any:
-    """A function as its source would make it with another text, once, in the globals that it has."""
-    source = textwrap.dedent(inspect.getsource(function))
-    assert old in source
-    code = compile(source.replace(old, new, 1), "rewritten", "exec")
-    made: dict[str, Any] = {}
-    exec(code, function.__globals__, made)
-    made[function.__name__].__qualname__ = function.__qualname__
-    return made[function.__name__]
+def rewritten(function: FunctionType, old: str, new: str) -> FunctionType:
+    """A function as its file would have it with another text in it, once."""
+    own = inspect.getsource(function)
+    assert old in own
+    text = inspect.getsource(sys.modules[function.__module__]).replace(own, own.replace(old, new, 1))
+    codes = [compile(text, "rewritten", "exec")]
+    for code in codes:
+        codes += [x for x in code.co_consts if isinstance(x, CodeType)]
+    (code,) = (x for x in codes if x.co_qualname == function.__qualname__)
+    again = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+    again.__kwdefaults__ = function.__kwdefaults__
+    return again
 
 
 def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monkeypatch) -> None:
@@ -571,16 +569,17 @@ def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monke
         for target, name in ((refining, "refine"), (PlanStep, "forward"), (Iteration, "forward")):
             assert not changed(target, name, rewritten(getattr(target, name), old, new))
     assert changed(Iteration, "forward", rewritten(Iteration.forward, "+ 1e-9", "+ 2e-9")) == planner
-    assert changed(layers, "mish", lambda x: torch.nn.functional.mish(x)) == step, "of its own module"
-    assert changed(fast_model, "mish", lambda x: torch.nn.functional.mish(x)) == planner
+    assert changed(layers, "mish", lambda x: torch.nn.functional.mish(x)) == both
+    assert changed(fast_model, "mish", torch.nn.functional.mish) == planner, "another import"
     assert changed(fast_model, "LAYER_NORM_EPS", 2e-5) == planner
-    assert changed(weights, "for_tasks", lambda w, embedding: w) == set(), (
-        "fast_model has its own name for it"
-    )
-    assert changed(weights.Layer, "one", lambda self, i: self) == planner, "a class among the arguments"
-    assert changed(PlanStep, "planned", other_step) == step
-    assert changed(TwoTowerCorrector, "features", lambda self, history: history.steps[:, 0]) == step
+    assert not changed(weights, "for_tasks", lambda w, embedding: w), "fast_model has its own name for it"
+    one = rewritten(weights.Layer.one, "i + 1", "1 + i")
+    assert changed(weights.Layer, "one", one) == planner, "a class among the arguments"
+    assert changed(PlanStep, "planned", lambda self, now: self.model.prior(now.z, now.task)) == step
+    last = rewritten(TwoTowerCorrector.features, "-1", "0")
+    assert changed(TwoTowerCorrector, "features", last) == step
     assert changed(WorldModel, "next", lambda self, z, action, task: z) == step
+    Swapped.__module__, Swapped.__qualname__ = PlanState.__module__, PlanState.__qualname__
     assert changed(agent_module, "PlanState", Swapped) == step, "the order of inputs"
     assert changed(compiled_module, "say", print) == set()
     assert changed(ahead, "OPTIONS", {}) == both
@@ -589,6 +588,54 @@ def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monke
     with monkeypatch.context() as patch:
         patch.setattr(refining, "ELITES", 3)
         assert asked(agent_of(mode=replace(MODE, refine_steps=1)))["PlanStep"] != refined["PlanStep"]
+
+
+class Calls(nn.Module):
+    """Calls a function."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def hooked(value: float) -> nn.Module:
+    module = nn.Identity()
+    module.register_forward_hook(lambda module, x, y: value * y)
+    return module
+
+
+def of_class(**members: Any) -> nn.Module:
+    return type("OfClass", (nn.Module,), {"forward": lambda self, x: self.scale * x, **members})()
+
+
+HOLDS: dict[str, Callable[[float], nn.Module]] = {  # where code may find a number
+    "constant": lambda v: Calls(eval(f"lambda x: {v} * x")),
+    "nested constant": lambda v: Calls(eval(f"lambda x: [{v} * y for y in x]")),
+    "closure": lambda v: Calls(lambda x: v * x),
+    "default": lambda v: Calls(lambda x, v=v: v * x),
+    "keyword default": lambda v: Calls(lambda x, *, v=v: v * x),
+    "function in a tuple": lambda v: Calls((lambda functions: lambda x: functions[0](x))((lambda x: v * x,))),
+    "set": lambda v: Calls((lambda numbers: lambda x: max(numbers) * x)({v, 0.0})),
+    "partial": lambda v: Calls(partial(operator.mul, v)),
+    "decorated": lambda v: Calls(torch.no_grad()(lambda x: v * x)),
+    "method of a constant": lambda v: Calls(PlannerConfig(temperature=v).in_words),
+    "hook": hooked,
+    "attribute": lambda v: Shift(nn.Identity(), v),
+    "class": lambda v: of_class(scale=v),
+    "property": lambda v: of_class(scale=property(lambda self: v)),
+    "class method": lambda v: of_class(scale=classmethod(lambda cls: v)),
+    "operator": lambda v: of_class(__getitem__=lambda self, i: v),
+    "module that is nested": lambda v: nn.Sequential(nn.Identity(), Shift(nn.Identity(), v)),
+}
+
+
+@pytest.mark.parametrize("where", HOLDS)
+def test_a_number_counts_wherever_the_code_finds_it(where: str) -> None:
+    one, again, other = (sources(HOLDS[where](v), torch.ones(1)) for v in (1.0, 1.0, 2.0))
+    assert one == again != other
 
 
 BOTH, PLANNER, STEP, NEITHER = (

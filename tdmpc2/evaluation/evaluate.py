@@ -41,7 +41,8 @@ from .rollout import Rollout, measure_latency, random_returns, rollout
 REFINING_LOSS = 0.01  # of the return, that refining by a single step may cost
 CLEARLY_FASTER = 0.8  # of the baseline's mean time of an action, that a chosen mode takes at most
 ALIKE = 0.1  # relative difference of mean times that says nothing
-PUSH = ("push", 0.3)  # the perturbation that a chosen mode must withstand
+LABELLER = 1_000_003  # added to the planner's seed, so that labels have noise of their own
+PUSH = ("push", 0.3)  # of the weight of all that moves: what a chosen mode must withstand
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Subject:
         """Episodes of `mode` on `seeds`; the planner's noise begins from the first of them."""
         n = min(num_envs, len(seeds))
         labelled = min(label_episodes, n)
-        labeller = self.teacher.agent(labelled, seeds[0] + 1_000_003) if labelled else None
+        labeller = self.teacher.agent(labelled, seeds[0] + LABELLER) if labelled else None
         agent = self.agent(mode, n, seeds[0])
         return rollout(agent, self.teacher.env, seeds, labeller=labeller, on_step=on_step)
 
@@ -252,7 +253,7 @@ def choose(
         return Choice(BASELINE, f"{fault}; its policy prior reaches {prior:.1f}")
     pushed: Subject | None = None
     try:
-        pushed = Subject(subject.teacher.disturbed(*PUSH), subject.correctors)
+        pushed = Subject(subject.teacher.perturbed(*PUSH), subject.correctors)
         under_pushes = f", and {config.min_return_pushed} of it under pushes"
     except TaskError as e:
         progress.print(f"{e}; the mode is chosen without pushes")

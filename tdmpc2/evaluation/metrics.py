@@ -16,8 +16,9 @@ from scipy import stats
 from ..agent import Kind
 from ..errors import DataError
 
-RESAMPLES = 9_999
-CONFIDENCE = 0.95
+RESAMPLES = 9_999  # of a bootstrap
+CONFIDENCE = 0.95  # of every interval
+FAILED = 0.5  # of the baseline's mean return: an episode that loses more has failed
 PLANS = tuple(kind.name.lower() for kind in (Kind.PLANNED, Kind.FALLBACK))  # steps that begin with a plan
 
 
@@ -72,7 +73,7 @@ def summarise(
             "return_median": np.median(returns),
             "return_iqm": stats.trim_mean(returns, 0.25),
             "return_worst5": np.sort(returns)[: max(1, len(returns) // 20)].mean(),
-            "failure_rate": (returns < reference - 0.5 * np.abs(reference)).mean(),
+            "failure_rate": (returns < reference - FAILED * np.abs(reference)).mean(),
             "termination_rate": own["terminated"].mean(),
             "planner_calls": own["planner_calls"].sum() / own["length"].sum(),
             "fallbacks": own["fallbacks"].sum() / own["length"].sum(),

@@ -20,9 +20,9 @@ BASELINE = "baseline"
 DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
 REFINED = "_refined"  # ends the names of the modes that refine
 SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, DISTILLED + REFINED, "prior")
-OPEN_LOOP_HORIZONS = (3, 6)
-PAPER_HORIZONS = (3, 6)  # those of the published system
-HORIZONS = (3, 6, 12, 24)  # execution horizons of corrected modes
+OPEN_LOOP_HORIZONS = (3, 6)  # steps per plan of modes without a corrector
+PAPER_HORIZONS = (3, 6)  # steps per plan of the published system
+HORIZONS = (3, 6, 12, 24)  # steps per plan of corrected modes
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
 PRIOR = SpeculationConfig(execution_horizon=1, plan_length=0)
 

@@ -36,7 +36,7 @@ from .metrics import summarise
 from .modes import BASELINE, DISTILLED, REFINED, mode_names
 from .rollout import Rollout
 
-STRENGTHS = {
+STRENGTHS = {  # of each kind of perturbation, in the units of `envs.perturb.KINDS`
     "push": (0.1, 0.3, 1.0),
     "obs_noise": (0.01, 0.03, 0.1),
     "mass": (0.7, 1.3, 1.6),
@@ -97,7 +97,7 @@ def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFr
     reasons = []
     for kind in config.kinds:
         try:
-            worlds |= {(kind, strength): teacher.disturbed(kind, strength) for strength in STRENGTHS[kind]}
+            worlds |= {(kind, strength): teacher.perturbed(kind, strength) for strength in STRENGTHS[kind]}
         except TaskError as e:
             progress.print(f"without {kind}: {e}")
             reasons.append(str(e))

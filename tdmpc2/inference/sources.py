@@ -12,26 +12,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from types import CodeType, EllipsisType, FunctionType, ModuleType, NoneType
+from types import CodeType, EllipsisType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-PLAIN = (
-    NoneType,
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    slice,
-    EllipsisType,
-    Enum,
-    torch.dtype,
-    torch.device,
-)
+PLAIN = int | float | complex | str | bytes | slice | EllipsisType | Enum | torch.dtype | torch.device
 VERSIONED = {"torch", *sys.stdlib_module_names}  # a version stands for their code
 INTERNAL = nn.Module().__dict__.keys()  # attributes that are neither constants nor weights
 # What is run or read of a class though nothing names it.
@@ -58,62 +45,58 @@ def sources(module: nn.Module, arguments: object, *others: Callable[..., Any]) -
         own = {name: value for name, value in part.__dict__.items() if name not in INTERNAL}
         for name, value in {"": type(part), "training": part.training, "hooks": hooks, **own}.items():
             walk.meet(f"{path}.{name}", value)
-    for function in others:
-        walk.meet("compiling", function)
+    walk.meet("compiling", others)
     waiting = [arguments]
     for x in waiting:
         walk.meet("argument", type(x))
         waiting += x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else []
-    walk.to_the_end()
-    return sorted(walk.found)
+    return walk.to_the_end()
 
 
 def constant(x: object) -> str | None:
     """A constant as text that tells it apart from all others; None where `x` is none."""
     if is_dataclass(x) and not isinstance(x, type):
-        x = _name(type(x)), [(f.name, getattr(x, f.name)) for f in fields(x)]
-    if isinstance(x, tuple | list | dict | set | frozenset):
-        parts = [constant(part) for part in (x.items() if isinstance(x, dict) else x)]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        return f"({', '.join(sorted(known) if isinstance(x, set | frozenset) else known)})"
-    return repr(x) if isinstance(x, PLAIN) else None
+        x = _name(x), [(f.name, getattr(x, f.name)) for f in fields(x)]
+    if not isinstance(x, tuple | list | dict | set | frozenset):
+        return repr(x) if x is None or isinstance(x, PLAIN) else None
+    parts = [constant(part) for part in (x.items() if isinstance(x, dict) else x)]
+    if isinstance(x, set | frozenset):
+        parts.sort(key=str)
+    return None if None in parts else str(parts)
 
 
 class _Walk:
-    """All that is reached by name.
-
-    Attributes:
-        found: what is known by now, as text.
-    """
+    """All that is reached by name."""
 
     def __init__(self) -> None:
-        self.found = set[str]()
+        self._found = set[str]()  # as text
         self._waiting: list[tuple[str, Any]] = []  # what is to be looked into, and where it was met
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[object, Any] = {}
         self._names, self._spaces = set(RUN), list[type | ModuleType]()
-        self._members = set[tuple[int, str]]()
 
     def meet(self, where: str, x: Any) -> None:
         """What a name stands for."""
         text = constant(x)
-        self.found.add(f"{where}: {_name(x) if text is None else text}")
+        self._found.add(f"{where}: {_name(x) if text is None else text}")
         if text is None:
             self._waiting.append((where, x))
+        elif is_dataclass(x):
+            self._waiting.append((where, type(x)))
 
-    def to_the_end(self) -> None:
+    def to_the_end(self) -> list[str]:
+        """All that is found, sorted."""
         while self._waiting:
             while self._waiting:
                 self._look_into(*self._waiting.pop())
             for space in self._spaces:
                 for name in vars(space).keys() & self._names:
-                    if (id(space), name) not in self._members:
-                        self._members.add((id(space), name))
+                    if (id(space), name) not in self._seen:
+                        self._seen[id(space), name] = space
                         self.meet(f"{_name(space)}.{name}", vars(space)[name])
+        return sorted(self._found)
 
     def _look_into(self, where: str, x: Any) -> None:
-        if id(x) in self._seen:
+        if id(x) in self._seen or isinstance(x, Tensor):  # such tensors are refused when tracing
             return
         self._seen[id(x)] = x
         if isinstance(x, type | ModuleType):
@@ -124,23 +107,22 @@ class _Walk:
         elif isinstance(x, tuple | list | dict | set):
             for part in x.items() if isinstance(x, dict) else x:
                 self.meet(where, part)
-        elif not (isinstance(x, Tensor) or _versioned(type(x))):  # tensors are refused when tracing
-            raise TypeError(f"{where} is a {_name(type(x))}: neither a constant nor code nor of the module")
+        elif not _versioned(type(x)):
+            raise TypeError(f"{where} is a {_name(x)}: neither a constant nor code nor of the module")
         for name in WRAPPED:
-            if not isinstance(x, Tensor) and hasattr(x, name):
+            if hasattr(x, name):
                 self.meet(where, getattr(x, name))
 
     def _function(self, f: FunctionType) -> None:
         names = set[str]()
-        self.found.add(f"{_name(f)}: {_text(f.__code__, f.__doc__, names)}")
+        self._found.add(f"{_name(f)}: {_text(f.__code__, f.__doc__, names)}")
         self._names |= names.difference(MAKING)
         near = {name: f.__globals__[name] for name in names & f.__globals__.keys()}
         near |= {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)}
         for name, x in {**near, "defaults": (f.__defaults__, f.__kwdefaults__)}.items():
             self.meet(f"{_name(f)}: {name}", x)
             if isinstance(x, type) and name != "__class__":  # which `super()` reads
-                making = [vars(c).get(name) for c in inspect.getmro(x) for name in MAKING]
-                self._waiting += [(name, function) for function in making]
+                self._waiting += [(name, vars(c).get(making)) for c in inspect.getmro(x) for making in MAKING]
 
 
 def _text(code: CodeType, doc: str | None, names: set[str]) -> str:
@@ -152,6 +134,7 @@ def _text(code: CodeType, doc: str | None, names: set[str]) -> str:
 
 
 def _name(x: Any) -> str:
+    """Of a module, a class or a function; else of the type."""
     if isinstance(x, ModuleType):
         return x.__name__
     x = x if hasattr(x, "__qualname__") else type(x)

@@ -61,6 +61,7 @@ TABLES = {
     "train": ("step", "episode", "return", "length", "seconds", *INFO),
     "eval": ("step", "mean", "sd", "min", "max", "episodes", "seconds"),
 }
+MEMORY = 0.7  # of this machine's memory, that a buffer should take at most
 SAVE_EVERY = 50  # times as long as the last save took, from one checkpoint to the next at least
 # Settings that may differ when a run goes on: they do not change what was learnt so far.
 FREE_ON_RESUME = (
@@ -537,7 +538,7 @@ class Trainer:
             raise ConfigError(
                 f"buffer_size={c.buffer_size}: the {rows:,} observations of this run take "
                 f"{rows * row / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory: set "
-                f"buffer_size={int(0.7 * memory / row)}, or less"
+                f"buffer_size={int(MEMORY * memory / row)}, or less"
             )
 
     def _seed_of(self, purpose: str, index: int) -> int:

@@ -1,6 +1,6 @@
 """A world that is not as the teacher knows it: pushes, noisy sensors, other masses, other friction.
 
-What happens to an episode follows from its seed alone, so that all modes of execution are disturbed alike.
+What happens to an episode follows from its seed alone, so that all modes of execution are perturbed alike.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ KINDS = {
 }
 
 
-class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
-    """A MuJoCo environment from `make_env` under one disturbance.
+class Perturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
+    """A MuJoCo environment from `make_env` under one perturbation.
 
     Args:
         env: the environment; its model is changed for good.
@@ -40,17 +40,17 @@ class Disturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
     def __init__(self, env: Env, kind: str, strength: float) -> None:
         super().__init__(env)
         if kind not in KINDS or not 0 <= strength < np.inf:
-            raise ConfigError(f"disturbance {kind} {strength}: choose one of {', '.join(KINDS)}, at least 0")
+            raise ConfigError(f"perturbation {kind} {strength}: choose one of {', '.join(KINDS)}, at least 0")
         if kind == "mass" and not strength:
-            raise ConfigError(f"disturbance {kind} {strength}: must be above 0")
+            raise ConfigError(f"perturbation {kind} {strength}: must be above 0")
         if env.observation_space.dtype != np.float32:
-            raise TaskError("disturbances exist for states, not for pixels")
+            raise TaskError("perturbations exist for states, not for pixels")
         base: Any = env.unwrapped
         simulation = getattr(base, "physics", base)
         parts: list[Any] = [getattr(simulation, name, None) for name in ("model", "data")]
         model, data = (getattr(part, "ptr", part) for part in parts)  # without dm_control's wrapping
         if not (isinstance(model, mujoco.MjModel) and isinstance(data, mujoco.MjData)):
-            raise TaskError(f"{env.get_wrapper_attr('task')}: only MuJoCo tasks can be disturbed")
+            raise TaskError(f"{env.get_wrapper_attr('task')}: only MuJoCo tasks can be perturbed")
         self._model, self._data = parts
         self.kind, self.strength = kind, strength
         if kind == "mass":

@@ -1,4 +1,4 @@
-"""Disturbed environments: they disturb, alike for everyone, and leave nothing behind."""
+"""Perturbed environments: they perturb, alike for everyone, and leave nothing behind."""
 
 import sys
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import pytest
 from benchmarks import experiments
 from tdmpc2 import load_agent, load_world_model, make_env
 from tdmpc2.config import EAGER, BudgetOverride
-from tdmpc2.envs.disturb import KINDS, Disturbed
 from tdmpc2.envs.dmc import DmControl
+from tdmpc2.envs.perturb import KINDS, Perturbed
 from tdmpc2.errors import CheckpointError, ConfigError, TaskError
 from tdmpc2.evaluation.perturbed import PerturbedConfig, evaluate_perturbed
 from tdmpc2.files import write_json
@@ -40,8 +40,8 @@ def episode(env, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("task", ["cup-catch", "Walker2d-v5"])
 @pytest.mark.parametrize(("kind", "strength"), [("push", 1.0), ("obs_noise", 0.1), ("mass", 1.5)])
-def test_disturbs_by_seed(task: str, kind: str, strength: float) -> None:
-    env = Disturbed(make_env(task), kind, strength)
+def test_perturbs_by_seed(task: str, kind: str, strength: float) -> None:
+    env = Perturbed(make_env(task), kind, strength)
     first = episode(env)
     assert first.dtype == np.float32
     assert not np.array_equal(first, episode(make_env(task)))
@@ -49,10 +49,10 @@ def test_disturbs_by_seed(task: str, kind: str, strength: float) -> None:
     assert np.array_equal(first, episode(env)), "an episode depends on its seed alone"
 
 
-def test_no_strength_is_no_disturbance() -> None:
+def test_no_strength_is_no_perturbation() -> None:
     plain = episode(make_env("cup-catch"))
     for kind, strength in {"push": 0.0, "obs_noise": 0.0, "mass": 1.0, "friction": 1.0}.items():
-        assert np.array_equal(episode(Disturbed(make_env("cup-catch"), kind, strength)), plain)
+        assert np.array_equal(episode(Perturbed(make_env("cup-catch"), kind, strength)), plain)
 
 
 def test_friction() -> None:
@@ -60,21 +60,21 @@ def test_friction() -> None:
     env = make_env("walker-walk")
     model = env.unwrapped.physics.model
     before = model.geom_friction.copy()
-    Disturbed(env, "friction", 0.5)
+    Perturbed(env, "friction", 0.5)
     assert np.array_equal(model.geom_friction[:, 0], 0.5 * before[:, 0])
     assert np.array_equal(model.geom_friction[:, 1:], before[:, 1:])
 
 
 def test_friction_needs_contact() -> None:
     with pytest.raises(TaskError, match="nothing touches"):
-        Disturbed(make_env("cartpole-swingup"), "friction", 0.5)
+        Perturbed(make_env("cartpole-swingup"), "friction", 0.5)
 
 
 @pytest.mark.parametrize("strength", [0.7, 1.6])
 def test_a_heavier_robot_is_not_said_to_move_otherwise(strength: float) -> None:
     """The walker's reward reads its subtree's velocity, which MuJoCo divides by a mass that it derives."""
     env = make_env("walker-walk")
-    physics = Disturbed(env, "mass", strength).unwrapped.physics
+    physics = Perturbed(env, "mass", strength).unwrapped.physics
     env.reset(seed=0)
     physics.data.qvel[:] = 0.0
     physics.named.data.qvel["rootx"] = 1.0
@@ -83,7 +83,7 @@ def test_a_heavier_robot_is_not_said_to_move_otherwise(strength: float) -> None:
 
 
 def test_a_push_ends() -> None:
-    env = Disturbed(make_env("cartpole-swingup"), "push", 1.0)
+    env = Perturbed(make_env("cartpole-swingup"), "push", 1.0)
     env.reset(seed=0)
     pushed = []
     for _ in range(400):
@@ -96,29 +96,29 @@ def test_a_push_ends() -> None:
 
 def test_wrong_use() -> None:
     with pytest.raises(ConfigError, match="push"):
-        Disturbed(make_env("cup-catch"), "pusch", 1.0)
+        Perturbed(make_env("cup-catch"), "pusch", 1.0)
     for strength in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="at least 0"):
-            Disturbed(make_env("cup-catch"), next(iter(KINDS)), strength)
+            Perturbed(make_env("cup-catch"), next(iter(KINDS)), strength)
     with pytest.raises(ConfigError, match="above 0"):
-        Disturbed(make_env("cup-catch"), "mass", 0.0)
+        Perturbed(make_env("cup-catch"), "mass", 0.0)
     with pytest.raises(TaskError, match="MuJoCo"):
-        Disturbed(make_env("BipedalWalker-v3"), "mass", 2.0)
+        Perturbed(make_env("BipedalWalker-v3"), "mass", 2.0)
     env = make_env("BipedalWalker-v3")
     env.unwrapped.model, env.unwrapped.data = "a policy", "its data"
     with pytest.raises(TaskError, match="MuJoCo"):
-        Disturbed(env, "mass", 2.0)
+        Perturbed(env, "mass", 2.0)
     env = make_env("cartpole-swingup")
     env.unwrapped.physics.model.body_mass[:] = 0.0
     with pytest.raises(TaskError, match="nothing there can be pushed"):
-        Disturbed(env, "push", 1.0)
+        Perturbed(env, "push", 1.0)
 
 
 @pytest.mark.parametrize(
     ("error", "refused"),
     [
-        (TaskError, lambda teacher: replace(teacher, task="cartpole-swingup").disturbed("friction", 0.5)),
-        (ConfigError, lambda teacher: teacher.disturbed("pusch", 0.5)),
+        (TaskError, lambda teacher: replace(teacher, task="cartpole-swingup").perturbed("friction", 0.5)),
+        (ConfigError, lambda teacher: teacher.perturbed("pusch", 0.5)),
         (CheckpointError, lambda teacher: open_teacher("cartpole-swingup", TEACHER, BudgetOverride())),
         (ValueError, lambda teacher: replace(teacher, task_index=[]).env()),  # padding fails
         (ConfigError, lambda teacher: Trainer(TrainConfig(task="walker-walk", model_size=1, buffer_size=9))),
