@@ -1,11 +1,9 @@
 """Functions compiled ahead of time: what a library depends on, where it is kept, and what is never opened."""
 
 import copy
-import inspect
-import operator
+import importlib
 import os
 import pickle
-import re
 import stat
 import subprocess
 import sys
@@ -13,19 +11,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import tdmpc2
+import tdmpc2.loading
 from tdmpc2 import agent as agent_module
-from tdmpc2 import refine as refining
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import (
     COMPILED,
@@ -35,14 +30,11 @@ from tdmpc2.config import (
     SpeculationConfig,
     WorldModelConfig,
 )
-from tdmpc2.corrector import TwoTowerCorrector, build_corrector
-from tdmpc2.inference import AheadOfTime, ahead, fast_model, libraries, weights
-from tdmpc2.inference import compiled as compiled_module
+from tdmpc2.corrector import build_corrector
+from tdmpc2.inference import AheadOfTime, libraries
 from tdmpc2.inference.libraries import ABANDONED, COMPILING, DIGEST, KEPT, library
 from tdmpc2.inference.sources import sources
-from tdmpc2.planner import Iteration
-from tdmpc2.step import PlanState, PlanStep
-from tdmpc2.world_model import WorldModel, layers
+from tdmpc2.world_model import WorldModel
 
 START = """
 import sys, torch, tdmpc2
@@ -431,13 +423,13 @@ def test_weights_that_it_does_not_know_of_are_refused(cache: Path) -> None:
         AheadOfTime(Reads(), first, what="it")(torch.zeros(1, 3))
 
 
-def test_what_is_neither_constant_nor_code_stays_uncompiled(names: dict[str, str], capsys) -> None:
+def test_what_is_no_constant_stays_uncompiled(names: dict[str, str], capsys) -> None:
     """A library could not be told from one with another value."""
     for odd in (np.ones(2, dtype=np.float32), Making(b"")):
         one = Shifted(nn.Linear(3, 2))
         one.run.odd = odd
         one.compiled(torch.zeros(1, 3))
-        assert not names and f".odd is a {type(odd).__module__}" in capsys.readouterr().err
+        assert not names and f".odd is a {type(odd).__name__}, not a constant" in capsys.readouterr().err
 
 
 def test_without_a_compiler_it_works_all_the_same_and_says_so(cache: Path, capsys) -> None:
@@ -471,171 +463,70 @@ def agent_of(
     return SpeculativeAgent(teacher, mode, build_corrector(corrector).eval())
 
 
-CODE = re.compile(r"(\S+): \(b['\"]")  # begins what `sources` says of a function
-
-
-def asked(agent: SpeculativeAgent) -> dict[str, list[str]]:
-    """What the libraries that an agent needs are made of, by what is compiled."""
-    made_of: dict[str, list[str]] = {}
-
-    def recorded(module: nn.Module, arguments: object, *others: Any) -> list[str]:
-        made_of[type(module).__name__] = sources(module, arguments, *others)
-        raise RuntimeError("not compiled in this test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tdmpc2.inference.ahead.sources", recorded)
-        agent.act(np.zeros(agent.teacher.model.config.obs_shape))
-    return made_of
-
-
 @pytest.mark.parametrize("tasks", [{}, TASKS])
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal", "distilled"])
-def test_a_library_depends_on_the_code_that_is_compiled(architecture, tasks, monkeypatch) -> None:
-    """All code of the package that runs when a module is traced is in its sources; little else is."""
-    ran: dict[str, set[str]] = {}
+def test_a_library_depends_on_the_files_that_are_compiled(architecture, tasks, monkeypatch) -> None:
+    """All files of the package whose code runs when a module is traced, and none of what is around it."""
+    ran: dict[nn.Module, set[str]] = {}
 
     def traced(self: AheadOfTime, *args: Any, **kwargs: Any) -> Any:
-        names = ran.setdefault(type(self._module).__name__, set())
-
-        def profile(frame: FrameType, *_: object) -> None:
-            names.add(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}")
-
-        sys.setprofile(profile)
+        names = ran.setdefault(self._module, set())
+        sys.setprofile(lambda frame, *_: names.add(frame.f_globals["__name__"]))
         try:
             return self._module(*args, **kwargs)
         finally:
             sys.setprofile(None)
 
     model = WorldModelConfig((5,), 3, **SIZES, episodic=True, **tasks)
-    mode = replace(MODE, refine_steps=2)
-    agent = agent_of(model, mode=mode, corrector=CorrectorConfig(16, 3, architecture))
-    made_of = asked(agent)
-    with monkeypatch.context() as patch:
-        patch.setattr(AheadOfTime, "__call__", traced)
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        agent.reset()
-        agent.act(np.zeros(5))
-    assert ran.keys() == made_of.keys() == {"Iteration", "PlanStep"}
-    own = {what: {match[1] for x in texts if (match := CODE.match(x))} for what, texts in made_of.items()}
-    for what, names in ran.items():
-        run = {name for name in names if name.startswith("tdmpc2") and "<" not in name}
-        assert run <= own[what] and len(run) > 10
-    homes = {what: {name.rsplit(".", 2)[0] for name in names} for what, names in own.items()}
-    assert not any("distillation" in home or "evaluation" in home for home in homes["Iteration"])
-    planner, step = own["Iteration"] - own["PlanStep"], own["PlanStep"] - own["Iteration"]
-    for names, files in (
-        (planner, ("planner", "inference.fast_model", "inference.weights", "config.PlannerConfig")),
-        (step, ("step", "refine", "corrector", "world_model", "config.CorrectorConfig")),
-    ):
-        assert all(name.startswith((*(f"tdmpc2.{file}." for file in files), "namedtuple_")) for name in names)
+    agent = agent_of(
+        model, mode=replace(MODE, refine_steps=2), corrector=CorrectorConfig(16, 3, architecture)
+    )
+    monkeypatch.setattr(AheadOfTime, "__call__", traced)
+    agent.act(np.zeros(5))
+    agent.act(np.zeros(5))
+    assert [type(module).__name__ for module in ran] == ["Iteration", "PlanStep"]
+    for module, names in ran.items():
+        made_of = sources(module)
+        files = {name for name in names if name.startswith("tdmpc2")}
+        assert len(files) > 3
+        texts = {name: Path(sys.modules[name].__file__).read_text() for name in files}
+        assert [name for name, text in texts.items() if text not in made_of] == []
+        for other in (agent_module, tdmpc2.loading):
+            assert Path(other.__file__).read_text() not in made_of
 
 
-class Swapped(NamedTuple):
-    """`PlanState` with its first two fields exchanged."""
+def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "of_user/__init__.py": "",
+        "of_user/rule.py": "import torch\nfrom .part import scale\nclass Rule(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return scale(x)\n",
+        "of_user/part.py": "def scale(x):\n    return 2 * x\n",
+        "of_user/report.py": "",
+    }
 
-    z_pred: Tensor
-    z: Tensor
-    plan: Tensor
-    k: Tensor
-    history: Any
-    task: Tensor | None
+    def made_of(**changes: str) -> list[str]:
+        for name, text in {**files, **{f"of_user/{n}.py": text for n, text in changes.items()}}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+            os.utime(tmp_path / name, (1, 1))
+        for name in [name for name in sys.modules if name.startswith("of_user")]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        return sources(importlib.import_module("of_user.rule").Rule())
 
-
-def rewritten(function: FunctionType, old: str, new: str) -> FunctionType:
-    """A function as its file would have it with another text in it, once."""
-    own = inspect.getsource(function)
-    assert old in own
-    text = inspect.getsource(sys.modules[function.__module__]).replace(own, own.replace(old, new, 1))
-    codes = [compile(text, "rewritten", "exec")]
-    for code in codes:
-        codes += [x for x in code.co_consts if isinstance(x, CodeType)]
-    (code,) = (x for x in codes if x.co_qualname == function.__qualname__)
-    again = FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
-    again.__kwdefaults__ = function.__kwdefaults__
-    return again
-
-
-def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monkeypatch) -> None:
-    usual = asked(agent_of())
-
-    def changed(target: Any, name: str, value: Any) -> set[str]:
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, value)
-            return {what for what, texts in asked(agent_of()).items() if texts != usual[what]}
-
-    planner, step, both = {"Iteration"}, {"PlanStep"}, {"Iteration", "PlanStep"}
-    assert not changed(tdmpc2, "__version__", "0")
-    for old, new in ((":\n", ":  # a comment\n"), ('"""', '"""In other words: ')):
-        for target, name in ((refining, "refine"), (PlanStep, "forward"), (Iteration, "forward")):
-            assert not changed(target, name, rewritten(getattr(target, name), old, new))
-    assert changed(Iteration, "forward", rewritten(Iteration.forward, "+ 1e-9", "+ 2e-9")) == planner
-    assert changed(layers, "mish", lambda x: torch.nn.functional.mish(x)) == both
-    assert changed(fast_model, "mish", torch.nn.functional.mish) == planner, "another import"
-    assert changed(fast_model, "LAYER_NORM_EPS", 2e-5) == planner
-    assert not changed(weights, "for_tasks", lambda w, embedding: w), "fast_model has its own name for it"
-    one = rewritten(weights.Layer.one, "i + 1", "1 + i")
-    assert changed(weights.Layer, "one", one) == planner, "a class among the arguments"
-    assert changed(PlanStep, "planned", lambda self, now: self.model.prior(now.z, now.task)) == step
-    last = rewritten(TwoTowerCorrector.features, "-1", "0")
-    assert changed(TwoTowerCorrector, "features", last) == step
-    assert changed(WorldModel, "next", lambda self, z, action, task: z) == step
-    Swapped.__module__, Swapped.__qualname__ = PlanState.__module__, PlanState.__qualname__
-    assert changed(agent_module, "PlanState", Swapped) == step, "the order of inputs"
-    assert changed(compiled_module, "say", print) == set()
-    assert changed(ahead, "OPTIONS", {}) == both
-    assert changed(TDMPC2, "encode", lambda self, obs: torch.zeros(1, 16)) == set()
-    refined = asked(agent_of(mode=replace(MODE, refine_steps=1)))
-    with monkeypatch.context() as patch:
-        patch.setattr(refining, "ELITES", 3)
-        assert asked(agent_of(mode=replace(MODE, refine_steps=1)))["PlanStep"] != refined["PlanStep"]
-
-
-class Calls(nn.Module):
-    """Calls a function."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def hooked(value: float) -> nn.Module:
-    module = nn.Identity()
-    module.register_forward_hook(lambda module, x, y: value * y)
-    return module
-
-
-def of_class(**members: Any) -> nn.Module:
-    return type("OfClass", (nn.Module,), {"forward": lambda self, x: self.scale * x, **members})()
-
-
-HOLDS: dict[str, Callable[[float], nn.Module]] = {  # where code may find a number
-    "constant": lambda v: Calls(eval(f"lambda x: {v} * x")),
-    "nested constant": lambda v: Calls(eval(f"lambda x: [{v} * y for y in x]")),
-    "closure": lambda v: Calls(lambda x: v * x),
-    "default": lambda v: Calls(lambda x, v=v: v * x),
-    "keyword default": lambda v: Calls(lambda x, *, v=v: v * x),
-    "function in a tuple": lambda v: Calls((lambda functions: lambda x: functions[0](x))((lambda x: v * x,))),
-    "set": lambda v: Calls((lambda numbers: lambda x: max(numbers) * x)({v, 0.0})),
-    "partial": lambda v: Calls(partial(operator.mul, v)),
-    "decorated": lambda v: Calls(torch.no_grad()(lambda x: v * x)),
-    "method of a constant": lambda v: Calls(PlannerConfig(temperature=v).in_words),
-    "hook": hooked,
-    "attribute": lambda v: Shift(nn.Identity(), v),
-    "class": lambda v: of_class(scale=v),
-    "property": lambda v: of_class(scale=property(lambda self: v)),
-    "class method": lambda v: of_class(scale=classmethod(lambda cls: v)),
-    "operator": lambda v: of_class(__getitem__=lambda self, i: v),
-    "module that is nested": lambda v: nn.Sequential(nn.Identity(), Shift(nn.Identity(), v)),
-}
-
-
-@pytest.mark.parametrize("where", HOLDS)
-def test_a_number_counts_wherever_the_code_finds_it(where: str) -> None:
-    one, again, other = (sources(HOLDS[where](v), torch.ones(1)) for v in (1.0, 1.0, 2.0))
-    assert one == again != other
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    usual = made_of()
+    assert made_of() == usual
+    assert made_of(report="# a comment") == usual
+    assert made_of(part="def scale(x):\n    return 3 * x\n") != usual
+    assert made_of(rule=files["of_user/rule.py"] + "# a comment") != usual
+    rule = made_of() and sys.modules["of_user.rule"].Rule()
+    os.utime(tmp_path / "of_user/part.py")
+    with pytest.raises(RuntimeError, match=r"part\.py has changed since it was loaded"):
+        sources(rule)
 
 
 BOTH, PLANNER, STEP, NEITHER = (
