@@ -124,9 +124,9 @@ def two_tasks() -> dict[str, TaskResults]:
 
 def test_headline(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.headline(speculation_table(two_tasks), two_tasks)
-    assert "On 2 tasks" in text and "plans at 10.0 % of the steps and keeps 1.150 [1.150, 1.150]" in text
-    assert "mean of the tasks 1.150 [1.150, 1.150], lowest 1.100 (b)" in text
-    assert "takes 4.00 ms instead of 31.00 ms on average, 1.00 ms instead of" in text
+    assert text.startswith("On 2 tasks") and "**10.0 % planner calls.**" in text
+    assert "**1.150 [1.150, 1.150] of the return.**" in text and "lowest task is 1.100 (b)." in text
+    assert "**4.00 ms an action instead of 31.00 ms,**" in text and "median is 1.00 ms instead of" in text
 
 
 def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
