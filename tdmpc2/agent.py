@@ -192,7 +192,7 @@ class TDMPC2:
 
 
 class SpeculativeAgent:
-    """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when the mismatch is too large.
+    """Executes several steps of each plan, corrects them, and replans when the mismatch is too large.
 
     With `refine_steps` the corrected action is refined (`refine`) before it is executed. The monitor ends a
     plan early.
