@@ -16,6 +16,7 @@ A page takes a block of numbers by its marks, and any page can take any block:
 Everything between two marks is written by this script.
 """
 
+import ast
 import re
 import sys
 from collections import Counter
@@ -103,6 +104,7 @@ def main(settings: Settings) -> None:
         + "".join(map(experiments, measured)),
         "published_modes": "".join(map(published_modes, published)),
         "rules": "".join(map(rules, compared_rules)),
+        "rooms": rooms(ROOT / "tdmpc2"),
     }
     pages = [Path(settings.readme), *sorted(docs.glob("*.md"))]
     for page in pages:
@@ -130,6 +132,18 @@ def filled(content: str, blocks: Mapping[str, str], page: Path) -> str:
     if wrong := (names - both).keys() | (names.keys() - blocks.keys()):
         raise DataError(f"{page}: the marks {', '.join(sorted(wrong))} stand alone or name no block")
     return pairs.sub(lambda m: m[1] + blocks[m[2]] + m[3], content)
+
+
+def rooms(package: Path) -> str:
+    """The modules and folders of the package, each with its first sentence."""
+    lines = ["| room | what it is |", "| --- | --- |"]
+    for path in sorted(package.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        file = path / "__init__.py" if path.is_dir() else path
+        if file.suffix == ".py" and file.exists():
+            about = ast.get_docstring(ast.parse(file.read_text())) or ""
+            first = about.split("\n\n")[0].replace("\n", " ").rstrip(":")
+            lines.append(f"| `{path.name}{'/' * path.is_dir()}` | {first} |")
+    return "\n".join([*lines, ""])
 
 
 def headline(table: pd.DataFrame, results: Mapping[str, TaskResults]) -> str:
