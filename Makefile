@@ -5,9 +5,9 @@ BIN := .venv/bin
 
 demo: .venv/.installed  ## the main job on a shipped teacher
 	$(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
-		out=accelerated/demo rounds=1 round_updates=100 data.episodes=5 data.round_episodes=5 \
-		distillation.updates=200 evaluation.episodes=3 evaluation.num_envs=5 evaluation.calibration_episodes=3 \
-		evaluation.label_episodes=0 evaluation.latency_steps=50
+		out=accelerated/demo rounds=1 round_updates=100 data.episodes=4 data.round_episodes=4 \
+		distillation.architecture=two_tower distillation.updates=200 evaluation.calibration_episodes=3 \
+		evaluation.episodes=3 evaluation.label_episodes=0 evaluation.latency_steps=50
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
@@ -16,7 +16,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py
 
 docs: .venv-docs/.installed  ## the site, into site/
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

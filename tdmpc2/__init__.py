@@ -1,4 +1,4 @@
-"""Speculative TD-MPC2: plan once, execute several steps, correct them, replan when reality drifts."""
+"""Speculative TD-MPC2: plan once, execute several steps, correct them, replan on a large mismatch."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -112,11 +112,8 @@ class TDMPC2:
         forks_have_one_thread()
 
     def __repr__(self) -> str:
-        c, size = self.planner.config, sum(p.numel() for p in self.model.parameters())
-        return (
-            f"TDMPC2({self.num_envs} rows; {size / 1e6:.1f}M parameters; {c.num_samples} samples, "
-            f"{c.iterations} iterations, horizon {c.horizon})"
-        )
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        return f"TDMPC2({self.num_envs} rows; {size:.1f}M parameters; {self.planner.config.in_words()})"
 
     @property
     def info(self) -> StepInfo | None:
@@ -195,7 +192,7 @@ class TDMPC2:
 
 
 class SpeculativeAgent:
-    """Executes up to `execution_horizon` steps of each plan, corrects them, and replans when reality drifts.
+    """Executes several steps of each plan, corrects them, and replans when the mismatch is too large.
 
     With `refine_steps` the corrected action is refined (`refine`) before it is executed. The monitor ends a
     plan early.

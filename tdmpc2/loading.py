@@ -40,11 +40,7 @@ from .world_model.model import WorldModel
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was opened.
-
-    An original file says nothing but its weights: it stands for the published budget and episodes of 500
-    steps.
-    """
+    """A checkpoint that was opened; an original file stands for the published budget and 500 steps."""
 
     path: str | Path
     saved: Mapping[str, Any]  # config.json; empty of an original file
@@ -54,10 +50,9 @@ class Checkpoint:
     compute: ComputeConfig  # compiled, in the precision that an agent was evaluated in
 
     def task_index(self, task: int | str | None) -> int | None:
-        """Index of a task in a multi-task model; None in others.
+        """Index of a task, or its name in any spelling, in a multi-task model; None in others.
 
-        Args:
-            task: a name in any spelling, an index, or None for the checkpoint's own task.
+        None as `task` is the checkpoint's own.
 
         Raises:
             CheckpointError: the checkpoint was made for another task, or does not know the name.
@@ -81,18 +76,7 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", **unsaid: Unpack[Unsaid]
 ) -> Checkpoint:
-    """Open an original `.pt` file or a folder of ours.
-
-    Args:
-        path: the checkpoint.
-        device: to act on.
-        unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
-
-    Raises:
-        CheckpointError: it is missing, damaged, foreign or unsafe.
-        FileError: it may not be read.
-        ConfigError: a setting cannot be.
-    """
+    """Open an original `.pt` file or a folder of ours; args and raises as `load_world_model`."""
     model = load_world_model(path, device, **unsaid)
     saved = read_config(path)
     planner = published_budget(model.config.action_dim)
@@ -103,11 +87,7 @@ def open_checkpoint(
 
 
 def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, BaseCorrector | None]:
-    """The mode of execution that a checkpoint names, with its corrector; TEACHER where it names none.
-
-    Args:
-        path: the checkpoint.
-        model: its world model.
+    """The mode that a checkpoint names, with its corrector, for its `model`; TEACHER where it names none.
 
     Raises:
         CheckpointError: the mode does not fit this version, or its corrector cannot be used.

@@ -1,4 +1,4 @@
-"""The monitor: how far reality has drifted from a plan, and how far it may before the plan is given up."""
+"""The monitor: how far reality is from a plan, and when the plan is given up."""
 
 import math
 from typing import TYPE_CHECKING

@@ -16,16 +16,7 @@ from torch import Tensor, nn
 
 from .config import EAGER, ComputeConfig, PlannerConfig
 from .errors import ConfigError
-from .inference import (
-    AheadOfTime,
-    Compiled,
-    FastModel,
-    FollowedWeights,
-    Origin,
-    Weights,
-    dtype_of,
-    origin,
-)
+from .inference import AheadOfTime, Compiled, FastModel, FollowedWeights, Origin, Weights, dtype_of, origin
 from .world_model.model import WorldModel
 
 
@@ -131,26 +122,23 @@ class Iteration(nn.Module):
         return Search(mean, std, elites, value, score)
 
 
-class Shared(NamedTuple):
-    """What all planners of a model share, so that nothing is compiled or copied twice."""
-
-    iteration: Iteration
-    run: Callable[..., Search]  # the same, compiled if it is to be
-    weights: FollowedWeights
-
-
 @lru_cache(maxsize=4)
-def shared(model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig) -> Shared:
-    """The parts of planners of a model that differ in nothing but their noise and number of iterations."""
-    device = next(model.parameters()).device
-    dtype, what = dtype_of(compute, device), "the planner"
-    iteration = Iteration(config, FastModel(model.config, discount, dtype))
-    run: Callable[..., Search] = iteration
+def shared(
+    model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig
+) -> tuple[Iteration, Callable[..., Search], FollowedWeights]:
+    """What all planners of a model share, so that nothing is compiled or copied twice.
+
+    An iteration, the same compiled if it is to be, and the model's weights.
+    """
+    device, what = next(model.parameters()).device, "the planner"
+    dtype = dtype_of(compute, device)
+    run: Callable[..., Search]
+    run = iteration = Iteration(config, FastModel(model.config, discount, dtype))
     if compute.compile and device.type == "cpu":
         run = AheadOfTime(iteration, Search._make, what=what)
     elif compute.compile:
         run = Compiled(iteration, what=what, device=device, cuda_graphs=device.type == "cuda")
-    return Shared(iteration, run, FollowedWeights(model, dtype))
+    return iteration, run, FollowedWeights(model, dtype)
 
 
 class Planner:

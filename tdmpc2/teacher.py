@@ -7,13 +7,12 @@ import gymnasium as gym
 
 from .agent import TDMPC2
 from .config import BudgetOverride, ComputeConfig, ModelOverride, PlannerConfig, discount_of
-from .envs import PadForModel, make_env, max_episode_steps, same_task
+from .envs import PadForModel, make_env, max_episode_steps
 from .envs.guard import closed_on_error
 from .envs.perturb import Perturbed
 from .errors import CheckpointError, ConfigError, TaskError
 from .loading import open_checkpoint
 from .world_model import WorldModel, fingerprint
-from .world_model.checkpoint import published_task_index
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,12 @@ def open_teacher(
         TaskError: there is no such task.
     """
     opened = open_checkpoint(checkpoint, device, **(unsaid or ModelOverride()).unsaid())
-    saved, model = opened.saved, opened.model
-    task = task or saved.get("task")
+    model, config = opened.model, opened.model.config
+    task = task or opened.saved.get("task")
     if task is None:
         raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
     compute = ComputeConfig(budget.precision or opened.compute.precision, budget.compile)
-    config = model.config
-    index = published_task_index(task, config.num_tasks) if config.num_tasks else None
+    index = opened.task_index(task)
     try:
         env = make_env(task, obs="rgb" if config.pixels else "state")
     except TaskError as e:
@@ -108,9 +106,6 @@ def open_teacher(
     with closing(env):
         obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
         discount = discount_of(max_episode_steps(env))
-    made_for = saved.get("task", task)
-    if not same_task(made_for, task):
-        raise CheckpointError(f"{checkpoint} was made for {made_for}; {task} is another task")
     assert obs_shape is not None
     expected: tuple[tuple[int, ...], tuple[int, ...]]
     expected = (config.obs_shape, (config.action_dim,))

@@ -519,3 +519,29 @@ def test_a_forked_process_acts() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     run = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, env=environment)
     assert run.stdout.strip() == "17", run.stdout + run.stderr
+
+
+ACTS = """
+import sys, tdmpc2
+from tdmpc2.config import EAGER
+print(tdmpc2.load_agent(sys.argv[1], compute=EAGER).act([0.0] * 5).shape)
+print(*sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[2:])))
+"""
+
+
+def test_what_acting_does_not_need_is_not_imported(folders: dict[str, Path]) -> None:
+    """Each takes a good part of a second, or more."""
+    large = [
+        "pandas",
+        "scipy",
+        "matplotlib",
+        "hydra",
+        "omegaconf",
+        "rich",
+        "gymnasium",
+        "mujoco",
+        "dm_control",
+    ]
+    command = [sys.executable, "-c", ACTS, str(folders["plain two_tower"]), *large, "torch"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["(3,)", "torch"]

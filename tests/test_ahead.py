@@ -1,30 +1,26 @@
 """Functions compiled ahead of time: what a library depends on, where it is kept, and what is never opened."""
 
 import copy
-import inspect
+import importlib
 import os
 import pickle
-import re
 import stat
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-import tdmpc2
+import tdmpc2.loading
 from tdmpc2 import agent as agent_module
-from tdmpc2 import refine as refining
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import (
     COMPILED,
@@ -34,14 +30,11 @@ from tdmpc2.config import (
     SpeculationConfig,
     WorldModelConfig,
 )
-from tdmpc2.corrector import TwoTowerCorrector, build_corrector
-from tdmpc2.inference import AheadOfTime, ahead, fast_model, libraries, weights
-from tdmpc2.inference import compiled as compiled_module
+from tdmpc2.corrector import build_corrector
+from tdmpc2.inference import AheadOfTime, libraries
 from tdmpc2.inference.libraries import ABANDONED, COMPILING, DIGEST, KEPT, library
 from tdmpc2.inference.sources import sources
-from tdmpc2.planner import Iteration
-from tdmpc2.step import PlanState, PlanStep
-from tdmpc2.world_model import WorldModel, layers
+from tdmpc2.world_model import WorldModel
 
 START = """
 import sys, torch, tdmpc2
@@ -415,7 +408,6 @@ def test_all_but_weights_is_in_the_name(names: dict[str, str]) -> None:
         name_of(nn.Sequential(nn.Linear(3, 2))),
         name_of(nn.Linear(3, 2), 0),
         name_of(nn.Linear(3, 2), True),
-        name_of(nn.Linear(3, 2), (torch.float32,)),
     ]
     assert len({name, *others}) == 1 + len(others)
 
@@ -431,14 +423,13 @@ def test_weights_that_it_does_not_know_of_are_refused(cache: Path) -> None:
         AheadOfTime(Reads(), first, what="it")(torch.zeros(1, 3))
 
 
-def test_what_is_neither_constant_nor_code_stays_uncompiled(names: dict[str, str], capsys) -> None:
+def test_what_is_no_constant_stays_uncompiled(names: dict[str, str], capsys) -> None:
     """A library could not be told from one with another value."""
     for odd in (np.ones(2, dtype=np.float32), Making(b"")):
-        shift = odd if isinstance(odd, np.ndarray) else 1.0
-        one = Shifted(nn.Linear(3, 2), shift)
+        one = Shifted(nn.Linear(3, 2))
         one.run.odd = odd
         one.compiled(torch.zeros(1, 3))
-        assert not names and f".odd is a {type(odd).__module__}" in capsys.readouterr().err
+        assert not names and f".odd is a {type(odd).__name__}, not a constant" in capsys.readouterr().err
 
 
 def test_without_a_compiler_it_works_all_the_same_and_says_so(cache: Path, capsys) -> None:
@@ -472,123 +463,70 @@ def agent_of(
     return SpeculativeAgent(teacher, mode, build_corrector(corrector).eval())
 
 
-CODE = re.compile(r"(\S+): \(b['\"]")  # begins what `sources` says of a function
-
-
-def asked(agent: SpeculativeAgent) -> dict[str, list[str]]:
-    """What the libraries that an agent needs are made of, by what is compiled."""
-    made_of: dict[str, list[str]] = {}
-
-    def recorded(module: nn.Module, arguments: object, *others: Any) -> list[str]:
-        made_of[type(module).__name__] = sources(module, arguments, *others)
-        raise RuntimeError("not compiled in this test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tdmpc2.inference.ahead.sources", recorded)
-        agent.act(np.zeros(agent.teacher.model.config.obs_shape))
-    return made_of
-
-
 @pytest.mark.parametrize("tasks", [{}, TASKS])
 @pytest.mark.parametrize("architecture", ["two_tower", "temporal", "distilled"])
-def test_a_library_depends_on_the_code_that_is_compiled(architecture, tasks, monkeypatch) -> None:
-    """All code of the package that runs when a module is traced is in its sources; little else is."""
-    ran: dict[str, set[str]] = {}
+def test_a_library_depends_on_the_files_that_are_compiled(architecture, tasks, monkeypatch) -> None:
+    """All files of the package whose code runs when a module is traced, and none of what is around it."""
+    ran: dict[nn.Module, set[str]] = {}
 
     def traced(self: AheadOfTime, *args: Any, **kwargs: Any) -> Any:
-        names = ran.setdefault(type(self._module).__name__, set())
-
-        def profile(frame: FrameType, *_: object) -> None:
-            names.add(f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}")
-
-        sys.setprofile(profile)
+        names = ran.setdefault(self._module, set())
+        sys.setprofile(lambda frame, *_: names.add(frame.f_globals["__name__"]))
         try:
             return self._module(*args, **kwargs)
         finally:
             sys.setprofile(None)
 
     model = WorldModelConfig((5,), 3, **SIZES, episodic=True, **tasks)
-    mode = replace(MODE, refine_steps=2)
-    agent = agent_of(model, mode=mode, corrector=CorrectorConfig(16, 3, architecture))
-    made_of = asked(agent)
-    with monkeypatch.context() as patch:
-        patch.setattr(AheadOfTime, "__call__", traced)
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        agent.reset()
-        agent.act(np.zeros(5))
-    assert ran.keys() == made_of.keys() == {"Iteration", "PlanStep"}
-    own = {what: {match[1] for x in texts if (match := CODE.match(x))} for what, texts in made_of.items()}
-    for what, names in ran.items():
-        run = {name for name in names if name.startswith("tdmpc2") and "<" not in name}
-        assert run <= own[what] and len(run) > 10
-    homes = {what: {name.rsplit(".", 2)[0] for name in names} for what, names in own.items()}
-    assert not any("distillation" in home or "evaluation" in home for home in homes["Iteration"])
-    planner, step = own["Iteration"] - own["PlanStep"], own["PlanStep"] - own["Iteration"]
-    for names, files in (
-        (planner, ("planner", "inference.fast_model", "inference.weights")),
-        (step, ("step", "refine", "corrector", "world_model")),
-    ):
-        assert all(name.startswith((*(f"tdmpc2.{file}." for file in files), "namedtuple_")) for name in names)
-
-
-def other_step(self: PlanStep, now: PlanState) -> Tensor:
-    return self.model.prior(now.z, now.task)
-
-
-class Swapped(NamedTuple):
-    """`PlanState` with its first two fields exchanged."""
-
-    z_pred: Tensor
-    z: Tensor
-    plan: Tensor
-    k: Tensor
-    history: Any
-    task: Tensor | None
-
-
-def rewritten(function: Callable[..., Any], old: str, new: str) -> Any:
-    """A function as its source would make it with another text, once, in the globals that it has."""
-    source = textwrap.dedent(inspect.getsource(function))
-    assert old in source
-    code = compile(source.replace(old, new, 1), "rewritten", "exec")
-    made: dict[str, Any] = {}
-    exec(code, function.__globals__, made)
-    made[function.__name__].__qualname__ = function.__qualname__
-    return made[function.__name__]
-
-
-def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(monkeypatch) -> None:
-    usual = asked(agent_of())
-
-    def changed(target: Any, name: str, value: Any) -> set[str]:
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, value)
-            return {what for what, texts in asked(agent_of()).items() if texts != usual[what]}
-
-    planner, step, both = {"Iteration"}, {"PlanStep"}, {"Iteration", "PlanStep"}
-    assert not changed(tdmpc2, "__version__", "0")
-    for old, new in ((":\n", ":  # a comment\n"), ('"""', '"""In other words: ')):
-        for target, name in ((refining, "refine"), (PlanStep, "forward"), (Iteration, "forward")):
-            assert not changed(target, name, rewritten(getattr(target, name), old, new))
-    assert changed(Iteration, "forward", rewritten(Iteration.forward, "+ 1e-9", "+ 2e-9")) == planner
-    assert changed(layers, "mish", lambda x: torch.nn.functional.mish(x)) == step, "of its own module"
-    assert changed(fast_model, "mish", lambda x: torch.nn.functional.mish(x)) == planner
-    assert changed(fast_model, "LAYER_NORM_EPS", 2e-5) == planner
-    assert changed(weights, "for_tasks", lambda w, embedding: w) == set(), (
-        "fast_model has its own name for it"
+    agent = agent_of(
+        model, mode=replace(MODE, refine_steps=2), corrector=CorrectorConfig(16, 3, architecture)
     )
-    assert changed(weights.Layer, "one", lambda self, i: self) == planner, "a class among the arguments"
-    assert changed(PlanStep, "planned", other_step) == step
-    assert changed(TwoTowerCorrector, "features", lambda self, history: history.steps[:, 0]) == step
-    assert changed(WorldModel, "next", lambda self, z, action, task: z) == step
-    assert changed(agent_module, "PlanState", Swapped) == step, "the order of inputs"
-    assert changed(compiled_module, "say", print) == set()
-    assert changed(ahead, "OPTIONS", {}) == both
-    assert changed(TDMPC2, "encode", lambda self, obs: torch.zeros(1, 16)) == set()
-    refined = asked(agent_of(mode=replace(MODE, refine_steps=1)))
-    with monkeypatch.context() as patch:
-        patch.setattr(refining, "ELITES", 3)
-        assert asked(agent_of(mode=replace(MODE, refine_steps=1)))["PlanStep"] != refined["PlanStep"]
+    monkeypatch.setattr(AheadOfTime, "__call__", traced)
+    agent.act(np.zeros(5))
+    agent.act(np.zeros(5))
+    assert [type(module).__name__ for module in ran] == ["Iteration", "PlanStep"]
+    for module, names in ran.items():
+        made_of = sources(module)
+        files = {name for name in names if name.startswith("tdmpc2")}
+        assert len(files) > 3
+        texts = {name: Path(sys.modules[name].__file__).read_text() for name in files}
+        assert [name for name, text in texts.items() if text not in made_of] == []
+        for other in (agent_module, tdmpc2.loading):
+            assert Path(other.__file__).read_text() not in made_of
+
+
+def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "of_user/__init__.py": "",
+        "of_user/rule.py": "import torch\nfrom .part import scale\nclass Rule(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return scale(x)\n",
+        "of_user/part.py": "def scale(x):\n    return 2 * x\n",
+        "of_user/report.py": "",
+    }
+
+    def made_of(**changes: str) -> list[str]:
+        for name, text in {**files, **{f"of_user/{n}.py": text for n, text in changes.items()}}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+            os.utime(tmp_path / name, (1, 1))
+        for name in [name for name in sys.modules if name.startswith("of_user")]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        return sources(importlib.import_module("of_user.rule").Rule())
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    usual = made_of()
+    assert made_of() == usual
+    assert made_of(report="# a comment") == usual
+    assert made_of(part="def scale(x):\n    return 3 * x\n") != usual
+    assert made_of(rule=files["of_user/rule.py"] + "# a comment") != usual
+    rule = made_of() and sys.modules["of_user.rule"].Rule()
+    os.utime(tmp_path / "of_user/part.py")
+    with pytest.raises(RuntimeError, match=r"part\.py has changed since it was loaded"):
+        sources(rule)
 
 
 BOTH, PLANNER, STEP, NEITHER = (

@@ -12,6 +12,7 @@ import gymnasium as gym
 import pytest
 
 import tdmpc2
+from tdmpc2 import corrector
 from tdmpc2.commands import VERBS
 from tdmpc2.config import EAGER
 
@@ -92,6 +93,7 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return gym.wrappers.TimeLimit(make_env(*args, **kwargs), STEPS)
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corrector, "ARCHITECTURES", dict(corrector.ARCHITECTURES))  # a page adds one
     monkeypatch.setattr(tdmpc2, "make_env", short, raising=False)
     monkeypatch.setattr(
         tdmpc2, "load_agent", lambda *args, **given: load_agent(*args, **{**given, "compute": EAGER})

@@ -124,23 +124,23 @@ def two_tasks() -> dict[str, TaskResults]:
 
 def test_headline(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.headline(speculation_table(two_tasks), two_tasks)
-    assert "On 2 tasks" in text and "plans at 10.0 % of the steps and keeps 1.150 [1.150, 1.150]" in text
-    assert "mean of the tasks 1.150 [1.150, 1.150], lowest 1.100 (b)" in text
-    assert "takes 4.00 ms instead of 31.00 ms on average, 1.00 ms instead of" in text
+    assert text.startswith("On 2 tasks") and "**10.0 % planner calls.**" in text
+    assert "**1.150 [1.150, 1.150] of the return.**" in text and "lowest task is 1.100 (b)." in text
+    assert "**4.00 ms an action instead of 31.00 ms,**" in text and "median is 1.00 ms instead of" in text
 
 
 def test_which_corrector(two_tasks: dict[str, TaskResults]) -> None:
     text = write_results.correctors(two_tasks, speculation_table(two_tasks))
     assert "| 1 of 2 tasks | 1 of 2 tasks |" in text
     assert "In 2 of 2 comparisons they differ: `two_tower` is better in 1." in text
-    assert "`two_tower` (`distillation.architecture=two_tower`): it is simpler." in text
+    assert "train `two_tower`: it is simpler." in text
     chosen = {"a": two_tasks["a"], "b": two_tasks["b"]._replace(chosen="temporal_6_refined")}
     text = write_results.correctors(chosen, speculation_table(chosen))
-    assert "`temporal` (`distillation.architecture=temporal`): it is chosen more often." in text
+    assert "train `temporal`: it is chosen more often." in text
     only = {"b": two_tasks["b"]}
     text = write_results.correctors(only, speculation_table(only))
     assert "| 1 of 1 tasks | 0 of 1 tasks |" in text
-    assert "`two_tower` (`distillation.architecture=two_tower`): it is better more often." in text
+    assert "train `two_tower`: it is better more often." in text
 
 
 def test_when_not(two_tasks: dict[str, TaskResults]) -> None:

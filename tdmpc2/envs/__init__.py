@@ -1,7 +1,7 @@
 """The world outside: Gymnasium environments by task name, in the form that TD-MPC2 expects."""
 
 from .gymnasium_tasks import import_module
-from .make import is_episodic, list_tasks, make_env, max_episode_steps, same_task
+from .make import is_episodic, list_tasks, make_env, max_episode_steps
 from .padding import PadForModel
 
 __all__ = [
@@ -11,5 +11,4 @@ __all__ = [
     "list_tasks",
     "make_env",
     "max_episode_steps",
-    "same_task",
 ]

@@ -63,11 +63,6 @@ def list_tasks() -> list[str]:
     return sorted(published.values()) + sorted(gymnasium_tasks.tasks())
 
 
-def same_task(a: str, b: str) -> bool:
-    """Whether two names are of one task: dm_control's have several spellings."""
-    return (dmc.find(a) or a) == (dmc.find(b) or b)
-
-
 def max_episode_steps(env: gymnasium.Env) -> int:
     """Agent steps after which an episode is cut off, of an environment made by `make_env`."""
     return env.get_wrapper_attr("max_episode_steps")

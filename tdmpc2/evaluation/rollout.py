@@ -99,14 +99,14 @@ def _rollout(
         clock += 1
         change = np.linalg.norm(action - before, axis=-1)
         before[:] = action
-        kind, k, drift, delta = (x.tolist() for x in info)
+        kind, k, mismatch, delta = (x.tolist() for x in info)
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
             name = Kind(kind[i]).name.lower()
             if not in_first[i]:
                 distance[i] = np.nan
-            happened = (name, k[i], drift[i], delta[i], change[i], float(reward), distance[i])
+            happened = (name, k[i], mismatch[i], delta[i], change[i], float(reward), distance[i])
             steps.append((row_seed[i], t[i], *happened))
             t[i] += 1
             if terminated:

@@ -63,7 +63,7 @@ class AheadOfTime:
         layouts = [_layout(x, leave_out=int(i < varying)) for i, x in enumerate(inputs)]
         try:
             compiling = AheadOfTime._traced, AheadOfTime._compile
-            made_of = sources(self._module, (args, kwargs), *compiling)
+            made_of = sources(self._module, *compiling)
             key = made_of, [*self._weights], present, layouts, varying, torch.get_num_threads(), _machine()
             name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
             with announced(self._what):

@@ -1,164 +1,72 @@
-"""What a module is compiled from, as text: where the text is the same, so is what is compiled.
+"""What a module is compiled from, as text: where the text is the same, so is what is compiled."""
 
-That is its constants, and the code that it may run. Code is found by name, from `forward` on: functions among
-the globals and closures of the code that names them, methods in every class that was met. A name may lead to
-code that never runs. Only a computed name, as of `getattr`, hides code that does. What is compared is
-bytecode: comments and docstrings make no difference, nor does what is on disk by now.
-"""
-
-import inspect
-import operator
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from types import CodeType, EllipsisType, FunctionType, ModuleType, NoneType
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-PLAIN = (
-    NoneType,
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    slice,
-    EllipsisType,
-    Enum,
-    torch.dtype,
-    torch.device,
-)
-VERSIONED = {"torch", *sys.stdlib_module_names}  # a version stands for their code
 INTERNAL = nn.Module().__dict__.keys()  # attributes that are neither constants nor weights
-# What is run or read of a class though nothing names it.
-RUN = {name for name, x in vars(operator).items() if name.startswith("__") and callable(x)}
-RUN |= {"forward", "__iter__", "__next__", "__len__", "__bool__", "__enter__", "__exit__", "_fields"}
-MAKING = ("__new__", "__init__", "__post_init__")  # run where a class is named
-WRAPPED = ("__wrapped__", "__func__", "__self__", "fget", "func", "args", "keywords")  # in partials and so on
+CONSTANTS = (type(None), bool, int, float, str, tuple, torch.dtype, torch.device)
+START = time.time()
 
 
-def sources(module: nn.Module, arguments: object, *others: Callable[..., Any]) -> list[str]:
-    """Constants of `module` and all modules in it, and the code that they, and `others`, may run.
+def sources(module: nn.Module, *others: Callable[..., Any]) -> list[str]:
+    """Constants of `module` and all modules in it, and the text of the files that their code is in.
+
+    Those are the files of their classes, and what these files import from their own package. So a change of
+    a file that is not compiled, such as the report's, makes no difference.
 
     Args:
-        module: in training mode or not, which counts.
-        arguments: such as it is called with, for their types.
+        module: what is compiled.
         others: functions that take part in compiling.
 
     Raises:
-        TypeError: an attribute, or what a name in the code stands for, is neither constant nor code.
+        TypeError: an attribute is not a constant: two libraries could not be told apart.
+        RuntimeError: a file has changed since it was loaded.
     """
-    walk = _Walk()
+    found, names = [], [function.__module__ for function in others]
     for path, part in module.named_modules():
-        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-        own = {name: value for name, value in part.__dict__.items() if name not in INTERNAL}
-        for name, value in {"": type(part), "training": part.training, "hooks": hooks, **own}.items():
-            walk.meet(f"{path}.{name}", value)
-    for function in others:
-        walk.meet("compiling", function)
-    waiting = [arguments]
-    for x in waiting:
-        walk.meet("argument", type(x))
-        waiting += x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else []
-    walk.to_the_end()
-    return sorted(walk.found)
+        names.append(type(part).__module__)
+        found.append(f"{path}: {type(part).__qualname__}, training={part.training}")
+        for name, value in part.__dict__.items():
+            if name not in INTERNAL:
+                found.append(f"{path}.{name}: {_constant(f'{path}.{name}', value)}")
+    return found + [_text(name) for name in _with_imports(names)]
 
 
-def constant(x: object) -> str | None:
-    """A constant as text that tells it apart from all others; None where `x` is none."""
-    if is_dataclass(x) and not isinstance(x, type):
-        x = _name(type(x)), [(f.name, getattr(x, f.name)) for f in fields(x)]
-    if isinstance(x, tuple | list | dict | set | frozenset):
-        parts = [constant(part) for part in (x.items() if isinstance(x, dict) else x)]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        return f"({', '.join(sorted(known) if isinstance(x, set | frozenset) else known)})"
-    return repr(x) if isinstance(x, PLAIN) else None
+def _constant(where: str, value: Any) -> str:
+    if is_dataclass(value) and not isinstance(value, type):
+        return f"{type(value).__qualname__} {asdict(value)}"
+    if not isinstance(value, CONSTANTS):
+        raise TypeError(f"{where} is a {type(value).__qualname__}, not a constant")
+    return repr(value)
 
 
-class _Walk:
-    """All that is reached by name.
-
-    Attributes:
-        found: what is known by now, as text.
-    """
-
-    def __init__(self) -> None:
-        self.found = set[str]()
-        self._waiting: list[tuple[str, Any]] = []  # what is to be looked into, and where it was met
-        self._seen: dict[int, Any] = {}
-        self._names, self._spaces = set(RUN), list[type | ModuleType]()
-        self._members = set[tuple[int, str]]()
-
-    def meet(self, where: str, x: Any) -> None:
-        """What a name stands for."""
-        text = constant(x)
-        self.found.add(f"{where}: {_name(x) if text is None else text}")
-        if text is None:
-            self._waiting.append((where, x))
-
-    def to_the_end(self) -> None:
-        while self._waiting:
-            while self._waiting:
-                self._look_into(*self._waiting.pop())
-            for space in self._spaces:
-                for name in vars(space).keys() & self._names:
-                    if (id(space), name) not in self._members:
-                        self._members.add((id(space), name))
-                        self.meet(f"{_name(space)}.{name}", vars(space)[name])
-
-    def _look_into(self, where: str, x: Any) -> None:
-        if id(x) in self._seen:
-            return
-        self._seen[id(x)] = x
-        if isinstance(x, type | ModuleType):
-            homes = inspect.getmro(x) if isinstance(x, type) else [x]
-            self._spaces += [home for home in homes if not _versioned(home)]
-        elif isinstance(x, FunctionType) and not _versioned(x):
-            self._function(x)
-        elif isinstance(x, tuple | list | dict | set):
-            for part in x.items() if isinstance(x, dict) else x:
-                self.meet(where, part)
-        elif not (isinstance(x, Tensor) or _versioned(type(x))):  # tensors are refused when tracing
-            raise TypeError(f"{where} is a {_name(type(x))}: neither a constant nor code nor of the module")
-        for name in WRAPPED:
-            if not isinstance(x, Tensor) and hasattr(x, name):
-                self.meet(where, getattr(x, name))
-
-    def _function(self, f: FunctionType) -> None:
-        names = set[str]()
-        self.found.add(f"{_name(f)}: {_text(f.__code__, f.__doc__, names)}")
-        self._names |= names.difference(MAKING)
-        near = {name: f.__globals__[name] for name in names & f.__globals__.keys()}
-        near |= {n: c.cell_contents for n, c in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)}
-        for name, x in {**near, "defaults": (f.__defaults__, f.__kwdefaults__)}.items():
-            self.meet(f"{_name(f)}: {name}", x)
-            if isinstance(x, type) and name != "__class__":  # which `super()` reads
-                making = [vars(c).get(name) for c in inspect.getmro(x) for name in MAKING]
-                self._waiting += [(name, function) for function in making]
+def _with_imports(names: list[str]) -> list[str]:
+    """Modules and what they import from their own package, PyTorch's and Python's excepted."""
+    found, waiting = set[str](), [*names]
+    for name in waiting:
+        package = name.partition(".")[0]
+        if name in found or package == "torch" or package in sys.stdlib_module_names - {"__main__"}:
+            continue
+        found.add(name)
+        for x in vars(sys.modules[name]).values():
+            home = x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", None)
+            if isinstance(home, str) and home.partition(".")[0] == package and home in sys.modules:
+                waiting.append(home)
+    return sorted(found)
 
 
-def _text(code: CodeType, doc: str | None, names: set[str]) -> str:
-    """Bytecode with its constants; `names` is given all that it reads."""
-    names |= {*code.co_names}
-    consts = [x for x in code.co_consts if doc is None or x != doc]
-    texts = [_text(x, None, names) if isinstance(x, CodeType) else constant(x) for x in consts]
-    return repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars, texts))
-
-
-def _name(x: Any) -> str:
-    if isinstance(x, ModuleType):
-        return x.__name__
-    x = x if hasattr(x, "__qualname__") else type(x)
-    return f"{getattr(x, '__module__', '')}.{x.__qualname__}"
-
-
-def _versioned(x: Any) -> bool:
-    """Whether code is that of Python or PyTorch."""
-    home = x.__globals__.get("__name__", "") if isinstance(x, FunctionType) else _name(x)
-    return home.split(".")[0] in VERSIONED
+def _text(name: str) -> str:
+    file = getattr(sys.modules[name], "__file__", None)
+    if file is None:
+        raise TypeError(f"{name} has no file")
+    if Path(file).stat().st_mtime > START:
+        raise RuntimeError(f"{file} has changed since it was loaded")
+    return Path(file).read_text(encoding="utf-8")

@@ -160,9 +160,10 @@ def load_world_model(
     Args:
         path: the file or folder.
         device: to compute on.
-        vmin, vmax: first and last bin of rewards and values, in symlog units; an original file does not say
-            them. None for the published -10 and 10.
-        simnorm_dim: entries per simplex of the latent, likewise; None for the published 8.
+        vmin: first bin of rewards and values, in symlog units, which an original file does not say. None for
+            the published -10.
+        vmax: last bin, likewise. None for the published 10.
+        simnorm_dim: entries per simplex of the latent, likewise. None for the published 8.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, or a pickle that carries code.
