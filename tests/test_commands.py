@@ -180,7 +180,7 @@ def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> No
 
 def test_play_writes_films(monkeypatch, capsys, tmp_path: Path, teacher: Path) -> None:
     out = tmp_path / "a.mp4"
-    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "compile=false")
+    tdmpc2(monkeypatch, "play", teacher, f"out={out}", "planner.compile=false")
     film = imageio_ffmpeg.read_frames(str(out))
     assert next(film)["fps"] == 50
     assert len(list(film)) == STEPS

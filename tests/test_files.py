@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from tdmpc2.errors import ConfigError, DataError, FileError
 from tdmpc2.files import (
     atomic_write,
+    difference,
     exists,
+    flat,
     in_order,
     in_use,
     read_about,
@@ -254,3 +256,20 @@ def test_one_process_at_a_time_is_in_a_folder(tmp_path: Path) -> None:
 def test_numbers_in_names_are_counted():
     names = ["data/teacher", "data/round-1", "data/round-2", "data/round-10", "data/round-11/a"]
     assert [str(p) for p in in_order(map(Path, sorted(names)))] == [*names[1:], names[0]]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "words"),
+    [
+        ({"planner": {"horizon": 3, "sizes": [1, 2]}, "device": "cuda", "seed": 1}, ""),
+        ({"planner": {"horizon": 4, "sizes": [1, 2]}, "seed": 1}, "planner.horizon=4, not 3"),
+        ({"planner": {"horizon": 3}, "seed": 1}, "planner.sizes=null, not [1, 2]"),
+        ({"planner": {"horizon": 3, "sizes": [1, 2]}, "seed": 2}, "seed=2, not 1"),
+        ({"horizon": 3, "seed": 1}, "horizon=3, which is no setting any more"),
+        ([1], "no settings at all"),
+    ],
+)
+def test_a_difference_names_the_setting_as_it_is_typed(earlier: Any, words: str) -> None:
+    now = {"planner": {"horizon": 3, "sizes": (1, 2)}, "device": "cpu", "seed": 1}
+    assert difference(earlier, now, free=["device"]) == words
+    assert flat(now) == {"planner.horizon": 3, "planner.sizes": (1, 2), "device": "cpu", "seed": 1}
