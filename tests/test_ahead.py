@@ -524,6 +524,11 @@ def test_another_name_for_each_change_of_what_is_compiled_and_for_no_other(
     assert made_of(part="def scale(x):\n    return 3 * x\n") != usual
     assert made_of(rule=files["of_user/rule.py"] + "# a comment") != usual
     rule = made_of() and sys.modules["of_user.rule"].Rule()
+    assert sources(rule.eval()) != usual
+    handle = rule.register_forward_hook(lambda module, x, y: 2 * y)
+    with pytest.raises(TypeError, match="has hooks"):
+        sources(rule)
+    handle.remove()
     os.utime(tmp_path / "of_user/part.py")
     with pytest.raises(RuntimeError, match=r"part\.py has changed since it was loaded"):
         sources(rule)

@@ -34,6 +34,8 @@ def sources(module: nn.Module, *others: Callable[..., Any]) -> list[str]:
     for path, part in module.named_modules():
         names.append(type(part).__module__)
         found.append(f"{path}: {type(part).__qualname__}, training={part.training}")
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise TypeError(f"{path} has hooks, whose code is not known")
         for name, value in part.__dict__.items():
             if name not in INTERNAL:
                 found.append(f"{path}.{name}: {_constant(f'{path}.{name}', value)}")
