@@ -179,7 +179,7 @@ def test_headers_and_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None
         ({}, {"width": "32"}, "width='32': must be of type int"),
         ({}, {"width": 10**5}, "should have shape"),  # without allocating that much
         ({}, {"max_k": True}, "max_k=True"),
-        ({}, {"depth": 3}, "no setting 'depth'"),
+        ({}, {"depth": 3}, "'depth': there is no such setting"),
         ({}, {"architecture": "three_tower"}, "two_tower, temporal"),
     ):
         write_tensors(path, tensors | other_tensors, header | {"config": config | other_config})

@@ -290,7 +290,9 @@ def test_shards_of_different_budgets_do_not_mix(teacher: Drifting, shards: Path,
     bigger = PlannerConfig(**{**vars(BUDGET), "num_samples": 24})
     collect(teacher, tmp_path / "a", episodes=1)
     collect(replace(teacher, planner=bigger), tmp_path / "b", episodes=1)
-    with pytest.raises(DataError, match="differ: num_samples=16, not 24; collect them into folders of"):
+    with pytest.raises(
+        DataError, match=r"differ: planner\.num_samples=16, not 24; collect them into folders of"
+    ):
         load_shards(tmp_path, fingerprint(teacher.model))
 
 
