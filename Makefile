@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test bench docs lint format
 
 demo: .venv/.installed  ## the main job on a shipped teacher
-	$(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
+	OMP_NUM_THREADS=1 $(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
 		out=accelerated/demo rounds=1 round_updates=100 data.episodes=4 data.round_episodes=4 \
 		distillation.architecture=two_tower distillation.updates=200 evaluation.calibration_episodes=3 \
 		evaluation.episodes=3 evaluation.label_episodes=0 evaluation.latency_steps=50

@@ -106,7 +106,9 @@ class BaseCorrector(nn.Module):
         raise NotImplementedError
 
     def _embedding(self, dim: int) -> nn.Embedding:
-        embedding = nn.Embedding(self.config.max_k, dim)
+        # On the meta device its own initialisation would import PyTorch's compiler, which takes seconds.
+        weight = torch.empty(self.config.max_k, dim)
+        embedding = nn.Embedding(self.config.max_k, dim, _weight=weight if weight.is_meta else None)
         nn.init.trunc_normal_(embedding.weight, std=0.02)
         return embedding
 
