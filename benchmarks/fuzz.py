@@ -35,12 +35,13 @@ from typing import Any
 import torch
 
 from tdmpc2 import cli
-from tdmpc2.agent import SpeculativeAgent, load_agent
+from tdmpc2.agent import SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import build_corrector, load_corrector, save_corrector
 from tdmpc2.distillation.dataset import TENSORS, load_shards, write_shard
 from tdmpc2.errors import TDMPC2Error
 from tdmpc2.files import read_tensors, write_tensors
+from tdmpc2.loading import load_agent
 from tdmpc2.training.checkpoint import FORMAT
 from tdmpc2.training.replay import Episode, Replay
 from tdmpc2.world_model import fingerprint, load_world_model, save_world_model
