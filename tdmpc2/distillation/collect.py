@@ -10,7 +10,6 @@ the teacher's own episodes; other behaviours go where a speculative agent goes. 
 take an agent to where a push would: how to come back is in the labels too.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -87,7 +86,6 @@ def collect(
         "behaviours": [_describe(b, correctors) for b in behaviours],
         "bursts": bursts,
     }
-    header = json.loads(json.dumps(header))  # as it is read back, without tuples
     envs: list[gym.Env] = []
     paths, recorded = [], 0
     with in_use(out), ExitStack() as to_close, progress.add("collecting", unit="steps") as stage:

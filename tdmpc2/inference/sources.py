@@ -55,7 +55,7 @@ def _with_imports(names: list[str]) -> list[str]:
     found, waiting = set[str](), [*names]
     for name in waiting:
         package = name.partition(".")[0]
-        if name in found or package == "torch" or package in sys.stdlib_module_names - {"__main__"}:
+        if name in found or package == "torch" or package in sys.stdlib_module_names:
             continue
         found.add(name)
         for x in vars(sys.modules[name]).values():
