@@ -37,7 +37,8 @@ from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, trai
 from tdmpc2.distillation.dataset import Recording, split_starts
 from tdmpc2.distillation.losses import l1_distance, unroll
 from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.evaluate import PUSH, EvaluationConfig
+from tdmpc2.evaluation.choose import PUSH
+from tdmpc2.evaluation.config import EvaluationConfig
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
 from tdmpc2.files import atomic_write, in_order, read_json, write_json

@@ -20,27 +20,20 @@ from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
 from tdmpc2.distillation.losses import LOSSES
 from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.evaluate import (
-    EpisodesConfig,
-    EvaluationConfig,
-    Subject,
-    check_unseen,
-    claim,
-    overlap,
-    run_modes,
-    write_csv,
-)
+from tdmpc2.evaluation.config import EpisodesConfig, EvaluationConfig, check_unseen, overlap
 from tdmpc2.evaluation.metrics import summarise
 from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
+from tdmpc2.evaluation.runs import Subject, claim, execute, kept, runs_of, write_csv
 from tdmpc2.files import in_use, write_json
 from tdmpc2.monitor import calibrate_thresholds
 from tdmpc2.progress import Progress
 from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
+from tdmpc2.workers import Workers
 
 CORRECTORS = ("two_tower", "temporal")
 # Settings that may change on resume.
-FREE_ON_RESUME = ("checkpoint", "data", "device", "planner.compile", "runs", "out")
+FREE_ON_RESUME = ("checkpoint", "data", "device", "workers", "planner.compile", "runs", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +44,7 @@ class PaperConfig:
     checkpoint: str  # the teacher
     data: str  # a folder of shards that it labelled
     device: str = "cpu"
+    workers: int = 0  # processes that run episodes; 0: one a core, on a GPU one in all
     updates: int = 1_400  # of each corrector: as many as `tdmpc2 accelerate` makes in all its rounds
     calibration_seed: int = 10_000
     calibration_episodes: int = 20
@@ -63,10 +57,10 @@ class PaperConfig:
 
 def main(config: PaperConfig) -> None:
     with Progress(Console()) as progress, in_use(Path(config.runs) / config.task):
-        compare(config, progress)
+        compare(config, Workers.of(config.workers, config.device, progress))
 
 
-def compare(config: PaperConfig, progress: Progress) -> None:
+def compare(config: PaperConfig, workers: Workers) -> None:
     """Train what is missing, evaluate, and write the results."""
     teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     runs, out = Path(config.runs) / config.task, Path(config.out) / config.task
@@ -103,20 +97,21 @@ def compare(config: PaperConfig, progress: Progress) -> None:
             # Refining looks as far ahead as plans do: a single step is not enough on every task.
             steps = teacher.planner.horizon if refined else 0
             free = SpeculationConfig(far, corrector=corrector, refine_steps=steps)
-            seen = run_modes(
-                subject,
-                {f"{family.name}-{loss}": free},
-                config.evaluation,
-                seeds,
-                runs / "calibration",
-                progress,
+            mode = f"{family.name}-{loss}"
+            calibration = runs_of(
+                subject, {mode: free}, seeds, config.evaluation.num_envs, runs / "calibration"
             )
+            execute(calibration, "calibration", workers)
             for k in PAPER_HORIZONS:
                 modes[f"{family.mode_name(k)}, {loss}"] = replace(
-                    free, execution_horizon=k, threshold=calibrate_thresholds(seen.steps, quantile, k)
+                    free,
+                    execution_horizon=k,
+                    threshold=calibrate_thresholds(calibration[mode].kept().steps, quantile, k),
                 )
     held_out = config.evaluation
-    result = run_modes(subject, modes, held_out, held_out.seeds, runs / "modes", progress)
+    every = runs_of(subject, modes, held_out.seeds, held_out.num_envs, runs / "modes")
+    execute(every, "all modes", workers)
+    result = kept(every)
     write_csv(out / "episodes.csv", result.episodes)
     write_csv(out / "summary.csv", summarise(result.episodes, result.steps, None))
     about = {

@@ -18,8 +18,9 @@ from tdmpc2 import cli
 from tdmpc2.config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
 from tdmpc2.errors import ConfigError, TaskError
-from tdmpc2.evaluation.evaluate import Subject, check_unseen, overlap, write_csv
+from tdmpc2.evaluation.config import check_unseen, overlap
 from tdmpc2.evaluation.modes import BASELINE
+from tdmpc2.evaluation.runs import Subject, write_csv
 from tdmpc2.files import write_json
 from tdmpc2.monitor import calibrate_thresholds
 from tdmpc2.provenance import provenance

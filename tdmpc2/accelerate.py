@@ -19,7 +19,9 @@ their evaluation beside them.
 """
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -36,27 +38,23 @@ from .distillation import (
     load_shards,
     train_corrector,
 )
+from .envs import max_episode_steps
 from .errors import CheckpointError, ConfigError
-from .evaluation.evaluate import (
-    Choice,
-    EvaluationConfig,
-    Subject,
-    check_unseen,
-    evaluate,
-    failure,
-    overlap,
-)
-from .evaluation.modes import ALONE, DISTILLED, HORIZONS
-from .evaluation.rollout import random_returns
+from .evaluation.choose import Choice, failure
+from .evaluation.config import EvaluationConfig, check_unseen, overlap
+from .evaluation.evaluate import Origin, evaluate
+from .evaluation.modes import ALONE, DISTILLED, HORIZONS, OPEN_LOOP_HORIZONS, families
+from .evaluation.runs import Subject, returns_of_random_actions
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
 from .provenance import provenance
 from .teacher import Teacher, open_teacher
+from .workers import Workers
 from .world_model import fingerprint, save_world_model
 from .world_model.checkpoint import CONFIG
 
 # Settings that may change on resume; the teacher is known by its weights.
-FREE_ON_RESUME = ("checkpoint", "out", "device", "planner.compile")
+FREE_ON_RESUME = ("checkpoint", "out", "device", "workers", "planner.compile")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class DataConfig(Checked):
     episodes: int = 8  # of the teacher; at least 3, for training, validation and test
     round_episodes: int = 9  # one for each of two correctors and four execution horizons, one of `distilled`
     seed: int = 0  # of the first episode of all
-    num_envs: int = 10  # episodes run as one batch, which makes one shard
+    num_envs: int = 1  # episodes run as one batch, which makes one shard; give 10 on a GPU
 
     def check_ranges(self) -> None:
         at_least(3, self, "episodes")
@@ -82,6 +80,7 @@ class AccelerateConfig(Checked):
     checkpoint: str  # an original .pt file or a folder of ours
     out: str = ""  # default: accelerated/<task>
     device: str = "cpu"
+    workers: int = 0  # processes that run episodes, with one thread each; 0: one a core, on a GPU one in all
     rounds: int = 4  # of data under the correctors
     round_updates: int = 200  # in training before a round; distillation.updates are of the final training
     data: DataConfig = field(default_factory=DataConfig)
@@ -93,7 +92,7 @@ class AccelerateConfig(Checked):
     def check_ranges(self) -> None:
         if self.distillation.architecture == DISTILLED:
             raise ConfigError(f"distillation.architecture={DISTILLED}: it corrects nothing, choose another")
-        at_least(0, self, "rounds")
+        at_least(0, self, "rounds", "workers")
         at_least(1, self, "round_updates")
         seed, own = self.data.seed, self.evaluation
         collected = range(seed, seed + self.data.episodes + self.rounds * self.data.round_episodes)
@@ -114,12 +113,13 @@ def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
     check_room_for_agent(out, config.checkpoint)
     teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     teacher.agent()  # refuses a planning budget or precision that cannot be
+    workers = Workers.of(config.workers, config.device, progress)
     with in_use(out):
-        return _accelerate(config, teacher, out, progress)
+        return _accelerate(config, teacher, out, workers)
 
 
-def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress: Progress) -> Path:
-    c = config
+def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, workers: Workers) -> Path:
+    c, progress = config, workers.progress
     settings = {**asdict(c), "teacher": teacher.fingerprint}
     if (out / "settings.json").exists():
         earlier = read_json(out / "settings.json")
@@ -129,6 +129,8 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
             raise ConfigError(f"{out} holds a run with {differs}: choose another out=, or delete it")
         if rounds < c.rounds:
             _make_room(out, rounds)
+    else:
+        progress.print(_expected_time(c, teacher, workers))
     write_json(out / "settings.json", settings)
     made_by = {**provenance(), "device": c.device}
 
@@ -150,7 +152,7 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
             behaviours=behaviours,
             correctors=correctors,
             bursts=correctors is not None,
-            progress=progress,
+            workers=workers,
         )
 
     def train(folder: Path, initial: Mapping[str, BaseCorrector], updates: int) -> dict[str, BaseCorrector]:
@@ -167,7 +169,8 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
     progress.print(f"{c.task}: the teacher's own episodes")
     gather("teacher", c.data.seed, c.data.episodes)
     returns = episode_returns(out / "data" / "teacher")
-    random = random_returns(teacher.env, range(c.data.seed, c.data.seed + c.data.episodes))
+    seeds = range(c.data.seed, c.data.seed + c.data.episodes)
+    random = returns_of_random_actions(teacher, seeds, out / "data" / "random.csv")
     if fault := failure(float(returns.mean()), random):
         progress.print(f"WARNING: {fault}; nothing will be chosen")
     correctors: dict[str, BaseCorrector] = {}
@@ -186,9 +189,8 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
         gather(f"round-{r + 1}", first, c.data.round_episodes, behaviours, correctors)
     progress.print("the final correctors")
     train(out / "correctors", correctors, c.distillation.updates)
-    about = {"trained": _where_made(out), "settings": settings}
     choice = evaluate_correctors(
-        teacher, out / "correctors", out / "evaluation", c.evaluation, progress, about
+        teacher, out / "correctors", out / "evaluation", c.evaluation, workers, _where_made(out), settings
     )
     if choice.more_data_may_help:
         rounds = 2 * c.rounds or AccelerateConfig.rounds
@@ -196,6 +198,29 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, progress:
     save_agent(out, teacher, out / "evaluation", out / "correctors")
     progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')
     return out
+
+
+def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers) -> str:
+    """How long the plans of a run take, in words. They take most of its time."""
+    c, own = config, config.evaluation
+    with closing(teacher.env()) as env:
+        obs, _ = env.reset(seed=0)
+        steps = max_episode_steps(env)
+    agent, times = teacher.agent(), []
+    for _ in range(3):  # the first one may compile
+        start = time.perf_counter()
+        agent.act(obs)
+        times.append(time.perf_counter() - start)
+    compared = families(c.distillation.architectures)
+    per_step = 1.5 + sum(1 / k for k in OPEN_LOOP_HORIZONS)  # the baseline, half of its budget, naive_K
+    per_step += sum(1 / k for family in compared for k in family.horizons)
+    collected = c.data.episodes + c.rounds * c.data.round_episodes
+    plans = steps * (collected + own.episodes * per_step + 2 * own.calibration_episodes)
+    minutes = plans * min(times) / workers.number / 60
+    return (
+        f"{c.task}: about {plans:,.0f} plans of {1e3 * min(times):.0f} ms, so this takes at least "
+        f"{minutes:.0f} minutes with workers={workers.number}"
+    )
 
 
 def check_room_for_agent(out: Path, checkpoint: str) -> None:
@@ -268,12 +293,13 @@ def evaluate_correctors(
     folder: Path,
     out: Path,
     config: EvaluationConfig,
-    progress: Progress,
-    about: Mapping[str, Any] = MappingProxyType({}),
+    workers: Workers,
+    trained: str = "",
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Choice:
     """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode.
 
-    `about` says how and where data and correctors were made, for the report.
+    `trained` and `settings` are for the report, see `Origin`.
 
     Raises:
         CheckpointError: there is no corrector, or one is of another teacher.
@@ -304,5 +330,5 @@ def evaluate_correctors(
                 "prior_error": mean["prior"],
             }
         )
-    meta = {**provenance(), "validation": validation, **about}
-    return evaluate(Subject(teacher, networks), config, out, meta, progress)
+    origin = Origin(validation, trained, settings)
+    return evaluate(Subject(teacher, networks), config, out, origin, workers)

@@ -38,6 +38,10 @@ class Stage:
         """So much is done in all, of `total` where that has become known."""
         self._bars.update(self._task.id, completed=done, total=total)
 
+    def complete(self) -> None:
+        """What is done is all that there was to do."""
+        self._bars.update(self._task.id, total=self._task.completed)
+
     def note(self, text: str) -> None:
         """What the work is at, e.g. "return 512.3"; 30 characters fit on a terminal."""
         self._bars.update(self._task.id, note=text)

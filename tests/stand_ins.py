@@ -119,3 +119,32 @@ class Seeded(gym.Env[np.ndarray, np.ndarray]):
 
 def length(seed: int) -> int:
     return 3 + seed % 5
+
+
+# A module with a task of a user's own; `FAIL_AT` and the registration are added.
+ENVIRONMENT = '''
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+
+
+class Short(gym.Env):
+    """Eight steps; the reward is 1 + the first action; the state drifts with the actions."""
+
+    observation_space = Box(-np.inf, np.inf, (24,), np.float32)
+    action_space = Box(-1.0, 1.0, (6,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state, self.t = self.np_random.normal(size=24).astype(np.float32), 0
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.t += 1
+        if self.t == FAIL_AT:
+            raise RuntimeError("the simulator blew up")
+        self.state[:6] += 0.1 * action
+        return self.state.copy(), 1.0 + float(action[0]), False, False, {}
+
+
+'''

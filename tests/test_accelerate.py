@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
-from stand_ins import nested
+from stand_ins import ENVIRONMENT, nested
 
 import tdmpc2
 from benchmarks import experiments
@@ -31,14 +31,18 @@ from tdmpc2.corrector import load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard, write_shard
 from tdmpc2.envs import dmc, import_module
 from tdmpc2.errors import CheckpointError, ConfigError
+from tdmpc2.evaluation import choose as choosing
 from tdmpc2.evaluation import evaluate, perturbed
-from tdmpc2.evaluation.evaluate import EpisodesConfig
+from tdmpc2.evaluation.choose import Choice
+from tdmpc2.evaluation.config import EpisodesConfig, EvaluationConfig
 from tdmpc2.evaluation.metrics import act_columns, act_times
 from tdmpc2.evaluation.rollout import random_returns
+from tdmpc2.evaluation.runs import Subject, latency_of
 from tdmpc2.files import flat, in_use, read_json, write_json
 from tdmpc2.loading import open_checkpoint
 from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
+from tdmpc2.workers import HERE
 from tdmpc2.world_model import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -58,34 +62,8 @@ SMALL = [
     *("distillation.rollout_steps=4", "distillation.updates=2", "distillation.batch_size=8"),
     *("distillation.validate_every=1", "distillation.width=32", "distillation.window=3"),
     *("evaluation.episodes=3", "evaluation.calibration_episodes=2", "evaluation.label_episodes=1"),
-    *("evaluation.latency_steps=4", "evaluation.num_envs=4"),
+    *("evaluation.latency_steps=4", "evaluation.num_envs=4", "workers=1"),
 ]
-ENVIRONMENT = '''
-import gymnasium as gym
-import numpy as np
-from gymnasium.spaces import Box
-
-
-class Short(gym.Env):
-    """Eight steps; the reward is 1 + the first action; the state drifts with the actions."""
-
-    observation_space = Box(-np.inf, np.inf, (24,), np.float32)
-    action_space = Box(-1.0, 1.0, (6,), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.state, self.t = self.np_random.normal(size=24).astype(np.float32), 0
-        return self.state.copy(), {}
-
-    def step(self, action):
-        self.t += 1
-        if self.t == FAIL_AT:
-            raise RuntimeError("the simulator blew up")
-        self.state[:6] += 0.1 * action
-        return self.state.copy(), 1.0 + float(action[0]), False, False, {}
-
-
-'''
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +361,7 @@ def choose(
     random: float = 0.0,
     step_ms: dict[str, float] | None = None,
     **settings: float,
-) -> tuple[evaluate.Choice, list[str]]:
+) -> tuple[Choice, list[str]]:
     """The choice among `modes`, each an execution horizon, planner calls and a return; and what was tried."""
     table = {"baseline": (1, 1.0, BASE), **modes}
     tried: list[str] = []
@@ -396,7 +374,7 @@ def choose(
         columns=["mode", "kind", "act_ms"],
     )
 
-    def summary(subject: evaluate.Subject, own: dict[str, Any], times: pd.DataFrame, *_: Any) -> pd.DataFrame:
+    def summary(subject: Subject, own: dict[str, Any], times: pd.DataFrame, *_: Any) -> pd.DataFrame:
         rows = []
         for name in own:
             _, calls, returned = table[name]
@@ -415,14 +393,16 @@ def choose(
             )
         return pd.DataFrame(rows)
 
-    monkeypatch.setattr(evaluate, "_calibration_summary", summary)
-    monkeypatch.setattr(evaluate, "random_returns", lambda env, seeds: np.full(len(seeds), random))
+    monkeypatch.setattr(choosing, "calibration_summary", summary)
+    monkeypatch.setattr(choosing, "returns_of_random_actions", lambda *_: np.full(2, random))
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 2)
     teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
-    config = evaluate.EvaluationConfig(**settings)  # type: ignore[arg-type]
+    config = EvaluationConfig(**settings)  # type: ignore[arg-type]
     speculation = {name: SpeculationConfig(horizon) for name, (horizon, *_) in table.items()}
-    subject = evaluate.Subject(teacher, {})
-    return evaluate.choose(subject, speculation, latency, config, folder, SILENT), tried[1:]
+    subject = Subject(teacher, {})
+    under_pushes = choosing.under_pushes(subject)
+    choice = choosing.choose(subject, under_pushes, speculation, latency, config, folder, HERE)
+    return choice, tried[1:]
 
 
 SMALL_BUDGET = BudgetOverride(num_samples=16, iterations=1, num_elites=4, num_pi_trajs=4, compile=False)
@@ -491,7 +471,7 @@ def test_a_teacher_that_fails_is_said_before_the_work(workdir: Path, monkeypatch
 
     monkeypatch.setattr(main_job, "train_corrector", train)
     for random, warned in ((-1e9, False), (1e9, True)):
-        monkeypatch.setattr(main_job, "random_returns", lambda env, seeds, r=random: np.full(len(seeds), r))
+        monkeypatch.setattr(main_job, "returns_of_random_actions", lambda *_, r=random: np.full(3, r))
         result = accelerate(workdir, f"out=fails-{warned}")
         one_line(result, "training")
         assert ("WARNING: the teacher itself fails" in result.stdout) == warned
@@ -506,18 +486,17 @@ def test_random_actions_are_measured_on_the_same_seeds(monkeypatch: pytest.Monke
 
 def test_modes_are_tried_under_real_pushes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 20)
-    monkeypatch.setattr(evaluate, "random_returns", lambda env, seeds: np.full(len(seeds), -1.0))
+    monkeypatch.setattr(choosing, "returns_of_random_actions", lambda *_: np.full(3, -1.0))
     teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
-    config = evaluate.EvaluationConfig(
-        calibration_episodes=3, num_envs=3, min_return_pushed=0.001, latency_steps=8
-    )
+    config = EvaluationConfig(calibration_episodes=3, num_envs=3, min_return_pushed=0.001, latency_steps=8)
     modes = {"baseline": SpeculationConfig(1), "naive": SpeculationConfig(4)}
-    monkeypatch.setattr(evaluate, "holds_up", lambda summary, least: pd.Series(True, summary.index))
-    subject = evaluate.Subject(teacher, {})
-    latency = evaluate._latency(subject, modes, config, tmp_path / "latency.csv", SILENT)
+    monkeypatch.setattr(choosing, "holds_up", lambda summary, least: pd.Series(True, summary.index))
+    subject = Subject(teacher, {})
+    latency = latency_of(subject, modes, 0, config.latency_steps, tmp_path / "latency.csv", HERE)
     latency["act_ms"] = np.where(latency["kind"] == "planned", 10.0, 1.0)
-    mode, why, _ = evaluate.choose(subject, modes, latency, config, tmp_path, SILENT)
-    assert mode == "naive" and "under pushes" in why
+    pushed_subject = choosing.under_pushes(subject)
+    choice = choosing.choose(subject, pushed_subject, modes, latency, config, tmp_path, HERE)
+    assert choice.mode == "naive" and "under pushes" in choice.why
     calm, pushed = (pd.read_csv(tmp_path / name / "baseline/episodes.csv") for name in ("modes", "pushed"))
     assert list(calm["seed"]) == list(pushed["seed"]) and (calm["return"] != pushed["return"]).any()
 

@@ -11,11 +11,13 @@ from stand_ins import Seeded
 
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, PlannerConfig, SpeculationConfig, WorldModelConfig
-from tdmpc2.evaluation.evaluate import EvaluationConfig, Subject, calibrate
+from tdmpc2.evaluation.calibrate import calibrate
+from tdmpc2.evaluation.config import EvaluationConfig
+from tdmpc2.evaluation.runs import Subject
 from tdmpc2.monitor import Monitor, calibrate_thresholds
-from tdmpc2.progress import SILENT
 from tdmpc2.step import PlanState, PlanStep
 from tdmpc2.teacher import Teacher
+from tdmpc2.workers import HERE
 from tdmpc2.world_model import WorldModel, fingerprint, load_world_model
 
 BUDGET = PlannerConfig(num_samples=16, iterations=2, num_elites=4, num_pi_trajs=4)
@@ -87,7 +89,7 @@ def test_each_mode_is_given_the_thresholds_of_its_own_steps(tmp_path: Path) -> N
     model = load_world_model(Path(__file__).parent / "fixtures/official/state_small.pt")
     teacher = OfSeeds("seeds", model, BUDGET, 0.99, fingerprint(model), None, EAGER)
     config = EvaluationConfig(calibration_episodes=6, num_envs=2, quantile=0.8)
-    modes = calibrate(Subject(teacher, {}), config, tmp_path, SILENT)
+    modes = calibrate(Subject(teacher, {}), config, tmp_path, HERE)
     steps = pd.read_csv(tmp_path / "free/plan/steps.csv")
     assert set(steps["kind"]) == {"planned", "open_loop"}, "executed without fallback"
     assert steps["seed"].unique().tolist() == list(range(10_000, 10_006))

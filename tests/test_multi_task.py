@@ -12,7 +12,7 @@ from tdmpc2.config import EAGER, TEACHER, BudgetOverride, SpeculationConfig
 from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
 from tdmpc2.distillation.dataset import read_shard
 from tdmpc2.envs import dmc
-from tdmpc2.evaluation.evaluate import Subject
+from tdmpc2.evaluation.runs import Subject
 from tdmpc2.files import write_json
 from tdmpc2.teacher import open_teacher
 from tdmpc2.world_model import fingerprint

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..evaluation.modes import DISTILLED
 from ..progress import Progress
 from ..teacher import open_teacher
+from ..workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,10 @@ class Settings(Checked):
     out: str  # folder of the shards
     episodes: int = 8
     seed: int = 0  # of the first episode; the others follow
-    num_envs: int = 8  # episodes run as one batch, which makes one shard
+    num_envs: int = 1  # episodes run as one batch, which makes one shard; give 10 on a GPU
+    workers: int = (
+        0  # processes that collect shards, with one thread each; 0: one a core, on a GPU one in all
+    )
     execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
     corrector: str = ""  # folder of the corrector that then acts; empty for none
     device: str = "cpu"
@@ -39,7 +43,7 @@ class Settings(Checked):
 
     def check_ranges(self) -> None:
         at_least(1, self, "episodes", "num_envs", "execution_horizon")
-        at_least(0, self, "seed")
+        at_least(0, self, "seed", "workers")
 
 
 def main(settings: Settings) -> None:
@@ -67,6 +71,6 @@ def main(settings: Settings) -> None:
             num_envs=s.num_envs,
             behaviours=[behaviour],
             correctors=correctors,
-            progress=progress,
+            workers=Workers.of(s.workers, s.device, progress),
         )
     print(f"{s.episodes} episodes in {len(paths)} shards in {s.out}")

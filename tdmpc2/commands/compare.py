@@ -13,12 +13,13 @@ from pathlib import Path
 from rich.console import Console
 
 from ..accelerate import check_room_for_agent, evaluate_correctors, save_agent
-from ..checked import Checked
+from ..checked import Checked, at_least
 from ..config import BudgetOverride, ModelOverride
-from ..evaluation.evaluate import EvaluationConfig
+from ..evaluation.config import EvaluationConfig
 from ..files import in_use
 from ..progress import Progress
 from ..teacher import open_teacher
+from ..workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,13 @@ class Settings(Checked):
     correctors: str  # folder of two_tower/, temporal/, distilled/, or some of them
     out: str  # folder of the agent and its evaluation
     device: str = "cpu"
+    workers: int = 0  # processes that run episodes, with one thread each; 0: one a core, on a GPU one in all
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def check_ranges(self) -> None:
+        at_least(0, self, "workers")
 
 
 def main(settings: Settings) -> None:
@@ -40,6 +45,7 @@ def main(settings: Settings) -> None:
     check_room_for_agent(out, s.checkpoint)
     with in_use(out), Progress(Console()) as progress:
         teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
-        evaluate_correctors(teacher, correctors, out / "evaluation", s.evaluation, progress)
+        workers = Workers.of(s.workers, s.device, progress)
+        evaluate_correctors(teacher, correctors, out / "evaluation", s.evaluation, workers)
         save_agent(out, teacher, out / "evaluation", correctors)
         progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')

@@ -28,8 +28,8 @@ from ..envs import max_episode_steps
 from ..errors import ConfigError, DataError
 from ..files import difference, in_use
 from ..planner import Plan
-from ..progress import SILENT, Progress
 from ..teacher import Teacher
+from ..workers import HERE, Workers
 from ..world_model.checkpoint import fingerprint
 from .dataset import read_shard, write_shard
 
@@ -48,7 +48,7 @@ def collect(
     behaviours: Sequence[SpeculationConfig] = (TEACHER,),
     correctors: Mapping[str, BaseCorrector] | None = None,
     bursts: bool = False,
-    progress: Progress = SILENT,
+    workers: Workers = HERE,
 ) -> list[Path]:
     """Collect episodes with the seeds `seed ... seed + episodes - 1` and return their shards.
 
@@ -61,7 +61,7 @@ def collect(
         behaviours: who acts; the episodes take them in turn.
         correctors: those that behaviours name.
         bursts: whether random actions are executed now and then.
-        progress: shows what is going on.
+        workers: collect the shards that are missing.
 
     Raises:
         ConfigError: a number is not positive, a behaviour names a corrector that is not there, or another
@@ -86,28 +86,53 @@ def collect(
         "behaviours": [_describe(b, correctors) for b in behaviours],
         "bursts": bursts,
     }
-    envs: list[gym.Env] = []
-    paths, recorded = [], 0
-    with in_use(out), ExitStack() as to_close, progress.add("collecting", unit="steps") as stage:
+    paths: list[Path] = []
+    missing: dict[str, tuple[Any, ...]] = {}
+    episodes_missing = 0
+    with in_use(out):
         for first in range(seed, seed + episodes, num_envs):
             seeds = list(range(first, min(first + num_envs, seed + episodes)))
             path = Path(out) / f"shard-{first:08d}.safetensors"
             paths.append(path)
             expected = {**header, "seeds": seeds}
             if path.exists():
-                recorded += _check(path, expected)
+                _check(path, expected)
             else:
-                while len(envs) < len(seeds):
-                    envs.append(to_close.enter_context(closing(teacher.env())))
-                left = seed + episodes - first  # episodes
-                stage.at(recorded, total=recorded + left * max_episode_steps(envs[0]))
                 turn = (first - seed) % len(behaviours)
-                own = [*behaviours[turn:], *behaviours[:turn]]
-                tensors = _run(teacher, envs, seeds, own, correctors, bursts, stage.advance)
-                write_shard(path, tensors, expected)
-                recorded += len(tensors["reward"])
-        stage.at(recorded, total=recorded)
+                own = [*behaviours[turn:], *behaviours[:turn]][: len(seeds)]
+                named = {b.corrector: correctors[b.corrector] for b in own if b.corrector}
+                missing[path.name] = path, expected, teacher, own, named
+                episodes_missing += len(seeds)
+        if missing:
+            with closing(teacher.env()) as env:
+                total = episodes_missing * max_episode_steps(env)
+            for _ in workers.map("collecting", _collect, missing, task=teacher.task, total=total):
+                pass
     return paths
+
+
+def _collect(
+    path: Path,
+    header: Mapping[str, Any],
+    teacher: Teacher,
+    behaviours: Sequence[SpeculationConfig],
+    correctors: Mapping[str, BaseCorrector],
+    advance: Callable[[float], None],
+) -> None:
+    """Write one shard.
+
+    Args:
+        path: of the shard.
+        header: of the shard, with its seeds.
+        teacher: who labels.
+        behaviours: of the shard's episodes, in turn.
+        correctors: those that behaviours name.
+        advance: called after each step with the number of episodes that were running.
+    """
+    with ExitStack() as stack:
+        envs = [stack.enter_context(closing(teacher.env())) for _ in header["seeds"]]
+        tensors = _run(teacher, envs, header["seeds"], behaviours, correctors, header["bursts"], advance)
+    write_shard(path, tensors, header)
 
 
 def _run(
@@ -119,20 +144,17 @@ def _run(
     bursts: bool,
     advance: Callable[[float], None],
 ) -> dict[str, Tensor]:
-    """The tensors of one shard; rows whose episode has ended idle until the last one ends.
-
-    `advance` is called after each step with the number of episodes that were running.
-    """
+    """The tensors of one shard; rows whose episode has ended idle until the last one ends."""
     n = len(seeds)
     labeller = teacher.agent(n, seeds[0])
     groups = []  # agents and the rows that they act for
-    for i, behaviour in enumerate(behaviours[:n]):
+    for i, behaviour in enumerate(behaviours):
         rows = torch.arange(i, n, len(behaviours))
         corrector = correctors[behaviour.corrector] if behaviour.corrector else None
         agent = SpeculativeAgent(teacher.agent(len(rows), seeds[0]), behaviour, corrector)
         agent.reset()
         groups.append((rows, agent))
-    obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs[:n], seeds, strict=True)])
+    obs = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
     action = torch.zeros(n, teacher.model.config.action_dim)
     disturb = [Bursts(s) for s in seeds] if bursts else []
     recorded: list[list[dict[str, Tensor]]] = [[] for _ in range(n)]
@@ -186,9 +208,8 @@ def _describe(behaviour: SpeculationConfig, correctors: Mapping[str, BaseCorrect
     return {**asdict(behaviour), "weights": fingerprint(correctors[named]) if named else ""}
 
 
-def _check(path: Path, expected: Mapping[str, Any]) -> int:
-    """The number of steps of a shard; DataError where it was collected otherwise."""
-    tensors, header = read_shard(path)
+def _check(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise DataError where a shard was collected otherwise."""
+    _, header = read_shard(path)
     if differs := difference({name: header[name] for name in expected}, expected):
         raise DataError(f"{path} was collected with {differs}: choose another folder or delete it")
-    return len(tensors["reward"])

@@ -55,6 +55,11 @@ class CorrectorTrainConfig(Checked):
     num_layers: int = 2
     num_heads: int = 4
 
+    @property
+    def architectures(self) -> list[str]:
+        """Those that are trained."""
+        return list(ARCHITECTURES) if self.architecture == "all" else [self.architecture]
+
     def check_ranges(self) -> None:
         at_least(1, self, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
         at_least(3, self, "held_out_every")
@@ -63,7 +68,7 @@ class CorrectorTrainConfig(Checked):
         within(self, 1e-12, 1, "lr")
         if self.loss not in LOSSES:
             raise ConfigError(f"loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
-        for name in _names(self):
+        for name in self.architectures:
             build_corrector(_architecture(self, name, latent_dim=8, action_dim=1))
 
 
@@ -81,10 +86,6 @@ class Errors(NamedTuple):
 class Trained(NamedTuple):
     corrector: BaseCorrector  # in evaluation mode
     errors: Errors  # on the test episodes
-
-
-def _names(config: CorrectorTrainConfig) -> list[str]:
-    return list(ARCHITECTURES) if config.architecture == "all" else [config.architecture]
 
 
 def _architecture(
@@ -132,7 +133,7 @@ def train_corrector(
     _check_fits(model, data)
     trained = {}
     with in_use(out):
-        for name in _names(config):
+        for name in config.architectures:
             with progress.add(f"training {name}", config.updates, unit="updates") as stage:
                 trained[name] = _train(name, model, data, config, Path(out) / name, stage, initial.get(name))
     return trained

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checked import Checked
+from ..checked import Checked, at_least
 from ..config import BudgetOverride, SpeculationConfig
 from ..corrector import ARCHITECTURES, load_corrector
 from ..errors import CheckpointError, ConfigError, TaskError
@@ -21,20 +21,12 @@ from ..files import in_use, read_json, write_json
 from ..progress import Progress
 from ..provenance import provenance
 from ..teacher import Teacher, open_teacher
+from ..workers import Workers
 from ..world_model.checkpoint import saved_as
-from .evaluate import (
-    EpisodesConfig,
-    EvaluationConfig,
-    Subject,
-    check_unseen,
-    claim,
-    overlap,
-    run_modes,
-    write_csv,
-)
+from .config import EpisodesConfig, EvaluationConfig, check_unseen, overlap
 from .metrics import summarise
 from .modes import BASELINE, DISTILLED, REFINED, mode_names
-from .rollout import Rollout
+from .runs import Run, Subject, claim, execute, kept, runs_of, write_csv
 
 STRENGTHS = {  # of each kind of perturbation, in the units of `envs.perturb.KINDS`
     "push": (0.1, 0.3, 1.0),
@@ -52,11 +44,13 @@ class PerturbedConfig(Checked):
     task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
     out: str = ""  # folder for the results; default: perturbed/ in the agent's
     device: str = "cpu"
+    workers: int = 0  # processes that run episodes, with one thread each; 0: one a core, on a GPU one in all
     kinds: tuple[str, ...] = tuple(STRENGTHS)
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     evaluation: EpisodesConfig = field(default_factory=EpisodesConfig)
 
     def check_ranges(self) -> None:
+        at_least(0, self, "workers")
         if not self.kinds or set(self.kinds) - set(STRENGTHS):
             raise ConfigError(f"kinds={list(self.kinds)}: choose of {', '.join(STRENGTHS)}")
 
@@ -115,11 +109,20 @@ def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFr
     }
     with in_use(out):
         claim(out, settings)
-        results: dict[tuple[str, float], Rollout] = {}
-        for (kind, strength), world in worlds.items():
-            progress.print(f"{kind} {strength}")
-            subject, name = Subject(world, correctors), out / f"{kind}-{strength}"
-            results[kind, strength] = run_modes(subject, modes, config.evaluation, seeds, name, progress)
+        num_envs = config.evaluation.num_envs
+        runs = {
+            (kind, strength): runs_of(
+                Subject(world, correctors), modes, seeds, num_envs, out / f"{kind}-{strength}"
+            )
+            for (kind, strength), world in worlds.items()
+        }
+        every: dict[str, Run] = {
+            f"{kind} {strength}, {mode}": run
+            for (kind, strength), own in runs.items()
+            for mode, run in own.items()
+        }
+        execute(every, "episodes", Workers.of(config.workers, config.device, progress))
+        results = {key: kept(own) for key, own in runs.items()}
         table = _together({key: summarise(r.episodes, r.steps, None) for key, r in results.items()})
         write_csv(out / "episodes.csv", _together({key: r.episodes for key, r in results.items()}))
         write_csv(out / "summary.csv", table)

@@ -18,11 +18,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from .compiled import say
@@ -49,7 +50,7 @@ def library(name: str, make: Callable[[Path], Path]) -> Run:
     """
     with _one_by_one:
         if name not in _opened:
-            _opened[name] = _kept(name) or _made(name, make)
+            _opened[name] = _kept(name) or _made_once(name, make)
         return _opened[name]
 
 
@@ -106,6 +107,14 @@ def _kept(name: str) -> Run | None:
     with suppress(OSError):
         os.utime(path)
     return _open(path)
+
+
+def _made_once(name: str, make: Callable[[Path], Path]) -> Run:
+    """The library; of several processes that want it at the same time, one makes it."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # without a cache, each makes its own
+            stack.enter_context(FileLock(cache_folder() / f"{name}.lock"))
+        return _kept(name) or _made(name, make)
 
 
 def _made(name: str, make: Callable[[Path], Path]) -> Run:
