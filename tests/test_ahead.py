@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import tdmpc2.loading
@@ -132,6 +134,20 @@ def test_all_agents_of_a_process_share_a_library(cache: Path, compiled: bytes) -
     assert library("sine", making) is library("sine", making)
     making.open()
     assert making.times == 1
+
+
+def test_of_several_processes_one_makes_a_library(cache: Path, compiled: bytes) -> None:
+    making = Making(compiled)
+    cache.mkdir(mode=0o700)
+    with FileLock(cache / "sine.lock"):  # another process makes it
+        waiting = threading.Thread(target=making.open)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        libraries._keep("sine", making.content)
+    waiting.join(10)
+    assert not waiting.is_alive() and not making.times
+    assert [path.name for path in cache.iterdir()] == ["sine.pt2"]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def choose(
         under_pushes = (
             f", and {config.min_return_pushed} of it under pushes"
             if pushed is not None
-            else "; the task cannot be perturbed, so the mode was not tried under pushes"
+            else "; the mode was not tried under pushes"
         )
         return Choice(
             best,

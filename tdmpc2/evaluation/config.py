@@ -36,7 +36,7 @@ class EvaluationConfig(EpisodesConfig):
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
     min_return: float = 0.98  # ratio to the baseline that a chosen mode must keep
-    min_return_pushed: float = 0.95  # the same where both are pushed, on average
+    min_return_pushed: float = 0.95  # the same where both are pushed, on average; 0: no mode is pushed
 
     def check_ranges(self) -> None:
         super().check_ranges()
@@ -44,8 +44,9 @@ class EvaluationConfig(EpisodesConfig):
         at_least(1, self, "latency_steps")
         at_least(0, self, "calibration_seed")
         for name in ("quantile", "min_return", "min_return_pushed"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be above 0 and at most 1")
+            value = getattr(self, name)
+            if not (0 < value <= 1 or (value == 0 and name == "min_return_pushed")):
+                raise ConfigError(f"{name}={value}: must be above 0 and at most 1")
         if not 0 <= self.label_episodes <= min(self.num_envs, self.episodes):
             raise ConfigError(
                 f"label_episodes={self.label_episodes}: these are among the episodes that run at once, at "

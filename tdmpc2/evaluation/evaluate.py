@@ -80,7 +80,7 @@ def evaluate(
     )
     pushed: Subject | None = None
     try:
-        pushed = under_pushes(subject)
+        pushed = under_pushes(subject) if config.min_return_pushed else None
     except TaskError as e:
         progress.print(f"{e}; the mode is chosen without pushes")
     # What does not depend on the choice runs at once, which keeps all processes busy.

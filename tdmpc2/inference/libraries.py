@@ -113,7 +113,9 @@ def _made_once(name: str, make: Callable[[Path], Path]) -> Run:
     """The library; of several processes that want it at the same time, one makes it."""
     with ExitStack() as stack:
         with suppress(OSError):  # without a cache, each makes its own
-            stack.enter_context(FileLock(cache_folder() / f"{name}.lock"))
+            lock = cache_folder() / f"{name}.lock"
+            stack.enter_context(FileLock(lock))
+            stack.callback(lock.unlink, missing_ok=True)
         return _kept(name) or _made(name, make)
 
 
