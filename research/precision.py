@@ -1,6 +1,6 @@
 """Does planning in bfloat16 lose return? The same episodes in both precisions.
 
-    python benchmarks/precision.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup
+    python research/precision.py task=cartpole-swingup checkpoint=pretrained/cartpole-swingup
 
 Writes `results/precision/TASK.csv`, an episode a row, and `TASK.json`: the ratio of the mean returns with its
 95 % paired bootstrap interval.

@@ -1,6 +1,6 @@
 """Which rule gives plans up best: planner calls and return, as modelled and in perturbed worlds.
 
-    python benchmarks/rules.py task=walker-walk checkpoint=pretrained/walker-walk \\
+    python research/rules.py task=walker-walk checkpoint=pretrained/walker-walk \\
         correctors=accelerated/walker-walk/correctors
 
 The corrector executes 24 steps of each plan, refined. Rules are calibrated on episodes without fallback. All

@@ -1,6 +1,6 @@
 """The published modes, corrected and not refined, beside the same modes refined; for both losses.
 
-    python benchmarks/paper.py task=walker-walk checkpoint=pretrained/walker-walk \\
+    python research/paper.py task=walker-walk checkpoint=pretrained/walker-walk \\
         data=accelerated/walker-walk/data
 
 Both correctors are trained anew on an agent's data with the squared and with the absolute loss, equally long.
