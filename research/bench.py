@@ -176,7 +176,7 @@ def seconds_to_act(folder: str, device: str) -> float:
 
 
 def update(config: BenchConfig) -> Iterator[Measurement]:
-    """One update of `batch_size` stretches of `planner.horizon` steps, for every size and precision."""
+    """One update of `batch_size` segments of `planner.horizon` steps, for every size and precision."""
     for size, precision in product(config.sizes, config.precisions):
         yield partial(update_record, size, ComputeConfig(precision, config.compile), config)
 

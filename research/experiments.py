@@ -178,7 +178,7 @@ def error_estimate(
 ) -> nn.Module:
     """A head, features `[B, F]` to `[B, 1]`: the L1 distance to the teacher's action to be expected.
 
-    Trained on the stretches that the corrector was trained on.
+    Trained on the segments that the corrector was trained on.
     """
     torch.manual_seed(config.seed)
     width, steps = corrector.own.in_features, config.rollout_steps
