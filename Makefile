@@ -18,7 +18,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python research/bench.py
 
 docs: .venv-docs/.installed  ## the site, into site/
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict

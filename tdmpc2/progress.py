@@ -11,17 +11,28 @@ one line.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 import rich.progress
+import rich.table
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from rich.table import Column, Table
 from rich.text import Text
 
 INTERVAL = 30.0  # seconds between two lines of a running stage
+
+
+class Table(NamedTuple):
+    """A table as plain text; `Progress.table` shows it."""
+
+    columns: Sequence[str]  # titles
+    rows: Sequence[Sequence[str]]
+    title: str | None = None
+    words: int = 1  # the first so many columns hold words, the others hold numbers
 
 
 class Stage:
@@ -78,7 +89,7 @@ class Progress:
         self._bars = rich.progress.Progress(
             TextColumn("{task.description}"),
             # The bar takes what is left of a line, so a narrow terminal cuts the bar and not the text.
-            BarColumn(None, table_column=Column(ratio=1)),
+            BarColumn(None, table_column=rich.table.Column(ratio=1)),
             _Count(),
             TextColumn("{task.fields[note]}", markup=False),
             _Pace(),
@@ -116,7 +127,7 @@ class Progress:
         """Show a table that stays, at least 110 columns wide: Rich cuts, a terminal only wraps."""
         if self._console is not None:
             width, self._console.width = self._console.width, max(self._console.width, 110)
-            self._console.print(table)
+            self._console.print(_drawn(table))
             self._console.width = width
 
     def __enter__(self) -> "Progress":
@@ -157,6 +168,21 @@ class _Pace(rich.progress.ProgressColumn):
     def render(self, task: rich.progress.Task) -> Text:
         seconds = task.elapsed if task.time_remaining is None else task.time_remaining
         return Text(f"{_speed(task)} {_duration(seconds)}".lstrip())
+
+
+def _drawn(table: Table) -> rich.table.Table:
+    """The table as Rich prints it. Words of more than 14 letters may be folded; brackets are no markup."""
+    title = None if table.title is None else Text(table.title)
+    out = rich.table.Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for i, name in enumerate(table.columns):
+        if i < table.words:
+            longest = max((len(row[i]) for row in table.rows), default=0)
+            out.add_column(Text(name), min_width=min(longest, 14), overflow="fold")
+        else:
+            out.add_column(Text(name), justify="right", no_wrap=True)
+    for row in table.rows:
+        out.add_row(*map(Text, row))
+    return out
 
 
 def _line(task: rich.progress.Task, time: str = "") -> str:

@@ -28,7 +28,7 @@ import scipy.stats  # noqa: F401
 import torch  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("tdmpc2", "tests", "benchmarks", "scripts", "pyproject.toml")  # what tests need
+COPIED = ("tdmpc2", "tests", "research", "scripts", "pyproject.toml")  # what tests need
 PASSED, FAILED = 0, 1  # exit codes of pytest
 NOBODY, TIMEOUT, NOT_RUN = "no test", "a timeout", "not run"  # where no test noticed a mutant
 SLOWER = 5  # times as long as unchanged, and a minute, until a mutant's tests are stopped

@@ -19,8 +19,7 @@ from omegaconf import OmegaConf
 from stand_ins import ENVIRONMENT, nested
 
 import tdmpc2
-from benchmarks import experiments
-from scripts import write_results
+from research import experiments, write_results
 from tdmpc2 import commands
 from tdmpc2.accelerate import AccelerateConfig
 from tdmpc2.accelerate import accelerate as run_job

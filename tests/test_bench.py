@@ -16,7 +16,7 @@ from tdmpc2.planner import NoiseSource, Planner
 from tdmpc2.training.update import Batch, Update
 from tdmpc2.world_model import WorldModel
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "research"))
 
 import bench
 from flops import plan_flops, update_flops

@@ -653,7 +653,7 @@ def test_training_beats_the_plan_on_held_out_episodes(
     assert read_header(tmp_path / architecture)["errors"] == errors._asdict()
     with open(tmp_path / architecture / "train.csv") as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["20", "40", "60"]
-    shown.print(error_table(everything))
+    progress.table(error_table(everything))
     printed = shown.file.getvalue()  # type: ignore[attr-defined]
     assert f"training {architecture}: 60 of 60 updates, error " in printed
     assert f"{sum(errors.corrector) / 3:.4f}" in printed and "policy prior" in printed

@@ -185,6 +185,19 @@ def test_states_need_no_rendering_but_a_backend_that_exists(backend: str, works:
     assert works or "MUJOCO_GL: nonsense" in done.stderr.splitlines()[-1]
 
 
+def test_triton_is_imported_before_rendering_is_chosen(tmp_path: Path) -> None:
+    """The other way round the process crashes, where Mesa renders in software."""
+    (tmp_path / "triton.py").write_text("import sys; print('dm_control' in sys.modules)")
+    done = subprocess.run(
+        [sys.executable, "-c", "from tdmpc2.envs import dmc; dmc.suite()"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
+
+
 # Gymnasium
 
 

@@ -1,4 +1,4 @@
-"""The variants that `benchmarks/experiments.py` compares do what their names say."""
+"""The variants that `research/experiments.py` compares do what their names say."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import experiments
+from research import experiments
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, build_corrector

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import experiments
+from research import experiments
 from tdmpc2 import load_agent, load_world_model, make_env
 from tdmpc2.config import EAGER, BudgetOverride
 from tdmpc2.envs.dmc import DmControl

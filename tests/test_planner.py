@@ -16,7 +16,7 @@ from tdmpc2.inference import FastModel, FollowedWeights, compiled, origin
 from tdmpc2.planner import NoiseSource, Plan, Planner, warm_start
 from tdmpc2.world_model import WorldModel, load_world_model
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "research"))
 
 from reference import reference_plan
 

@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
-from tdmpc2.progress import SILENT, Progress
+from tdmpc2.progress import SILENT, Progress, Table
 
 
 def terminal() -> Console:
@@ -66,6 +66,19 @@ def test_what_ends_early_leaves_its_last_values(console: Console) -> None:
         raise KeyboardInterrupt
     assert shown(console).count("compiled\n") == 1
     assert "collecting: 40 of 90 steps, in 0:00:00\n" in shown(console)
+
+
+def test_a_table_shows_its_text_as_it_is() -> None:
+    console = Console(file=io.StringIO(), width=20)
+    rows = [["push 0.3", "naive_3", "0.98 [0.9, 1.1]"], ["[bold]", "a_mode_of_many_letters", "1"]]
+    Progress(console).table(Table(["world", "mode", "ratio [95 %]"], rows, "of [walker]", words=2))
+    title, columns, _, *lines = shown(console).splitlines()
+    assert title.strip() == "of [walker]" and columns.split() == ["world", "mode", "ratio", "[95", "%]"]
+    assert [line.split() for line in lines] == [" ".join(row).split() for row in rows]
+    assert len(set(map(len, map(str.rstrip, lines)))) == 1, "numbers end in one column, words begin in one"
+    Progress(console).table(Table(["mode", "return"], []))
+    SILENT.table(Table(["mode"], [["unseen"]]))
+    assert "unseen" not in shown(console)
 
 
 def test_silence() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from scripts import write_results
+from research import write_results
 from tdmpc2 import cli
 from tdmpc2.errors import DataError
 from tdmpc2.evaluation.aggregate import TaskResults, speculation_table
@@ -27,7 +27,8 @@ def test_nothing_is_typed_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / page).write_text(text)
     (tmp_path / "results/speculation.csv").unlink()
     arguments = [f"{name}={tmp_path / name}" for name in ("results", "pretrained", "docs")]
-    monkeypatch.setattr(sys, "argv", ["scripts/write_results.py", *arguments, f"readme={tmp_path}/README.md"])
+    arguments.append(f"readme={tmp_path}/README.md")
+    monkeypatch.setattr(sys, "argv", ["research/write_results.py", *arguments])
     monkeypatch.chdir(tmp_path)
     cli.run(write_results.Settings, write_results.main)
     for name in [*pages, "docs/front.svg", "results/speculation.csv"]:

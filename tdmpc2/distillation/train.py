@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from ..checked import Checked, at_least, within
@@ -25,7 +24,7 @@ from ..config import CorrectorConfig
 from ..corrector import ARCHITECTURES, BaseCorrector, build_corrector, load_corrector, save_corrector
 from ..errors import ConfigError, DataError, TDMPC2Error
 from ..files import in_use
-from ..progress import SILENT, Progress, Stage
+from ..progress import SILENT, Progress, Stage, Table
 from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
 from .losses import LOSSES, Unrolled, correction_loss, distance, unroll
@@ -150,17 +149,16 @@ def _check_fits(model: WorldModel, data: Recording) -> None:
 def error_table(trained: Mapping[str, Trained]) -> Table:
     """The errors of correctors beside those of the plan and the policy prior."""
     errors = {name: t.errors for name, t in trained.items()}
-    table = Table(title="Mean L1 distance to the teacher's action, held-out episodes")
     some = next(iter(errors.values()))
     last = len(some.plan)
     shown = sorted({k for k in (1, 2, 3, last // 2, last) if 1 <= k <= last})
-    for column in ("action of", "all steps", *(f"k = {k}" for k in shown)):
-        table.add_column(column, justify="left" if column == "action of" else "right")
-    rows = {name: e.corrector for name, e in errors.items()}
-    for name, error in {**rows, "plan": some.plan, "policy prior": some.prior}.items():
+    compared = {name: e.corrector for name, e in errors.items()}
+    rows = []
+    for name, error in {**compared, "plan": some.plan, "policy prior": some.prior}.items():
         numbers = [_mean(error), *(error[k - 1] for k in shown)]
-        table.add_row(name, *(f"{number:.4f}" for number in numbers))
-    return table
+        rows.append([name, *(f"{number:.4f}" for number in numbers)])
+    columns = ["action of", "all steps", *(f"k = {k}" for k in shown)]
+    return Table(columns, rows, "Mean L1 distance to the teacher's action, held-out episodes")
 
 
 def _train(

@@ -6,9 +6,11 @@ A name is the domain, a dash, and the task with its underscores turned into dash
 """
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -126,10 +128,15 @@ def suite() -> ModuleType:
     """dm_control's suite, imported on first use: the import already chooses how to render.
 
     Without a display dm_control would still choose GLFW, which then cannot open a window.
+
+    Triton is imported first: PyTorch imports it when it compiles. Without a graphics driver dm_control loads
+    Mesa's LLVM, and a process that loads Triton's LLVM after it crashes.
     """
     displays = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")
     if sys.platform == "linux" and not any(os.environ.get(name) for name in displays):
         os.environ["MUJOCO_GL"] = _headless_backend()
+    with suppress(ImportError):  # PyTorch's CPU build comes without it
+        importlib.import_module("triton")
     try:
         import dm_control.suite  # type: ignore[import-untyped]
     except Exception as error:  # a MUJOCO_GL that this machine does not have fails here

@@ -16,12 +16,10 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from ..config import SpeculationConfig
 from ..files import atomic_write, read_json
+from ..progress import Table
 from .metrics import PLANS, holds_up, with_interval
 from .modes import HORIZONS, PAPER_HORIZONS, SIMPLER
 
@@ -169,18 +167,9 @@ def write_report(folder: Path) -> Path:
 
 
 def in_terminal(summary: pd.DataFrame) -> Table:
-    """The summary for a terminal, within 100 columns; names of more than 14 letters are folded."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    longest = max(len(str(mode)) for mode in summary["mode"])
-    for name, title in IN_TERMINAL.items():
-        if name == "mode":
-            table.add_column(title, min_width=min(longest, 14), overflow="fold")
-        else:
-            table.add_column(Text(title), justify="right", no_wrap=True)
-    for _, row in summary.iterrows():
-        cells = _cells(row)
-        table.add_row(*(Text(cells[name]) for name in IN_TERMINAL))  # Text: a bracket is no markup
-    return table
+    """The columns of the summary that fit a terminal, within 100 columns."""
+    rows = [_cells(row) for _, row in summary.iterrows()]
+    return Table([*IN_TERMINAL.values()], [[cells[name] for name in IN_TERMINAL] for cells in rows])
 
 
 def verdict(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:

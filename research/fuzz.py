@@ -1,6 +1,6 @@
 """Every kind of file that the package reads, damaged in many ways: what does each input end in?
 
-    python benchmarks/fuzz.py inputs=10000
+    python research/fuzz.py inputs=10000
 
 A worker process opens one damaged file after another. An input ends in one of these:
 
@@ -34,17 +34,14 @@ from typing import Any
 
 import torch
 
-from tdmpc2 import cli
-from tdmpc2.agent import SpeculativeAgent
+from tdmpc2 import SpeculativeAgent, TDMPC2Error, cli, load_agent, load_world_model
 from tdmpc2.config import EAGER, CorrectorConfig, PlannerConfig, SpeculationConfig
 from tdmpc2.corrector import build_corrector, load_corrector, save_corrector
 from tdmpc2.distillation.dataset import TENSORS, load_shards, write_shard
-from tdmpc2.errors import TDMPC2Error
 from tdmpc2.files import read_tensors, write_tensors
-from tdmpc2.loading import load_agent
 from tdmpc2.training.checkpoint import FORMAT
 from tdmpc2.training.replay import Episode, Replay
-from tdmpc2.world_model import fingerprint, load_world_model, save_world_model
+from tdmpc2.world_model import fingerprint, save_world_model
 
 ROOT = Path(__file__).parents[1]
 OFFICIAL = ROOT / "tests/fixtures/official"

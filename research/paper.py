@@ -1,6 +1,6 @@
 """The published modes, corrected and not refined, beside the same modes refined; for both losses.
 
-    python benchmarks/paper.py task=walker-walk checkpoint=pretrained/walker-walk \\
+    python research/paper.py task=walker-walk checkpoint=pretrained/walker-walk \\
         data=accelerated/walker-walk/data
 
 Both correctors are trained anew on an agent's data with the squared and with the absolute loss, equally long.
@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tdmpc2 import cli
+from tdmpc2.checked import Checked, at_least
 from tdmpc2.config import BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
@@ -37,7 +38,7 @@ FREE_ON_RESUME = ("checkpoint", "data", "device", "workers", "planner.compile", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperConfig:
+class PaperConfig(Checked):
     """Whose data the correctors are trained on, and how much is evaluated."""
 
     task: str
@@ -54,6 +55,18 @@ class PaperConfig:
     model: ModelOverride = field(default_factory=ModelOverride)
     evaluation: EpisodesConfig = field(default_factory=lambda: EpisodesConfig(num_envs=20))
 
+    def check_ranges(self) -> None:
+        at_least(1, self, "updates", "calibration_episodes")
+        at_least(0, self, "calibration_seed")
+        if overlap(self.calibration_seeds, self.evaluation.seeds):
+            raise ConfigError(
+                f"evaluation.seed={self.evaluation.seed}: evaluation seeds overlap the calibration seeds"
+            )
+
+    @property
+    def calibration_seeds(self) -> range:
+        return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
+
 
 def main(config: PaperConfig) -> None:
     with Progress(Console()) as progress, in_use(Path(config.runs) / config.task):
@@ -64,9 +77,7 @@ def compare(config: PaperConfig, workers: Workers) -> None:
     """Train what is missing, evaluate, and write the results."""
     teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     runs, out = Path(config.runs) / config.task, Path(config.out) / config.task
-    seeds = range(config.calibration_seed, config.calibration_seed + config.calibration_episodes)
-    if overlap(seeds, config.evaluation.seeds):
-        raise ConfigError("evaluation seeds overlap the calibration seeds: change evaluation.seed")
+    seeds = config.calibration_seeds
     data = load_shards(config.data, teacher.fingerprint).to(config.device)
     settings = {
         **asdict(config),

@@ -6,18 +6,18 @@ The benchmarks measure how much faster the package is than this, and the tests t
 ask for their noise in the same order as the package does.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tdmpc2 import WorldModel
 from tdmpc2.config import PlannerConfig, UpdateConfig
 from tdmpc2.planner import NoiseSource
 from tdmpc2.training.update import Batch, Noise
-from tdmpc2.world_model import WorldModel
-from tdmpc2.world_model.layers import NormedLinear
-from tdmpc2.world_model.two_hot import soft_cross_entropy, two_hot_inv
+from tdmpc2.world_model import soft_cross_entropy, two_hot_inv
+from tdmpc2.world_model.layers import Linear, NormedLinear
 
 
 class ReferencePlan(NamedTuple):
@@ -115,7 +115,10 @@ class ReferenceUpdate:
         others = [*model.dynamics.parameters(), *model.reward_head.parameters()]
         others += [p for q in self.q for p in q.parameters()]
         self.model_params, self.policy_params = encoder + others, list(model.policy.parameters())
-        groups = [{"params": encoder, "lr": config.lr * config.enc_lr_scale}, {"params": others}]
+        groups: list[dict[str, Any]] = [
+            {"params": encoder, "lr": config.lr * config.enc_lr_scale},
+            {"params": others},
+        ]
         self.model_optim = torch.optim.Adam(groups, lr=config.lr)
         self.policy_optim = torch.optim.Adam(self.policy_params, lr=config.lr, eps=1e-5)
         self.q_scale = torch.ones(())
@@ -200,6 +203,7 @@ def head(stacked: nn.Sequential, i: int) -> nn.Sequential:
     """Head `i` of stacked ones, as plain layers of its own."""
     layers: list[nn.Module] = []
     for layer in stacked:
+        assert isinstance(layer, Linear)
         linear = nn.Linear(layer.weight.shape[-1], layer.weight.shape[-2])
         linear.load_state_dict({"weight": layer.weight[i], "bias": layer.bias[i]})
         layers.append(linear)

@@ -1,12 +1,12 @@
 """Write the numbers in README and docs, their figure and `results/speculation.csv` from the raw results.
 
-    python scripts/write_results.py
+    python research/write_results.py
 
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
 large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote;
-`results/experiments` is of `benchmarks/experiments.py`, `results/paper` of `benchmarks/paper.py`,
-`results/rules` of `benchmarks/rules.py`, `results/bench.json` of `benchmarks/bench.py`,
-`results/precision` of `benchmarks/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
+`results/experiments` is of `research/experiments.py`, `results/paper` of `research/paper.py`,
+`results/rules` of `research/rules.py`, `results/bench.json` of `research/bench.py`,
+`results/precision` of `research/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
 
 A page takes a block of numbers by its marks, and any page can take any block:
 

@@ -1,7 +1,7 @@
 """How time is taken, and the speed that it is held against: the machine's own for matrix products.
 
 Everything that is compared is measured in turns, round after round, so that whatever else the machine is
-doing falls on all alike. Of each the tenth percentile counts: what it takes when nothing disturbs it.
+doing falls on all alike. The tenth percentile counts: what a case takes when nothing disturbs it.
 """
 
 import time

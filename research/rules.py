@@ -1,6 +1,6 @@
 """Which rule gives plans up best: planner calls and return, as modelled and in perturbed worlds.
 
-    python benchmarks/rules.py task=walker-walk checkpoint=pretrained/walker-walk \\
+    python research/rules.py task=walker-walk checkpoint=pretrained/walker-walk \\
         correctors=accelerated/walker-walk/correctors
 
 The corrector executes 24 steps of each plan, refined. Rules are calibrated on episodes without fallback. All
@@ -15,10 +15,11 @@ import pandas as pd
 from rich.console import Console
 
 from tdmpc2 import cli
+from tdmpc2.checked import Checked, at_least
 from tdmpc2.config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
 from tdmpc2.errors import ConfigError, TaskError
-from tdmpc2.evaluation.config import check_unseen, overlap
+from tdmpc2.evaluation.config import EpisodesConfig, check_unseen, overlap
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.evaluation.runs import Subject, write_csv
 from tdmpc2.files import write_json
@@ -36,7 +37,7 @@ WORLDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RulesConfig:
+class RulesConfig(Checked):
     """Which corrector the rules are compared on."""
 
     task: str
@@ -46,11 +47,23 @@ class RulesConfig:
     architecture: str = "two_tower"
     execution_horizon: int = 24
     calibration_seed: int = 10_000
-    eval_seed: int = 40_000
-    episodes: int = 20  # run as one batch
+    calibration_episodes: int = 20
     out: str = "results/rules"
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
+    evaluation: EpisodesConfig = field(default_factory=lambda: EpisodesConfig(seed=40_000, num_envs=20))
+
+    def check_ranges(self) -> None:
+        at_least(1, self, "execution_horizon", "calibration_episodes")
+        at_least(0, self, "calibration_seed")
+        if overlap(self.calibration_seeds, self.evaluation.seeds):
+            raise ConfigError(
+                f"evaluation.seed={self.evaluation.seed}: evaluation seeds overlap the calibration seeds"
+            )
+
+    @property
+    def calibration_seeds(self) -> range:
+        return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
 
 
 def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, SpeculationConfig]:
@@ -67,16 +80,13 @@ def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, Speculation
 
 def main(config: RulesConfig) -> None:
     console, name = Console(), config.architecture
+    seeds, held_out = config.calibration_seeds, config.evaluation
     teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
     corrector = load_corrector(Path(config.correctors) / name, teacher.fingerprint, config.device)
     steps_ahead = teacher.planner.horizon
     free = SpeculationConfig(config.execution_horizon, corrector=name, refine_steps=steps_ahead)
-    seeds = range(config.calibration_seed, config.calibration_seed + config.episodes)
-    held_out = range(config.eval_seed, config.eval_seed + config.episodes)
-    if overlap(seeds, held_out):
-        raise ConfigError("evaluation seeds overlap the calibration seeds: change eval_seed")
-    check_unseen([*seeds, *held_out], [Path(config.correctors) / name])
-    steps = Subject(teacher, {name: corrector}).rollout(free, seeds, config.episodes).steps
+    check_unseen([*seeds, *held_out.seeds], [Path(config.correctors) / name])
+    steps = Subject(teacher, {name: corrector}).rollout(free, seeds, held_out.num_envs).steps
     compared = {BASELINE: TEACHER, **rules(free, steps)}
     tables = []
     for world, perturbation in WORLDS.items():
@@ -87,7 +97,7 @@ def main(config: RulesConfig) -> None:
             continue
         subject = Subject(own, {name: corrector})
         for rule, compared_mode in compared.items():
-            episodes = subject.rollout(compared_mode, held_out, config.episodes).episodes
+            episodes = subject.rollout(compared_mode, held_out.seeds, held_out.num_envs).episodes
             tables.append(episodes.assign(world=world, rule=rule))
             calls = episodes["planner_calls"].sum() / episodes["length"].sum()
             console.print(

@@ -1,6 +1,6 @@
 """What each ingredient of corrected execution is worth, on the data of an accelerated agent.
 
-    python benchmarks/experiments.py agent=accelerated/walker-walk
+    python research/experiments.py agent=accelerated/walker-walk
 
 Every experiment changes one thing. A corrector executes 24 steps a plan, refined. It is trained anew from the
 agent's data where training is what changes; elsewhere it is the agent's own. It falls back in the experiment
@@ -23,8 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from tdmpc2 import cli
-from tdmpc2.agent import SpeculativeAgent
+from tdmpc2 import SpeculativeAgent, WorldModel, cli
 from tdmpc2.config import TEACHER, BudgetOverride, CorrectorConfig, SpeculationConfig
 from tdmpc2.corrector import (
     ARCHITECTURES,
@@ -33,8 +32,8 @@ from tdmpc2.corrector import (
     build_corrector,
     load_corrector,
 )
-from tdmpc2.distillation import CorrectorTrainConfig, collect, load_shards, train_corrector
-from tdmpc2.distillation.dataset import Recording, split_starts
+from tdmpc2.distillation import CorrectorTrainConfig, Recording, collect, load_shards, train_corrector
+from tdmpc2.distillation.dataset import split_starts
 from tdmpc2.distillation.losses import l1_distance, unroll
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.choose import PUSH
@@ -49,7 +48,6 @@ from tdmpc2.step import PlanState, PlanStep
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.world_model.checkpoint import read_config
 from tdmpc2.world_model.layers import NormedLinear, mlp
-from tdmpc2.world_model.model import WorldModel
 
 LONG = 24  # steps a plan
 UNROLLED = (6, 12)  # beside the default
@@ -181,7 +179,7 @@ def error_estimate(
 ) -> nn.Module:
     """A head, features `[B, F]` to `[B, 1]`: the L1 distance to the teacher's action to be expected.
 
-    Trained on the stretches that the corrector was trained on.
+    Trained on the segments that the corrector was trained on.
     """
     torch.manual_seed(config.seed)
     width, steps = corrector.own.in_features, config.rollout_steps

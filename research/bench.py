@@ -1,7 +1,7 @@
 """Measure how fast this machine plans, acts and learns, and how far that is from its limit.
 
-    python benchmarks/bench.py                                 everything, into results/bench.json
-    python benchmarks/bench.py only=[planner] sizes=[5] batches=[1]
+    python research/bench.py                                 everything, into results/bench.json
+    python research/bench.py only=[planner] sizes=[5] batches=[1]
 
 Each benchmark is a function of the settings that yields measurements: functions that return a record (see
 measure.py). Each is made in a process of its own, as a user's agent has one: what the one before has left in
@@ -30,8 +30,7 @@ from reference import ReferenceUpdate, reference_plan
 from rich.console import Console
 from rich.table import Table
 
-from tdmpc2 import cli
-from tdmpc2.agent import TDMPC2, SpeculativeAgent
+from tdmpc2 import TDMPC2, SpeculativeAgent, WorldModel, cli
 from tdmpc2.config import (
     COMPILED,
     MODEL_SIZES,
@@ -45,11 +44,12 @@ from tdmpc2.config import (
 from tdmpc2.corrector import BaseCorrector, build_corrector, save_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.files import write_json
+from tdmpc2.inference import dtype_of
 from tdmpc2.planner import NoiseSource, Planner
 from tdmpc2.provenance import provenance
 from tdmpc2.training.trainer import TrainConfig, Trainer, TrainPlannerConfig
 from tdmpc2.training.update import Batch, Update
-from tdmpc2.world_model import WorldModel, fingerprint, save_world_model
+from tdmpc2.world_model import fingerprint, save_world_model
 
 OBS_DIM, ACTION_DIM, DISCOUNT = 24, 6, 0.99  # those of walker-walk
 FIRST_ACTION = """
@@ -98,13 +98,15 @@ def plan_record(size: int, compute: ComputeConfig, batch: int, config: BenchConf
     record = against_limit(
         {"plan": lambda: ours.plan(z), **plain},
         flops=plan_flops(model.config, config.planner, batch),
-        dtype=ours.iteration.fast.dtype,
+        dtype=dtype_of(compute, z.device),
         size=size,
         batch=batch,
         config=config,
     )
+    if record.speedup_over_reference is None:
+        return record
     # The reference plans from one latent at a time.
-    return replace(record, speedup_over_reference=batch * record.speedup_over_reference) if plain else record
+    return replace(record, speedup_over_reference=batch * record.speedup_over_reference)
 
 
 def against_limit(
@@ -174,7 +176,7 @@ def seconds_to_act(folder: str, device: str) -> float:
 
 
 def update(config: BenchConfig) -> Iterator[Measurement]:
-    """One update of `batch_size` stretches of `planner.horizon` steps, for every size and precision."""
+    """One update of `batch_size` segments of `planner.horizon` steps, for every size and precision."""
     for size, precision in product(config.sizes, config.precisions):
         yield partial(update_record, size, ComputeConfig(precision, config.compile), config)
 

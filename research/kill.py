@@ -1,7 +1,7 @@
 """Kill a tiny run at random moments, go on with it, and compare it with a run that was never killed.
 
-    python benchmarks/kill.py                          training, 20 kills with SIGKILL
-    python benchmarks/kill.py what=accelerating
+    python research/kill.py                          training, 20 kills with SIGKILL
+    python research/kill.py what=accelerating
 
 A run is killed and started again until it ends, then compared file by file and byte by byte, and another
 one begins, until all kills are spent. Left out, because they differ by nature: hidden files (locks,
