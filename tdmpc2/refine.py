@@ -35,8 +35,8 @@ def refine(
 ) -> Tensor:
     """One iteration of MPPI (paper, eq. 5) on the action of one step, `[B, A]`.
 
-    The samples are `action`, the planned action, and actions around `action`. Each is valued `steps` ahead
-    along the policy prior, with one step by `r(z, a) + gamma Q(z', p(z'))` and the mean of all Q heads. The
+    The samples are `action`, the planned action, and actions around `action`. The policy prior follows each,
+    and the mean of all Q heads values it `steps` ahead; for one step, `r(z, a) + gamma Q(z', p(z'))`. The
     refined action is the mean of the elites, weighted by value.
 
     Args:
