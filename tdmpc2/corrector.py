@@ -246,7 +246,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a corrector.
-        FileError: the file may not be read.
+        FileError: the file cannot be read.
     """
     return _read(Path(folder) / FILE)[1]
 
@@ -264,7 +264,7 @@ def load_corrector(
 
     Raises:
         CheckpointError: the file is missing, damaged, or belongs to another teacher.
-        FileError: the file may not be read.
+        FileError: the file cannot be read.
     """
     path = Path(folder) / FILE
     state, header = _read(path)
