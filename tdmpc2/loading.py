@@ -68,8 +68,8 @@ class Checkpoint:
         index = published_task_index(task, num_tasks) if isinstance(task, str) else task
         if own is not None and index not in (None, own):
             raise CheckpointError(
-                f"{self.path} was made for {self.saved.get('task')}, task {own}; task={task} is another task: "
-                "open the multi-task checkpoint that it was made from"
+                f"{self.path} was made for {self.saved.get('task')}, task {own}; task={task} is another task"
+                ": open the multi-task checkpoint that it was made from"
             )
         return own if index is None else index
 

@@ -145,7 +145,7 @@ def test_info_on_foreign_values(monkeypatch, capsys, teacher: Path, damage: dict
 def test_an_option_of_hydra_is_no_path(monkeypatch, capsys, teacher: Path) -> None:
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "info", "hydra.verbose=false", teacher)
-    assert "is no setting" in capsys.readouterr().err
+    assert "is not a setting" in capsys.readouterr().err
     tdmpc2(monkeypatch, "info", "hydra.verbose=false", f"agent={teacher}")
     assert "Seen-v0" in capsys.readouterr().out
 
