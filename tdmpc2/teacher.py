@@ -90,7 +90,7 @@ def open_teacher(
     model, config = opened.model, opened.model.config
     task = task or opened.saved.get("task")
     if task is None:
-        raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
+        raise ConfigError(f"task=... is required: {checkpoint} does not name its task")
     compute = ComputeConfig(budget.precision or opened.compute.precision, budget.compile)
     index = opened.task_index(task)
     try:

@@ -275,7 +275,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
         run_job(wider, SILENT)
     flat_settings = flat(read_json(begun))
     write_json(begun, {name.rpartition(".")[2]: value for name, value in flat_settings.items()})
-    with pytest.raises(ConfigError, match='architecture="two_tower", which is no setting any more: choose'):
+    with pytest.raises(ConfigError, match='architecture="two_tower", which is no longer a setting: choose'):
         run_job(replace(grown, rounds=2), SILENT)
 
 
