@@ -602,7 +602,7 @@ def test_perturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_json(
         folder / "evaluation/provenance.json", {k: v for k, v in provenance.items() if k != "evaluation"}
     )
-    with pytest.raises(CheckpointError, match="earlier version: make it anew with `tdmpc2 accelerate`"):
+    with pytest.raises(CheckpointError, match="earlier version: make it again with `tdmpc2 accelerate`"):
         perturbed.evaluate_perturbed(config, SILENT)
 
 
