@@ -51,9 +51,9 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
     """Statistics of one mode per task, all tasks pooled.
 
     Returns are normalised by their task's mean baseline return. The return ratio is the interquartile mean
-    over the episodes of all tasks, divided by the baseline's interquartile mean, which skewed returns move from 1.
-    Its interval resamples seeds within each task, each with its baseline episode (Agarwal et al. 2021, "Deep
-    RL at the edge of the statistical precipice", paired). Planner calls and fallbacks are means over tasks.
+    over the episodes of all tasks, divided by the baseline's (which is not 1 if returns are skewed). Its
+    interval resamples seeds within each task, each with its baseline episode (Agarwal et al. 2021, "Deep RL
+    at the edge of the statistical precipice", paired). Planner calls and fallbacks are means over tasks.
     Latencies are quantiles of all timed steps, with equal weight per task.
 
     Raises:
