@@ -487,7 +487,7 @@ def test_split(model: WorldModel) -> None:
     with pytest.raises(DataError, match="2 episodes were collected, and 2 of them"):
         few, _ = make_recording(model, [3, 3])
         split_starts(few, 5)
-    with pytest.raises(DataError, match="3 episodes were collected, and 0 of them have the two steps"):
+    with pytest.raises(DataError, match="3 episodes were collected, and 0 of them have at least two steps"):
         short, _ = make_recording(model, [1, 1, 1])
         split_starts(short, 5)
 
