@@ -198,9 +198,7 @@ def test_missing_and_damaged_shards_are_refused(tmp_path: Path) -> None:
     refused(lambda folder: (folder / middle).write_bytes((folder / middle).read_bytes()[:-20]), "damaged")
     refused(flip, "its contents have changed")
     refused(lambda folder: save_file({"obs": torch.zeros(1)}, folder / middle), "damaged or something else")
-    refused(
-        rewrite(obs=torch.zeros(10, 3)), r"has obs as torch.float32 \[3\], the environment has .* \[2\]"
-    )
+    refused(rewrite(obs=torch.zeros(10, 3)), r"has obs as torch.float32 \[3\], the environment has .* \[2\]")
     refused(rewrite(action=torch.zeros(10, 2).double()), "has action as torch.float64")
     refused(rewrite(lengths=torch.tensor([4])), "does not contain episodes")
     refused(rewrite(lengths=torch.tensor([9, 1])), "does not contain episodes")

@@ -208,7 +208,10 @@ def test_resumed_equals_uninterrupted(
     assert part(15) == ["stopped at step 15; nothing is saved yet"]
     assert part(35) == ["stopped at step 35; resume=true continues from step 20"]  # the first episode's end
     saved = 40 if save_every else 60  # 40: checkpoint_freq
-    assert part(75) == ["resuming from step 20", f"stopped at step 75; resume=true continues from step {saved}"]
+    assert part(75) == [
+        "resuming from step 20",
+        f"stopped at step 75; resume=true continues from step {saved}",
+    ]
     first, *_, last = part(95)
     assert first == f"resuming from step {saved}"
     assert last == "stopped at step 95; resume=true continues from step 80"  # after the evaluation
