@@ -110,9 +110,9 @@ def train_corrector(
     initial: Mapping[str, BaseCorrector] = MappingProxyType({}),
     progress: Progress = SILENT,
 ) -> dict[str, Trained]:
-    """Train one corrector or all, and return them by architecture; `error_table` says how good they are.
+    """Train one corrector or all; returns them by architecture.
 
-    Writes `out/ARCHITECTURE/corrector.safetensors` and beside it `train.csv`.
+    Writes `corrector.safetensors` and `train.csv` in `out/ARCHITECTURE`.
 
     Args:
         model: the teacher's world model; `data` must belong to it and be on its device.
