@@ -113,6 +113,6 @@ def open_teacher(
     if (obs_shape, action_shape) != expected:
         raise CheckpointError(
             f"{checkpoint} was made for observations {config.obs_shape} and actions {expected[1]}, "
-            f"{task} has {obs_shape} and {action_shape}: give the checkpoint of this task"
+            f"{task} has {obs_shape} and {action_shape}: the checkpoint is for another task"
         )
     return Teacher(task, model, budget.apply(opened.planner), discount, fingerprint(model), index, compute)

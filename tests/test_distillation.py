@@ -501,7 +501,7 @@ def test_later_data_leaves_the_split(teacher: Drifting, tmp_path: Path) -> None:
     assert all(before <= after for before, after in zip(seeds, later, strict=True))
     assert sum(map(len, later)) == 12
     collect(teacher, tmp_path / "again", episodes=1, seed=47)
-    with pytest.raises(DataError, match="another shard holds too"):
+    with pytest.raises(DataError, match="another shard has too"):
         load_shards(tmp_path, teacher.fingerprint)
 
 
