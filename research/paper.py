@@ -45,7 +45,7 @@ class PaperConfig(Checked):
     checkpoint: str  # the teacher
     data: str  # a folder of shards that it labelled
     device: str = "cpu"
-    workers: int = 0  # processes that run episodes; 0: one a core, on a GPU one in all
+    workers: int = 0  # processes with one thread each; 0: one per core, on a GPU one in all
     updates: int = 1_400  # of each corrector: as many as `tdmpc2 accelerate` makes in all its rounds
     calibration_seed: int = 10_000
     calibration_episodes: int = 20

@@ -16,7 +16,7 @@ from tdmpc2 import SpeculativeAgent, cli
 from tdmpc2.checked import Checked
 from tdmpc2.config import TEACHER, BudgetOverride, ComputeConfig, ModelOverride
 from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.evaluate import EpisodesConfig
+from tdmpc2.evaluation.config import EpisodesConfig
 from tdmpc2.evaluation.metrics import paired_ratio
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.files import atomic_write, write_json

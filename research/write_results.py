@@ -47,7 +47,7 @@ from tdmpc2.evaluation.aggregate import (
     speculation_table,
     stratified_interval,
 )
-from tdmpc2.evaluation.evaluate import EvaluationConfig
+from tdmpc2.evaluation.config import EvaluationConfig
 from tdmpc2.evaluation.metrics import PLANS, paired_ratio, with_interval
 from tdmpc2.evaluation.modes import BASELINE, DISTILLED, HORIZONS, REFINED, SIMPLER, Family
 from tdmpc2.files import atomic_write, flat, read_json

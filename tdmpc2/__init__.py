@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`envs` and `make_env`, when they are asked for: in a world of its own an agent needs no Gymnasium."""
+    """Import `envs` and `make_env` on first use: an agent itself does not need Gymnasium."""
     if name not in ("envs", "make_env"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     envs = importlib.import_module(".envs", __name__)

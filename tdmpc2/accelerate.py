@@ -80,7 +80,7 @@ class AccelerateConfig(Checked):
     checkpoint: str  # an original .pt file or a folder of ours
     out: str = ""  # default: accelerated/<task>
     device: str = "cpu"
-    workers: int = 0  # processes that run episodes, with one thread each; 0: one a core, on a GPU one in all
+    workers: int = 0  # processes with one thread each; 0: one per core, on a GPU one in all
     rounds: int = 4  # of data under the correctors
     round_updates: int = 200  # in training before a round; distillation.updates are of the final training
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,13 +1,13 @@
 """Acting: `TDMPC2` replans at every step; `SpeculativeAgent` executes several steps of each plan.
 
-Both act for a batch of environments at once, each row with an episode of its own. What an agent remembers
-of an episode begins with `reset(mask)`. One robot is a batch of one, and may leave the batch axis out.
+Both act for a batch of environments. Each row has its own episode, which begins with `reset(mask)`. One robot
+is a batch of one; its observations and actions may leave the batch axis out.
 
-What the speculative agent keeps for each row, in an example with execution horizon 4, planning horizon 3
+The speculative agent keeps this state for each row. The example has execution horizon 4, planning horizon 3
 and a corrector; `d` is the latent dynamics, `c` the corrector, `pi` the prior's mean:
 
     step in plan k   planned action   predicted latent     executed
-    0                a0               z_0, the real one    a0, drawn where the step before was planned too
+    0                a0               z_0, the real one    a0, sampled if the last step was planned too
     1                a1               y1 = d(z_0, a0)      b1 = c(z_1, y1, a1)
     2                a2               y2 = d(y1, b1)       b2 = c(z_2, y2, a2)
     3 (past H)       pi(z_3)          y3 = d(y2, b2)       b3 = c(z_3, y3, pi(z_3))
@@ -35,20 +35,20 @@ from .world_model.model import WorldModel
 
 
 class Kind(IntEnum):
-    """What an agent did in a step."""
+    """The kind of action that an agent executed."""
 
-    PLANNED = 0  # a replan was due; its first action
+    PLANNED = 0  # the first action of a plan that was due
     CORRECTED = 1  # a later action of the plan, corrected
-    OPEN_LOOP = 2  # a later action of the plan, as it was planned
-    FALLBACK = 3  # the mismatch was above the threshold: replanned, the new plan's first action
-    PRIOR = 4  # no plan was made: the policy prior's action, or a corrector's in its place
+    OPEN_LOOP = 2  # a later action of the plan, unchanged
+    FALLBACK = 3  # the first action of a new plan: the mismatch was above the threshold
+    PRIOR = 4  # without a plan: the policy prior's action, or the corrector's
 
 
 class StepInfo(NamedTuple):
-    """What happened in the last `act`, row by row."""
+    """What happened in the last `act`, per row."""
 
     kind: Tensor  # [B] long, values of Kind
-    k: Tensor  # [B] long, step in plan; of a fallback, the step that was not executed
+    k: Tensor  # [B] long, step in plan; for a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
     correction: Tensor  # [B], norm of executed minus planned action
 
@@ -58,7 +58,7 @@ class StepInfo(NamedTuple):
         return [Kind(kind) for kind in self.kind.tolist()]
 
     def __repr__(self) -> str:
-        """In words: `kind=CORRECTED, k=2, mismatch=0.25, ...`, in a larger batch with lists."""
+        """`kind=CORRECTED, k=2, mismatch=0.25, ...`; lists for a larger batch."""
         columns = {"kind": [kind.name for kind in self.kinds]}
         columns |= {name: [f"{x:.4g}" for x in getattr(self, name).tolist()] for name in self._fields[1:]}
         return ", ".join(
@@ -67,7 +67,7 @@ class StepInfo(NamedTuple):
 
 
 class TDMPC2:
-    """The teacher: a world model, a planner and its warm start, replanning at every step.
+    """The teacher: it plans at every step, from the warm start that the last plan left.
 
     Args:
         model: the world model, on the device to act on.
@@ -76,7 +76,7 @@ class TDMPC2:
         num_envs: rows of the batch.
         seed: of the planner's noise.
         task: index of the task, for a multi-task model.
-        compute: precision of planning, and whether to compile; not of encoding and acting.
+        compute: precision and compilation of planning; encoding is always float32 and not compiled.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class TDMPC2:
         self.planner = Planner(model, planner, discount, NoiseSource(seed, self.device), compute)
         self.task = None
         shape = (num_envs, planner.horizon, model.config.action_dim)
-        with torch.inference_mode(False):  # tensors made in that mode could not be changed outside of it
+        with torch.inference_mode(False):  # tensors made in inference mode cannot be changed outside it
             if task is not None:
                 self.task = torch.full((num_envs,), task, dtype=torch.long, device=self.device)
             self._mean = torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -117,7 +117,7 @@ class TDMPC2:
 
     @property
     def info(self) -> StepInfo | None:
-        """What happened in the last `act`: every row was planned. None before the first."""
+        """What happened in the last `act`: every row was planned. None before the first `act`."""
         if not self._has_acted:
             return None
         nothing = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
@@ -138,18 +138,18 @@ class TDMPC2:
     def act(self, obs: Array, *, eval_mode: bool = True) -> Array:
         """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
 
-        In a loop of your own, keep to what the model was trained with, as `tdmpc2.make_env` does. An
-        observation has its entries in the same order: for dm_control that of the task, not sorted by name. An
-        action is scaled from [-1, 1] to the actuators' ranges and held for as many control steps (the action
-        repeat): 2 for dm_control. Call `reset` where an episode begins, and then `act` once an agent step.
+        Your own loop must do what `tdmpc2.make_env` does: keep the order of observation entries in training
+        (dm_control: the task's order, not sorted by name), scale actions from [-1, 1] to the actuators'
+        ranges, and hold each for the training's action repeat (dm_control: 2 control steps). Call `reset`
+        when an episode begins, then `act` once per agent step.
 
         Args:
-            obs: an array, which gives an array; a tensor, which gives a tensor; or a sequence of numbers.
+            obs: an array, a tensor or a sequence of numbers. A tensor gives a tensor, all else an array.
                 Pixels are uint8.
             eval_mode: False adds the planner's exploration noise.
 
         Raises:
-            ObservationError: it is something else, has a wrong shape, or is not finite. Nothing has changed.
+            ObservationError: `obs` has another type or shape, or is not finite. The agent is unchanged.
         """
         action = self.plan(self.encode(obs), eval_mode=eval_mode).actions[:, 0]
         self._has_acted = True
@@ -157,7 +157,7 @@ class TDMPC2:
 
     @torch.no_grad()
     def encode(self, obs: object) -> Tensor:
-        """Latents `[B, L]` of checked observations `[B, *obs_shape]` or `[*obs_shape]`, see `act`."""
+        """Latents `[B, L]` of observations `[B, *obs_shape]` or `[*obs_shape]`, checked as in `act`."""
         x = read_observation(obs, self.model.config, self.num_envs, self.device)
         z = self.model.encode(x, self.task)
         if not z.isfinite().all():
@@ -174,11 +174,11 @@ class TDMPC2:
         *,
         eval_mode: bool = True,
     ) -> Plan:
-        """Plan from latents `[R, L]` for the rows `[R]`, and keep the mean for their next warm start.
+        """Plan from latents `[R, L]`; keep the mean for the next warm start.
 
         Args:
-            z: one latent a row.
-            rows: indices; None for all.
+            z: one latent per row.
+            rows: `[R]` indices; None for all.
             executed: `[R]` steps executed since each row's last plan; None for one each.
             eval_mode: False adds exploration noise.
         """
@@ -194,14 +194,13 @@ class TDMPC2:
 class SpeculativeAgent:
     """Executes several steps of each plan, corrects them, and replans when the mismatch is too large.
 
-    With `refine_steps` the corrected action is refined (`refine`) before it is executed. The monitor ends a
-    plan early.
+    With `refine_steps` it refines the corrected action (`refine`) before it executes it.
 
     Args:
-        teacher: plans, and tells the number of rows; it becomes the agent's own.
+        teacher: plans, and sets the number of rows; do not use it elsewhere.
         config: the mode of execution.
         corrector: corrects the steps after the first; None executes them as planned.
-        monitor: says when a plan is given up; None: where the mismatch is above `config.threshold`.
+        monitor: says when a plan is given up; None: when the mismatch is above `config.threshold`.
     """
 
     def __init__(
@@ -233,12 +232,12 @@ class SpeculativeAgent:
             )
         self._run: Callable[..., Step] = self.step
         if planner.compute.compile and corrector is not None and n == 1:
-            # Without a corrector there is little to gain; nor in a larger batch, beside its planning.
+            # Without a corrector there is little to gain. In a larger batch, planning takes most of the time.
             if device.type == "cpu":
                 self._run = AheadOfTime(self.step, Step._make, what="the corrector")
             else:
                 self._run = Compiled(self.step, what="the corrector", device=device)
-        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # what `info` is made of
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # for `info`
 
     def __repr__(self) -> str:
         return f"SpeculativeAgent({self.config.in_words()}; {self.teacher})"
@@ -265,17 +264,16 @@ class SpeculativeAgent:
     def act(self, obs: Array, plan: Plan | None = None, *, eval_mode: bool = True) -> Array:
         """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
 
-        `info` then says what happened. In a loop of your own, observations have the order of entries, and
-        actions the scale and the repeat, of the model's training; `TDMPC2.act` says more.
+        `info` then says what happened. `TDMPC2.act` says what your own loop must do.
 
         Args:
-            obs: as `TDMPC2.act` takes it.
-            plan: one plan for every row, used wherever a replan is due instead of asking the teacher.
-            eval_mode: False adds the planner's exploration noise to the first action of every plan; where
-                the agent does not plan, it does not explore.
+            obs: as in `TDMPC2.act`.
+            plan: a plan for every row. Rows that replan use it; the teacher does not plan.
+            eval_mode: False adds the planner's exploration noise to the first action of every plan. The
+                other steps never explore.
 
         Raises:
-            ObservationError: as `TDMPC2.act`.
+            ObservationError: as in `TDMPC2.act`.
         """
         now = self._now._replace(z=self.teacher.encode(obs))
         due = now.k >= self.config.execution_horizon
@@ -291,12 +289,12 @@ class SpeculativeAgent:
 
     @property
     def info(self) -> StepInfo | None:
-        """What happened in the last `act`; None before the first."""
+        """What happened in the last `act`; None before the first `act`."""
         if self._last is None:
             return None
         due, replan, k, measured, step = self._last
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
-        # Without plans there is none to make, whatever ended the last one.
+        # An agent without plans cannot fall back: it makes none.
         first, again = (Kind.PLANNED, Kind.FALLBACK) if self.plan_length else (Kind.PRIOR, Kind.PRIOR)
         return StepInfo(
             kind=torch.where(due, first, torch.where(replan, again, later)),
@@ -306,7 +304,7 @@ class SpeculativeAgent:
         )
 
     def _replanned(self, now: PlanState, replan: Tensor, plan: Plan | None, eval_mode: bool) -> PlanState:
-        """With the rows `replan` `[B]` bool at step 0 of a fresh plan."""
+        """`now` with the rows `replan` `[B]` bool at step 0 of a new plan."""
         if self.plan_length:
             rows = replan.nonzero().squeeze(1)
             if plan is None:
@@ -319,10 +317,10 @@ class SpeculativeAgent:
         return now._replace(z_pred=z_pred, k=now.k.masked_fill(replan, 0))
 
     def followed(self, plan: Plan, drawn: Tensor) -> Tensor:
-        """What is to be executed of plans just made `[R, H, A]`; `drawn` `[R]`: whose first action is drawn.
+        """The actions `[R, H, A]` to execute of new plans: the mean plans.
 
-        Replanning step after step, it is what was drawn, as in TD-MPC2: that breaks ties between ways that
-        are equally good. A plan that is followed is better off without the noise.
+        Rows where `drawn` `[R]` is True take their first action from the sampled plan, as TD-MPC2 does when
+        it replans at every step: sampling breaks ties between equally good plans.
         """
         first = torch.where(drawn[:, None], plan.actions[:, 0], plan.mean[:, 0])
         return torch.cat([first[:, None], plan.mean[:, 1:]], 1)

@@ -1,4 +1,4 @@
-"""Settings that are checked where they are made, whoever makes them: a user, a script, or a file.
+"""Settings that check themselves, whether a user, a script or a file sets them.
 
 @dataclass(frozen=True)
 class PlannerConfig(Checked):
@@ -10,8 +10,7 @@ class PlannerConfig(Checked):
 PlannerConfig(horizon=0)                          ConfigError: horizon=0: must be from 1 to 100
 from_json(PlannerConfig, {"horizon": "3"})        ConfigError: horizon='3': must be of type int
 
-A config may have other configs as parts. In JSON they are objects, and an error names the setting as it is
-typed:
+A config may have other configs as parts. In JSON they are objects. An error names a setting as users type it:
 
 from_json(TrainConfig, {"task": "walker-walk", "planner": {"horizon": 0}})
                                                   ConfigError: planner.horizon=0: must be from 1 to 100
@@ -33,7 +32,7 @@ T = TypeVar("T")
 
 
 class Checked:
-    """Base of the configs that refuse values of a wrong type or out of range with a ConfigError."""
+    """Base of configs; a value of a wrong type or out of range raises ConfigError."""
 
     def __post_init__(self) -> None:
         cls: Any = type(self)
@@ -42,17 +41,17 @@ class Checked:
         self.check_ranges()
 
     def check_ranges(self) -> None:
-        """Raise ConfigError for values that cannot be; its message begins with the setting's name."""
+        """Raise ConfigError for an invalid value; the message begins with the setting's name."""
 
 
 def from_json(cls: type[T], settings: Any) -> T:
-    """A config, with its parts, from the JSON that it was saved as.
+    """A config and its parts, from JSON.
 
     Raises:
-        ConfigError: a setting is unknown, missing, or has a value that it cannot have.
+        ConfigError: a setting is unknown, missing or invalid.
     """
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{reprlib.repr(settings)} is no mapping of settings to values")
+        raise ConfigError(f"{reprlib.repr(settings)} is not a mapping of settings to values")
     kind: Any = cls
     hints = types(kind)
     if unknown := [name for name in settings if name not in hints]:
@@ -75,7 +74,7 @@ def from_json(cls: type[T], settings: Any) -> T:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise ConfigError where the value of a setting is not of the type `hint`. NaN is no float here."""
+    """Raise ConfigError if a setting's value is not of the type `hint`. NaN does not count as a float."""
     if not _fits(value, hint):
         expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
         raise ConfigError(f"{name}={reprlib.repr(value)}: must be of type {expected}")
@@ -86,7 +85,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
         return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
-    if isinstance(value, bool):  # which Python counts as an int
+    if isinstance(value, bool):  # an int in Python
         return hint is bool
     if hint in (int, float) and isinstance(value, Integral):
         return abs(int(value)) < 2**63
@@ -99,25 +98,25 @@ def _fits(value: Any, hint: Any) -> bool:
 
 @cache
 def types(cls: Any) -> dict[str, Any]:
-    """The types of a config's fields, by name."""
+    """Types of a config's fields, by name."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def at_least(least: float, config: Any, *names: str) -> None:
-    """Raise ConfigError where one of these numbers of a config is smaller; None stands for a default."""
+    """Raise ConfigError if one of these numbers is below `least`; None means a default and passes."""
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) >= least:
             raise ConfigError(f"{name}={getattr(config, name)}: must be at least {least}")
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
-    """Raise ConfigError where one of these numbers of a config is not from `low` to `high`."""
+    """Raise ConfigError if one of these numbers is outside `low` to `high`."""
     for name in names:
         check_range(name, getattr(config, name), low, high)
 
 
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Raise ConfigError where the value of a setting is not from `low` to `high`; None is a default."""
+    """Raise ConfigError if the value is outside `low` to `high`; None means a default and passes."""
     if value is not None and not low <= value <= high:
         raise ConfigError(f"{name}={value}: must be from {low} to {high}")

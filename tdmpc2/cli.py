@@ -1,4 +1,4 @@
-"""How every command starts: a dataclass of settings, `key=value` arguments, one line for every mistake.
+"""The start of every command: a dataclass of settings, `key=value` arguments, one line per mistake.
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -12,15 +12,14 @@
     tdmpc2 train --multirun task=walker-walk seed=1,2   a sweep, Hydra's launchers included
     tdmpc2 train --help                                 all settings
 
-A setting is a field of the dataclass, or of a part of it: a dataclass too, whose fields have defaults. Its
-type is bool, int, float, str, Enum, `T | None`, or `tuple[T, ...]`, which a user writes as `[1,2]`. Text is
-taken as it is, whatever characters it has: `checkpoint=models/José (1),v=2.pt`. Only a `~` in front becomes
-the user's home, and quotes around it go. In a sweep commas separate, except within quotes.
+A setting is a field of the dataclass or of one of its parts. A part is a dataclass whose fields all have
+defaults. Types are bool, int, float, str, Enum, `T | None`, and `tuple[T, ...]`, written as `[1,2]`.
+Text may have any characters: `checkpoint=models/José (1),v=2.pt`. A `~` in front becomes the user's home;
+quotes around the text are removed. In a sweep, commas outside quotes separate values.
 
-The module that a setting `task` names, as in `my_package:MyEnv-v0`, is imported; no other module is by name.
+A task named `my_package:MyEnv-v0` imports `my_package`. No other setting imports a module.
 
-Hydra itself writes nothing; a launcher that needs a folder, such as Slurm's, is given one with
-`hydra.sweep.dir=FOLDER`.
+Hydra itself writes nothing. A launcher that needs a folder, such as Slurm's, takes `hydra.sweep.dir=FOLDER`.
 """
 
 import inspect
@@ -62,20 +61,20 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
-TEXT = (str, str | None)  # types of settings that are taken as they are written
-# One of the values of such a setting in a sweep, in quotes or up to the comma that ends it.
+TEXT = (str, str | None)  # types of text settings
+# One value of a text setting in a sweep: in quotes, or up to the next comma.
 ITEM = re.compile(r"""('[^']*'|"[^"]*"|[^,]*),""")
 # Windows lacks SIGHUP.
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
-    """Read the command line as a `config_type` and hand that to `main`, once for each run of a sweep.
+    """Read the command line as a `config_type` and call `main` with it, once per run of a sweep.
 
-    What the user can mend ends the script with one line and status 1: a `TDMPC2Error`, a file that cannot be
-    read or written, too little memory. In a sweep the other runs go on. Ctrl-C raises `KeyboardInterrupt`,
-    SIGTERM and SIGHUP raise `Stopped`: after `finally` and `with` have done their work, the script ends with
-    one line and 128 plus the signal's number.
+    An error that the user can fix ends the process with one line and status 1: a `TDMPC2Error`, a file that
+    cannot be read or written, too little memory. In a sweep the other runs go on. Ctrl-C raises
+    `KeyboardInterrupt`, SIGTERM and SIGHUP raise `Stopped`: `finally` and `with` blocks run, then the process
+    ends with one line and status 128 plus the signal's number.
     """
     arguments = sys.argv[1:]
     stopped: list[signal.Signals] = []
@@ -83,7 +82,7 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
         if "--help" in arguments or "-h" in arguments:
             print(usage(config_type), flush=True)
             return
-        commit()  # of the code that is loaded, whatever is committed while it runs
+        commit()  # cached now: the commit of the loaded code
         with _signals_raise(stopped):
             configs = _read(config_type, main, arguments)
             if len(configs) > 1:
@@ -91,14 +90,14 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
             elif configs:
                 _start(configs[0], main)
     except BaseException as e:
-        # A signal first: where the terminal is gone, another error follows from it.
+        # Signals first: a closed terminal sends one, and also makes writing fail.
         if stopped:
-            ended = f"stopped by {stopped[0].name}: what was written so far stays; run it again to go on"
+            ended = f"stopped by {stopped[0].name}: files written so far are kept; run it again to continue"
             fail(ended, 128 + stopped[0])
         if isinstance(e, KeyboardInterrupt):
-            fail("interrupted: what was written so far stays", 128 + signal.SIGINT)
-        if isinstance(e, BrokenPipeError):  # nobody reads on, as after `| head`
-            sys.stdout = None  # type: ignore[assignment]  # what is left in it is not written
+            fail("interrupted: files written so far are kept", 128 + signal.SIGINT)
+        if isinstance(e, BrokenPipeError):  # the reader has closed, as after `| head`
+            sys.stdout = None  # type: ignore[assignment]  # drop the rest of the output
             sys.exit(128 + signal.SIGPIPE)
         if (line := _mistake(e)) is None:
             raise
@@ -106,7 +105,7 @@ def run(config_type: type[Config], main: Callable[[Config], Any]) -> None:
 
 
 def usage(config_type: type[Config]) -> str:
-    """All settings with their defaults and the comments beside them in the source, part by part."""
+    """The --help text: all settings by part, with defaults and the comments beside them in the source."""
     lines = [f"{program()} key=value ..."]
     for cls, own in groupby(_settings(config_type).values(), lambda setting: setting.owner):
         lines += ["", (cls.__doc__ or cls.__name__).splitlines()[0]]
@@ -116,14 +115,14 @@ def usage(config_type: type[Config]) -> str:
             text = f"{setting.name}={_typed(setting.default)}"
             lines.append(f"  {text:40} {comments.get(_last(setting.name), '')}".rstrip())
     lines += ["", "A sweep: --multirun key=1,2", "Hydra's own options: --hydra-help"]
-    return re.sub(r"\bNone\b", "null", "\n".join(lines))  # which is Python's word for it, and not Hydra's
+    return re.sub(r"\bNone\b", "null", "\n".join(lines))  # as Hydra spells it
 
 
 @contextmanager
 def _signals_raise(stopped: list[signal.Signals]) -> Iterator[None]:
-    """The first SIGTERM or SIGHUP raises `Stopped`, and is put into `stopped`; later ones do nothing.
+    """The first SIGTERM or SIGHUP raises `Stopped` and is appended to `stopped`; later ones are ignored.
 
-    A terminal that is closed sends two, and the second must not disturb the saving that the first one began.
+    A closed terminal sends two. The second must not interrupt the saving that the first one started.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -132,9 +131,9 @@ def _signals_raise(stopped: list[signal.Signals]) -> Iterator[None]:
             raise Stopped(stopped[0].name)
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # no other can set handlers
+    if threading.current_thread() is threading.main_thread():  # only this one can set handlers
         for s in STOPPING:
-            if signal.getsignal(s) != signal.SIG_IGN:  # as nohup sets it
+            if signal.getsignal(s) != signal.SIG_IGN:  # set by nohup
                 before[s] = signal.signal(s, stop)
     try:
         yield
@@ -144,22 +143,22 @@ def _signals_raise(stopped: list[signal.Signals]) -> Iterator[None]:
 
 
 def _read(config_type: type[Config], main: Callable[[Config], Any], arguments: Sequence[str]) -> list[Config]:
-    """The configs that are to be run here: one, those of a sweep, or none where another launcher ran them."""
+    """The configs to run in this process: one, all of a sweep, or none if a launcher has run them."""
     sweep = "--multirun" in arguments or "-m" in arguments or "hydra.mode=MULTIRUN" in arguments
     read: list[DictConfig] = []
 
     def job(settings: DictConfig) -> None:
         about = HydraConfig.get()
         if about.mode == RunMode.MULTIRUN and about.runtime.choices["hydra/launcher"] != "basic":
-            _start(_build(config_type, settings), main)  # in whatever process and machine this is
+            _start(_build(config_type, settings), main)  # may be another process or machine
         else:
             read.append(settings)
 
     _check_names(config_type, arguments)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall hand errors on, not print them itself
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     typed = sys.argv
     given = [_for_hydra(config_type, argument, sweep) for argument in arguments]
-    # Options first: argparse takes no settings after one that stands between settings.
+    # Options first: argparse refuses settings after an option that follows settings.
     sys.argv = [typed[0], *sorted(given, key=lambda a: "=" in a and not a.startswith("-"))]
     try:
         with tempfile.TemporaryDirectory() as litter:
@@ -175,7 +174,7 @@ def _read(config_type: type[Config], main: Callable[[Config], Any], arguments: S
 def _sweep(
     configs: Sequence[Config], main: Callable[[Config], Any], stopped: Sequence[signal.Signals]
 ) -> None:
-    """Run one after the other; say of each that fails which one it is and why, and go on."""
+    """Run the configs one after another; print the settings and the error of each that fails."""
     values = [flat(asdict(config)) for config in configs]
     names = [name for name in values[0] if any(v[name] != values[0][name] for v in values)]
     failed = 0
@@ -195,7 +194,7 @@ def _sweep(
 
 
 def _start(config: Config, main: Callable[[Config], Any]) -> None:
-    """Import the module that the user's task names, if it does, and run `main`."""
+    """Import the module of the user's task, if it names one, and run `main`."""
     task = getattr(config, "task", None)
     if task and ":" in task:
         from .envs import import_module
@@ -205,7 +204,7 @@ def _start(config: Config, main: Callable[[Config], Any]) -> None:
 
 
 def _for_hydra(config_type: type[Config], argument: str, sweep: bool) -> str:
-    """An argument in Hydra's grammar, where many characters mean something."""
+    """An argument, escaped for Hydra's grammar."""
     name, equals, value = argument.partition("=")
     setting = _settings(config_type).get(name)
     if not equals or setting is None:  # one of Hydra's own
@@ -217,23 +216,23 @@ def _for_hydra(config_type: type[Config], argument: str, sweep: bool) -> str:
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException as e:
-        raise ConfigError(f"{argument}: this value cannot be read; `--help` shows how it is written") from e
+        raise ConfigError(f"{argument}: this value cannot be read; `--help` shows the format") from e
     if override.is_sweep_override() and not sweep:
-        raise ConfigError(f"{argument}: several values make a sweep, with --multirun, or a list, as [1,2]")
+        raise ConfigError(f"{argument}: several values make a sweep, with --multirun; write a list as [1,2]")
     return argument
 
 
 def _quoted(text: str) -> str:
-    """What Hydra reads as `text`, without quotes around it and with the user's home for a `~` in front."""
+    """`text`, escaped for Hydra, without quotes around it, and with the user's home for a leading `~`."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     text = os.path.expanduser(text)
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # which would stand for another setting
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # otherwise an interpolation
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
-    """Refuse what is no setting, before Hydra does so in more words."""
+    """Refuse unknown settings with one line; Hydra's message would be longer."""
     names = [*_settings(config_type)]
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, _ = argument.partition("=")
@@ -241,10 +240,11 @@ def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
             if name.lstrip("-").replace("-", "_") in {*names, *map(_last, names)}:
                 raise ConfigError(f"{argument}: settings are written without dashes, as key=value")
         elif before in ("--cfg", "-c", "--info", "-i", "--package", "-p"):
-            continue  # the value of one of Hydra's own options
+            continue  # the value of a Hydra option
         elif not equals:
             raise ConfigError(
-                f"{argument!r} is no setting: write key=value, e.g. {names[0]}=..., quoted if it has spaces"
+                f"{argument!r} is not a setting: write key=value, e.g. {names[0]}=..., "
+                "and quotes around a value with spaces"
             )
         elif name not in names and not name.startswith(("hydra.", "hydra/", "+hydra.")):
             near = " or ".join(_nearest(name, names))
@@ -253,7 +253,7 @@ def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
 
 
 def _nearest(name: str, names: Sequence[str]) -> list[str]:
-    """At most three settings that a user may have meant."""
+    """At most three settings with similar names."""
     same = [n for n in names if _last(n) == _last(name) or n.startswith(f"{name}.")]
     part, _, last = name.partition("_")  # TD-MPC2's eval_episodes is evaluation.episodes
     of_part = [n for n in names if n.startswith(part) and _last(n) == last]
@@ -267,15 +267,15 @@ def _last(name: str) -> str:
 
 
 class _Setting(NamedTuple):
-    name: str  # as it is typed: planner.num_samples
+    name: str  # as typed: planner.num_samples
     kind: Any  # its type
-    default: Any  # MISSING where it is required
-    owner: type  # the dataclass that it is a field of
+    default: Any  # MISSING: required
+    owner: type  # the dataclass that has this field
 
 
 @cache
 def _settings(config_type: type) -> dict[str, _Setting]:
-    """All settings, those of parts too, by their names."""
+    """All settings by name, with the settings of parts."""
 
     def of(cls: type, prefix: str, default: Any) -> Iterator[_Setting]:
         for f in fields(cls):
@@ -291,11 +291,11 @@ def _settings(config_type: type) -> dict[str, _Setting]:
 
 
 def _register(config_type: type[Config], litter: str) -> None:
-    """Put the settings in Hydra's store, and with them that it writes to `litter` only."""
+    """Put the settings in Hydra's store; Hydra then writes to `litter` only."""
     settings = OmegaConf.structured(config_type)
     parts = [settings[name] for name, kind in types(config_type).items() if is_dataclass(kind)]
     for node in (settings, *parts):
-        OmegaConf.set_readonly(node, None)  # which a frozen dataclass makes it
+        OmegaConf.set_readonly(node, None)  # frozen dataclasses are read-only
     store = ConfigStore.instance()
     store.store(name="settings", node=settings)
     no_log = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
@@ -311,7 +311,7 @@ def _build(config_type: type[Config], settings: DictConfig) -> Config:
 
 
 def _typed(value: Any) -> str:
-    """A default, as a user would type it."""
+    """A default value, as a user types it."""
     if value in (MISSING, "???"):
         return "...  (required)"
     if isinstance(value, Enum):
@@ -320,7 +320,7 @@ def _typed(value: Any) -> str:
 
 
 def _reason(error: HydraException | OmegaConfBaseException) -> str:
-    """Hydra's or OmegaConf's message in one line, with the setting that it speaks of."""
+    """Hydra's or OmegaConf's message in one line, with the name of the setting."""
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
@@ -328,15 +328,15 @@ def _reason(error: HydraException | OmegaConfBaseException) -> str:
 
 
 def _mistake(error: BaseException) -> str | None:
-    """What to tell the user of an error that he can mend; None where it is a fault of ours."""
+    """The message of an error that the user can fix; None for a bug."""
     if isinstance(error, TDMPC2Error):
         return _one_line(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else _one_line(error)
-    # PyTorch says it of the CPU's in a plain RuntimeError.
+    # PyTorch raises a plain RuntimeError if the CPU's memory is full.
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if on_cpu or isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return "out of memory: lower what runs at once, the batch, the buffer or the model's size"
+        return "out of memory: use a smaller batch, buffer or model, or fewer environments"
     return None
 
 
@@ -345,7 +345,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """End the process with a line on stderr."""
+    """Print a line on stderr and end the process."""
     with suppress(OSError):  # the terminal may be gone
         print(message, file=sys.stderr)
     sys.exit(status)

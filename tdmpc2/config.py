@@ -1,7 +1,7 @@
-"""Every number that the parts are built from: one frozen dataclass per part.
+"""The settings of each part: one frozen dataclass per part.
 
-Names and defaults are those of the TD-MPC2 paper (Hansen, Su, Wang 2024, appendix "Hyperparameters")
-unless a comment says otherwise. A command's settings have such parts as fields, so a user types
+Names and defaults come from the TD-MPC2 paper (Hansen, Su, Wang 2024, appendix "Hyperparameters")
+unless a comment says otherwise. A command's settings have these parts as fields: a user types
 `planner.num_samples=256`.
 """
 
@@ -16,7 +16,7 @@ SYMLOG = (-80, 80)  # beyond, symexp leaves float32
 
 @dataclass(frozen=True)
 class WorldModelConfig(Checked):
-    """Architecture of a world model; for a checkpoint it is read off the file's tensors."""
+    """Architecture of a world model; for a checkpoint, read from the shapes of its tensors."""
 
     obs_shape: tuple[int, ...]  # (obs_dim,) for states, (channels, 64, 64) for pixels
     action_dim: int
@@ -30,13 +30,13 @@ class WorldModelConfig(Checked):
     vmin: float = -10.0  # symlog units
     vmax: float = 10.0
     simnorm_dim: int = 8  # entries per simplex
-    dropout: float = 0.01  # first layer of each Q head, in training only
+    dropout: float = 0.01  # in the first layer of each Q head, in training only
     log_std_min: float = -10.0
     log_std_max: float = 2.0
     episodic: bool = False  # has a termination head
-    num_tasks: int = 0  # 0: single-task, without an embedding
+    num_tasks: int = 0  # 0: single-task, no task embedding
     task_dim: int = 0  # 96 in the published multi-task models
-    action_dims: tuple[int, ...] = ()  # per task, of the actions that are not padding
+    action_dims: tuple[int, ...] = ()  # per task, without padding
 
     @property
     def pixels(self) -> bool:
@@ -45,7 +45,7 @@ class WorldModelConfig(Checked):
     def check_ranges(self) -> None:
         if self.num_bins < 2:
             raise ConfigError(
-                f"num_bins={self.num_bins}: must be at least 2; models that were trained by plain regression "
+                f"num_bins={self.num_bins}: must be at least 2; models trained by plain regression "
                 "(num_bins=0 or 1 in the original) are not supported"
             )
         pixels = self.pixels and self.obs_shape[1:] == (64, 64)
@@ -66,18 +66,18 @@ class WorldModelConfig(Checked):
         if self.simnorm_dim < 1 or self.latent_dim % self.simnorm_dim:
             raise ConfigError(
                 f"simnorm_dim={self.simnorm_dim}: must divide latent_dim, {self.latent_dim}; give the "
-                "simnorm_dim of the training, which an original file does not say"
+                "simnorm_dim of training: an original file does not contain it"
             )
         if bool(self.num_tasks) != bool(self.task_dim) or len(self.action_dims) != self.num_tasks:
             raise ConfigError(
-                f"num_tasks={self.num_tasks}: does not fit to task_dim={self.task_dim} and "
+                f"num_tasks={self.num_tasks}: does not match task_dim={self.task_dim} and "
                 f"{len(self.action_dims)} action_dims"
             )
         for dim in self.action_dims:
             check_range("action_dims", dim, 1, self.action_dim)
 
 
-# Millions of parameters: the widths that the paper's model sizes stand for.
+# The paper's model sizes, in millions of parameters.
 MODEL_SIZES: dict[int, dict[str, int]] = {
     1: dict(enc_dim=256, mlp_dim=384, latent_dim=128, num_enc_layers=2, num_q=2),
     5: dict(enc_dim=256, mlp_dim=512, latent_dim=512, num_enc_layers=2, num_q=5),
@@ -127,10 +127,10 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ComputeConfig(Checked):
-    """How the planner computes, not what."""
+    """Precision and compilation of the planner."""
 
     precision: str = "float32"  # of matrix products in planning, or "bfloat16"
-    compile: bool = False  # takes tens of seconds once; acting starts quickly afterwards
+    compile: bool = False  # takes tens of seconds, once per machine
 
     def check_ranges(self) -> None:
         if self.precision not in PRECISIONS:
@@ -138,8 +138,8 @@ class ComputeConfig(Checked):
 
 
 EAGER = ComputeConfig()
-# What scripts and `load_agent` use where an accelerated agent does not say. Not bfloat16, which is faster
-# where the processor has it: elsewhere it is slower, and float32 is the same everywhere to within rounding.
+# The default of scripts and `load_agent`, unless the checkpoint names a precision. bfloat16 is faster on
+# processors that support it and slower on others; float32 gives the same results to within rounding.
 COMPILED = ComputeConfig(compile=True)
 
 
@@ -153,7 +153,7 @@ class Unsaid(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ModelOverride(Checked):
-    """What an original checkpoint's file does not say of its model; a folder says it itself."""
+    """Facts about a model that an original checkpoint does not contain; a folder contains them."""
 
     vmin: float | None = None  # of the bins, in symlog units; None: the published -10
     vmax: float | None = None  # None: the published 10
@@ -169,14 +169,14 @@ class ModelOverride(Checked):
 
 @dataclass(frozen=True)
 class BudgetOverride(Checked):
-    """Changes of the planning budget that a checkpoint comes with, and how planning computes."""
+    """Changes of the checkpoint's planning budget, and how planning computes."""
 
     num_samples: int | None = None  # None: the checkpoint's
     iterations: int | None = None  # None: the checkpoint's
     num_elites: int | None = None  # None: the checkpoint's
     num_pi_trajs: int | None = None  # samples that follow the policy prior; None: the checkpoint's
-    precision: str | None = None  # None: the checkpoint's, else float32; bfloat16 is faster where there is it
-    compile: bool = COMPILED.compile  # tens of seconds once on a machine
+    precision: str | None = None  # bfloat16 (faster on some CPUs) or float32; None: the checkpoint's
+    compile: bool = COMPILED.compile  # takes tens of seconds, once per machine
 
     def check_ranges(self) -> None:
         at_least(1, self, "num_samples", "iterations", "num_elites")
@@ -185,7 +185,7 @@ class BudgetOverride(Checked):
             ComputeConfig(self.precision)
 
     def apply(self, planner: PlannerConfig) -> PlannerConfig:
-        """`planner` with these changes; ConfigError where they do not fit to it."""
+        """`planner` with these changes; ConfigError if they do not fit it."""
         names = ("num_samples", "iterations", "num_elites", "num_pi_trajs")
         given = {name: getattr(self, name) for name in names}
         try:
@@ -203,7 +203,7 @@ class UpdateConfig(Checked):
     enc_lr_scale: float = 0.3
     grad_clip_norm: float = 20.0
     tau: float = 0.01  # of the target networks and of the running Q scale
-    rho: float = 0.5  # weight of a loss t steps ahead: rho^t
+    rho: float = 0.5  # a loss t steps ahead has weight rho^t
     consistency_coef: float = 20.0
     reward_coef: float = 0.1
     value_coef: float = 0.1
@@ -222,22 +222,22 @@ class UpdateConfig(Checked):
 
 @dataclass(frozen=True)
 class SpeculationConfig(Checked):
-    """How a plan is executed. A mode of execution is one value of this class.
+    """How a plan is executed. A mode is one value of this class.
 
-    Naive open loop: `execution_horizon=3`. The policy prior alone: `execution_horizon=1, plan_length=0`, for
-    then no step of any plan is used; with a corrector, that network alone.
+    Naive open loop: `execution_horizon=3`. The policy prior alone: `execution_horizon=1, plan_length=0`: no
+    step of a plan is used. With a corrector, the same is the corrector alone.
     """
 
     execution_horizon: int = 3  # K: steps executed per plan
-    # Mismatch above which the agent replans at step 1, 2, ... of a plan; the last holds for all later steps.
-    threshold: tuple[float, ...] | None = None  # None: never
-    corrector: str = ""  # name of the corrector of steps 1 .. K-1, of step 0 where K is 1; "" for none
-    refine_steps: int = 0  # steps ahead that refining the corrected action looks; 0: it is not refined
+    # Mismatch above which the agent replans, for steps in plan 1, 2, ...; the last holds for all later steps.
+    threshold: tuple[float, ...] | None = None  # None: no fallback
+    corrector: str = ""  # name of the corrector, for steps 1 .. K-1 (K=1: step 0); "": none
+    refine_steps: int = 0  # steps that refining looks ahead; 0: no refining
     plan_length: int | None = None  # steps taken from a plan before the prior extends it; None: all H
     iterations: int | None = None  # of the planner; None: the teacher's
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, list):  # which JSON makes of tuples
+        if isinstance(self.threshold, list):  # JSON turns tuples into lists
             object.__setattr__(self, "threshold", tuple(self.threshold))
         super().__post_init__()
 
@@ -249,7 +249,7 @@ class SpeculationConfig(Checked):
             raise ConfigError("threshold=(): must have a number for each step, or be null")
 
     def in_words(self) -> str:
-        """What is executed, e.g. `6 steps a plan, corrector two_tower, refined`."""
+        """The mode, e.g. `6 steps a plan, corrector two_tower, refined`."""
         steps = self.execution_horizon
         plans = "a new plan at every step" if steps == 1 else f"{steps} steps a plan"
         words = ["no plans" if self.plan_length == 0 else plans]
@@ -274,7 +274,7 @@ class CorrectorConfig(Checked):
     window: int = 8  # W: steps of history that the temporal corrector sees
     num_layers: int = 2  # of the temporal corrector
     num_heads: int = 4
-    max_k: int = 64  # steps in plan with an embedding of their own
+    max_k: int = 64  # steps in plan that have their own embedding
 
     def check_ranges(self) -> None:
         within(self, 1, 100_000, "latent_dim", "max_k")
@@ -288,12 +288,12 @@ class CorrectorConfig(Checked):
 
 
 def published_budget(action_dim: int) -> PlannerConfig:
-    """The published planning budget: two more iterations for 20 action dimensions and more."""
+    """The published planning budget: two more iterations from 20 action dimensions on."""
     config = PlannerConfig()
     return replace(config, iterations=config.iterations + 2 * (action_dim >= 20))
 
 
 def discount_of(episode_length: int) -> float:
-    """Discount for an episode of that many agent steps (TD-MPC2's heuristic; 500 steps: 0.99)."""
+    """Discount for episodes of `episode_length` agent steps (TD-MPC2's heuristic; 500 steps: 0.99)."""
     frac = episode_length / 5.0
     return min(max((frac - 1.0) / frac, 0.95), 0.995)

@@ -1,17 +1,16 @@
-"""Correctors: small networks that turn a planned action into the one the planner would choose now.
+"""Correctors: small networks that turn a planned action into the action that the planner would choose now.
 
-A corrector sees, for each of the last `window` steps of an episode, the real latent, the latent
-that the plan predicted, the planned action and the step in plan. It has an action of its own, and a
-gate in (-1, 1) for each action dimension that weighs the newest planned action against it:
+For each of the last `window` steps of an episode, a corrector sees the real latent, the predicted latent, the
+planned action and the step in plan. It computes its own action, and a gate in (-1, 1) for each action
+dimension. The corrected action is
 
     planned + gate * (own - planned)
 
-Where the plan is of no use the gate lets go of it, which a residual alone would have to cancel. The gate
-starts at zero: untrained, a corrector executes the plan as it is. It embeds a step when it happens and
-remembers the embedding only.
+If the plan is useless, the gate can drop it; a residual would have to cancel it. The gate starts at zero: an
+untrained corrector executes the plan unchanged. A corrector embeds each step once and keeps the embedding.
 
-A trained corrector is one file, `corrector.safetensors`, in a folder of its own: weights, and in its header
-the configuration and the fingerprint of the teacher that it belongs to.
+A trained corrector is one file, `corrector.safetensors`, in its own folder. Its header holds the
+configuration and the fingerprint of the teacher.
 """
 
 from collections.abc import Callable, Mapping
@@ -35,13 +34,13 @@ FORMAT = "tdmpc2-corrector-2"
 
 
 class History(NamedTuple):
-    """The last `W` steps of each row's episode; the newest step is the last and always valid."""
+    """The last `W` steps of each row's episode; the newest is last, and always valid."""
 
-    steps: Tensor  # [B, W, E], each as `BaseCorrector.embed` has it
-    valid: Tensor  # [B, W] bool; False where the episode is younger than the window
+    steps: Tensor  # [B, W, E], from `BaseCorrector.embed`
+    valid: Tensor  # [B, W] bool; False before the episode began
 
     def then(self, step: Tensor) -> "History":
-        """The history one step `[B, E]` later."""
+        """The history with one more step `[B, E]`."""
         newest = torch.ones_like(self.valid[:, :1])
         return History(
             torch.cat([self.steps[:, 1:], step[:, None]], 1), torch.cat([self.valid[:, 1:], newest], 1)
@@ -53,12 +52,12 @@ class BaseCorrector(nn.Module):
 
     Args:
         config: the architecture.
-        hidden: number `F` of features that actions are made of.
+        hidden: number `F` of features.
 
     Attributes:
         config: the architecture.
-        window: number `W` of steps that it wants to see.
-        embedding_dim: number `E` of entries that it remembers of a step.
+        window: number `W` of steps that it sees.
+        embedding_dim: number `E` of entries of an embedded step.
     """
 
     window: int
@@ -73,27 +72,27 @@ class BaseCorrector(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def no_history(self, rows: int) -> History:
-        """The history of `B` episodes that begin."""
+        """The history of `rows` episodes that begin."""
         weight = next(self.parameters())
         steps = weight.new_zeros(rows, self.window, self.embedding_dim)
         return History(steps, torch.zeros(steps.shape[:2], dtype=torch.bool, device=weight.device))
 
     def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
-        """What is remembered of steps, `[..., E]`.
+        """Embeddings of steps, `[..., E]`.
 
         Args:
             z: `[..., L]`, real latents.
-            z_pred: `[..., L]`, predicted by the plan, driven by the actions really executed.
+            z_pred: `[..., L]`, latents predicted from the plan's first latent and the executed actions.
             planned: `[..., A]`, planned actions in [-1, 1].
             k: `[...]` long, step in plan.
         """
         raise NotImplementedError
 
     def forward(self, history: History, planned: Tensor) -> Tensor:
-        """The corrected action `[B, A]` of the newest step, in [-1, 1], where `planned` `[B, A]` was planned.
+        """The corrected action `[B, A]` of the newest step, in [-1, 1], for the planned action `[B, A]`.
 
-        While training, the clamp's gradient is that of the identity: where the sum leaves the box
-        towards the right answer nothing pulls, where it does so wrongly everything pulls it back.
+        In training, the clamp has the gradient of the identity. So an action that is clamped wrongly still
+        gets a gradient.
         """
         hidden = self.features(history)
         action = planned + self.gate(hidden).tanh() * (self.own(hidden) - planned)
@@ -102,23 +101,23 @@ class BaseCorrector(nn.Module):
         return action.clamp(-1, 1)
 
     def features(self, history: History) -> Tensor:
-        """What the gate and the corrector's own action are made of, `[B, F]`."""
+        """Features `[B, F]` for the gate and the corrector's own action."""
         raise NotImplementedError
 
     def _embedding(self, dim: int) -> nn.Embedding:
-        # On the meta device its own initialisation would import PyTorch's compiler, which takes seconds.
+        # nn.Embedding's initialisation on the meta device imports PyTorch's compiler, which takes seconds.
         weight = torch.empty(self.config.max_k, dim)
         embedding = nn.Embedding(self.config.max_k, dim, _weight=weight if weight.is_meta else None)
         nn.init.trunc_normal_(embedding.weight, std=0.02)
         return embedding
 
     def _known(self, k: Tensor) -> Tensor:
-        """Steps in plan beyond the last one with an embedding take that one's."""
+        """Steps in plan, at most the last one that has an embedding."""
         return k.clamp(max=self.config.max_k - 1)
 
 
 class TwoTowerCorrector(BaseCorrector):
-    """Separate towers for the real, the predicted and the difference latent; sees one step."""
+    """Separate towers for the real latent, the predicted latent and their difference; sees one step."""
 
     window = 1
 
@@ -141,7 +140,7 @@ class TwoTowerCorrector(BaseCorrector):
 
 
 class DistilledPolicy(TwoTowerCorrector):
-    """The same network without a plan, for comparison: its action depends on the real latent alone."""
+    """The same network without the plan, for comparison: it sees the real latent only."""
 
     def embed(self, z: Tensor, z_pred: Tensor, planned: Tensor, k: Tensor) -> Tensor:
         return super().embed(z, z, torch.zeros_like(planned), torch.zeros_like(k))
@@ -153,8 +152,8 @@ class DistilledPolicy(TwoTowerCorrector):
 class TemporalTransformerCorrector(BaseCorrector):
     """A small transformer over the last `config.window` steps, each a token of `width / 2` entries.
 
-    All layers but the last let every step attend to every valid one; the last is computed for the
-    newest step alone, because nothing else is read out.
+    Every step attends to every valid step. The last layer computes the newest step only, because no other
+    output is used.
     """
 
     def __init__(self, config: CorrectorConfig):
@@ -183,7 +182,7 @@ class TemporalTransformerCorrector(BaseCorrector):
 
 
 class Block(nn.Module):
-    """A transformer layer that normalises first: attention, then a feed-forward network.
+    """A pre-norm transformer layer: attention, then a feed-forward network.
 
     Args:
         dim: entries of a token.
@@ -202,7 +201,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor, visible: Tensor) -> Tensor:
-        """The last `Q` tokens of `context` `[B, W, dim]`, `x` `[B, Q, dim]`, attend to it."""
+        """`x` `[B, Q, dim]`, the last `Q` tokens of `context` `[B, W, dim]`, attends to `context`."""
         joined = self.query_key_value(self.norm(context))
         q, k, v = joined.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, W, dim/heads]
         attended = F.scaled_dot_product_attention(q[:, :, -x.shape[1] :], k, v, attn_mask=visible)
@@ -233,10 +232,10 @@ def save_corrector(folder: str | Path, corrector: BaseCorrector, teacher: str, *
     """Write a corrector as `folder/corrector.safetensors`, whole or not at all.
 
     Args:
-        folder: made if need be.
-        corrector: to be saved.
+        folder: made if it is missing.
+        corrector: the corrector.
         teacher: fingerprint of the world model that it was distilled from.
-        entries: JSON values that join the header, for the record.
+        entries: further JSON values for the header.
     """
     header = {"format": FORMAT, "teacher": teacher, "config": asdict(corrector.config), **entries}
     write_tensors(Path(folder) / FILE, corrector.state_dict(), header)
@@ -246,8 +245,8 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     """The header of a saved corrector: teacher, config, and the entries of `save_corrector`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no corrector.
-        FileError: it may not be read.
+        CheckpointError: the file is missing, damaged, or not a corrector.
+        FileError: the file cannot be read.
     """
     return _read(Path(folder) / FILE)[1]
 
@@ -260,12 +259,12 @@ def load_corrector(
 
     Args:
         folder: holds `corrector.safetensors`.
-        teacher: fingerprint of the world model that it is to be used with; None takes any.
+        teacher: fingerprint of the world model to use it with; None: any.
         device: to act on.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another teacher.
-        FileError: it may not be read.
+        CheckpointError: the file is missing, damaged, or belongs to another teacher.
+        FileError: the file cannot be read.
     """
     path = Path(folder) / FILE
     state, header = _read(path)
@@ -285,7 +284,7 @@ def load_corrector(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a corrector's file."""
+    """Tensors and header of a corrector file."""
     if not exists(path):
         raise CheckpointError(f"no corrector at {path}: train one with `tdmpc2 distill`")
     return read_tensors(path, FORMAT, "train it again", CheckpointError)

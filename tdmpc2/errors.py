@@ -1,16 +1,16 @@
-"""What a user can do wrong, by name. Every message is one line: what was wrong and what to do."""
+"""Errors that a user can fix. Every message is one line: what is wrong, and what to do."""
 
 
 class TDMPC2Error(Exception):
-    """Base of all errors that the user can mend; scripts print its message and exit with status 1."""
+    """Base of all errors that a user can fix; commands print the message and exit with status 1."""
 
 
 class ConfigError(TDMPC2Error):
-    """A setting that does not exist or cannot hold the value it was given."""
+    """An unknown setting, or an invalid value."""
 
 
 class TaskError(TDMPC2Error):
-    """A task name that no environment answers to."""
+    """A task that has no environment, or an environment that cannot be used."""
 
 
 class CheckpointError(TDMPC2Error):
@@ -22,11 +22,11 @@ class DataError(TDMPC2Error):
 
 
 class ObservationError(TDMPC2Error):
-    """An observation that is not finite or has the wrong shape."""
+    """An observation that is not finite, or has a wrong type or shape."""
 
 
 class EnvironmentFailure(TDMPC2Error):
-    """An environment that raised while it was being reset or stepped."""
+    """An environment that raised an error in `reset` or `step`."""
 
 
 class FileError(TDMPC2Error):
@@ -34,4 +34,4 @@ class FileError(TDMPC2Error):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came, which ask a script to end; raised where it is, as Ctrl-C is."""
+    """The process received SIGTERM or SIGHUP; raised at the current line, like Ctrl-C."""

@@ -1,7 +1,7 @@
-"""The one place where files are written and read: whole or not at all, changed or damaged by nobody unseen.
+"""Reading and writing files: a file is written whole or not at all, and a damaged file is noticed.
 
-A file of tensors is a safetensors file. Its header has one entry, `tdmpc2`: JSON that says what the file is
-(`format`), what its writer wants known, and a SHA-256 digest of all that and of every tensor.
+A file of tensors is a safetensors file. Its header has one entry, `tdmpc2`: JSON with the file's kind
+(`format`), the writer's own values, and a SHA-256 digest of the header and every tensor.
 """
 
 import hashlib
@@ -24,22 +24,22 @@ from torch import Tensor
 from .errors import ConfigError, DataError, FileError, TDMPC2Error
 
 LOCK = ".lock"
-ABANDONED = 3600.0  # seconds after which a temporary file is one that a killed process left
+ABANDONED = 3600.0  # seconds; an older temporary file was left by a killed process
 MAX_JSON = 64 * 2**20  # bytes
 
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place if nothing is raised.
+    """Yield a temporary path beside `path`; it replaces `path` if nothing is raised.
 
     with atomic_write("runs/evaluation.csv") as tmp:
         table.to_csv(tmp)
 
-    The folder is made if need be. Each writer has a temporary file of its own, `.NAME.*.tmp`; the next write
-    deletes those that killed processes left. The file's mode follows the umask.
+    A missing folder is made. Each writer has its own temporary file, `.NAME.*.tmp`; a write also deletes old
+    ones that killed processes left. The file's mode follows the umask.
 
     Raises:
-        FileError: the file cannot be written: a full disk, no permission, a file where a folder should be.
+        FileError: the file cannot be written: a full disk, no permission, a file in place of a folder.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
@@ -65,7 +65,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise FileError where the file could not be written, before the work whose result it shall hold."""
+    """Raise FileError if the file cannot be written; call it before long work."""
     there = Path(path).exists()
     try:
         with open(path, "ab"):
@@ -78,10 +78,10 @@ def check_writable(path: str | Path) -> None:
 
 @contextmanager
 def in_use(folder: str | Path) -> Iterator[None]:
-    """Make `folder` if need be, and keep other processes out of it meanwhile.
+    """Make `folder` if it is missing, and lock it against other processes.
 
     Raises:
-        ConfigError: another process is at work in it.
+        ConfigError: another process has locked it.
         FileError: the folder cannot be made or written to.
     """
     folder = Path(folder)
@@ -91,9 +91,9 @@ def in_use(folder: str | Path) -> Iterator[None]:
             yield
     except Timeout as e:
         raise ConfigError(
-            f"{folder} is in use by another process: wait until that ends, or choose another folder"
+            f"{folder} is in use by another process: wait until it ends, or choose another folder"
         ) from e
-    except BrokenPipeError:  # of a terminal, not of the folder
+    except BrokenPipeError:  # from the terminal, not the folder
         raise
     except OSError as e:
         where = e.filename or folder
@@ -101,22 +101,22 @@ def in_use(folder: str | Path) -> Iterator[None]:
 
 
 def file_name(text: str) -> str:
-    """`text` with a dash for every character that does not belong in a name, as the colon of a task's."""
+    """`text` with a dash for every character that file names should not have, such as a colon."""
     return re.sub(r"[^\w.-]", "-", text)
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
-    """Paths sorted as a reader counts: `round-2` before `round-10`."""
+    """Paths in numerical order: `round-2` before `round-10`."""
     return sorted(
         paths, key=lambda path: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", str(path))]
     )
 
 
 def exists(path: str | Path) -> bool:
-    """Whether there is such a file or folder.
+    """Whether a file or folder exists.
 
     Raises:
-        FileError: nobody can tell, because a folder above it may not be entered.
+        FileError: unknown, because a parent folder may not be entered.
     """
     try:
         os.stat(path)
@@ -131,10 +131,10 @@ def open_file(path: str | Path) -> BinaryIO:
     """Open a file for reading.
 
     Raises:
-        FileError: there is none, it is no regular file, or it may not be read.
+        FileError: the file is missing, not a regular file, or may not be read.
     """
     if exists(path) and not os.path.isfile(path):  # reading a pipe would never end
-        raise FileError(f"{path} is no regular file: name another one")
+        raise FileError(f"{path} is not a regular file: give another file")
     try:
         return open(path, "rb")
     except OSError as e:
@@ -142,7 +142,7 @@ def open_file(path: str | Path) -> BinaryIO:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file; raises as `open_file`."""
+    """The content of a file; errors as in `open_file`."""
     try:
         with open_file(path) as file:
             return file.read()
@@ -151,7 +151,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def _unreadable(path: str | Path, error: OSError | ValueError) -> FileError:
-    """What to tell of an error of the system's; of a ValueError where a name has a null character."""
+    """The FileError for a system error, or for the ValueError of a path with a null character."""
     return FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
@@ -165,21 +165,21 @@ def read_json(path: str | Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        FileError: it is missing or may not be read.
-        DataError: it is damaged.
+        FileError: the file is missing or may not be read.
+        DataError: the file is damaged.
     """
     raw = read_bytes(path)
     try:
         if len(raw) > MAX_JSON:
             raise ValueError(f"{len(raw):,} bytes are too many")
         return json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as e:  # not JSON, or not even text
+    except (ValueError, RecursionError) as e:  # not JSON, or not text
         reason = "nested too deeply" if isinstance(e, RecursionError) else e
         raise DataError(f"{path} is damaged ({reason}): restore it, or delete it and run again") from e
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by the names that a user types: `{"planner": {"horizon": 3}}` is `{"planner.horizon": 3}`."""
+    """Settings by the names that users type: `{"planner": {"horizon": 3}}` gives `{"planner.horizon": 3}`."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -187,19 +187,19 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def difference(earlier: Any, now: Mapping[str, Any], free: Collection[str] = ()) -> str:
-    """The first setting in which two JSON objects differ, in words; "" where they do not.
+    """The first setting in which two JSON objects differ, in words; "" if they agree.
 
     Args:
-        earlier: what a file holds.
-        now: what it has to be compared with.
-        free: names of settings, as `flat` has them, that may differ.
+        earlier: from a file.
+        now: compared with it.
+        free: settings that may differ, named as in `flat`.
     """
     if not isinstance(earlier, dict):
         return "no settings at all"
     before, after = flat(earlier), flat(json.loads(json.dumps(now)))
     for name in sorted((before.keys() | after.keys()) - {*free}):
         if name not in after:
-            return f"{name}={json.dumps(before[name])}, which is no setting any more"
+            return f"{name}={json.dumps(before[name])}, which is no longer a setting"
         if before.get(name) != after[name]:
             return f"{name}={json.dumps(before.get(name))}, not {json.dumps(after[name])}"
     return ""
@@ -210,31 +210,31 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mappin
 
     Args:
         path: the file.
-        tensors: of any dtype and device.
-        about: JSON values for the header; `format` is one of them.
+        tensors: any dtypes and devices.
+        about: JSON values for the header, with `format`.
 
     Raises:
         FileError: the file cannot be written.
     """
-    header = json.loads(json.dumps(about))  # as it will be read: keys are strings then
+    header = json.loads(json.dumps(about))  # JSON turns keys into strings
     own = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header["digest"] = _digest(own, header)
     with atomic_write(path) as tmp:
-        # One entry, for safetensors writes several in an order of its own: equal data, equal files.
+        # A single entry: safetensors orders several entries at random, and equal data must give equal files.
         safetensors.torch.save_file(own, tmp, metadata={"tdmpc2": json.dumps(header)})
 
 
 def read_tensors(
     path: str | Path, kind: str, again: str, error: type[TDMPC2Error], *, bare: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file of tensors, as `write_tensors` was given them.
+    """Tensors and header of a file that `write_tensors` wrote.
 
     Args:
         path: the file.
-        kind: the `format` that its header has to have.
-        again: what the user can do where the file is of no use.
-        error: raised where the file is damaged or of another format.
-        bare: files without our header are read too, unchecked; their header is empty.
+        kind: the expected `format` of its header.
+        again: advice for the user if the file is useless.
+        error: raised if the file is damaged or has another format.
+        bare: also read files without our header, unchecked; the header is then empty.
 
     Raises:
         FileError: the file is missing or may not be read.
@@ -252,7 +252,7 @@ def read_tensors(
 
 
 def read_about(path: str | Path, kind: str, again: str, error: type[TDMPC2Error]) -> dict[str, Any]:
-    """The header alone of a file of tensors, unchecked; arguments and errors as `read_tensors`."""
+    """The header of a file of tensors, unchecked; arguments and errors as in `read_tensors`."""
     return _header(read_bytes(path), path, kind, again, error)
 
 
@@ -268,15 +268,15 @@ def _header(
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as e:
         raise error(f"{path} is damaged or something else: {again}") from e
     if found != kind:
-        raise error(f"{path} has format {found!r}, expected is {kind!r}: {again}")
+        raise error(f"{path} has format {found!r}, not {kind!r}: {again}")
     return about
 
 
 def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
-    """SHA-256 of tensors and header, whatever order they come in."""
+    """SHA-256 of tensors and header, independent of their order."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        # Bytes, for NumPy lacks some of the dtypes.
+        # As bytes, because NumPy lacks some dtypes.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

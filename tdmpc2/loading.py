@@ -1,8 +1,8 @@
 """A path in, an agent out.
 
     load_agent           an agent, from any checkpoint
-      open_checkpoint    its world model, and what it says of planning     read_config, load_world_model
-      read_mode          its mode, with the corrector                      read_config, load_corrector
+      open_checkpoint    its world model and planning settings     read_config, load_world_model
+      read_mode          its mode, with the corrector              read_config, load_corrector
 
 `teacher.open_teacher` opens the same checkpoint for a task that has an environment here.
 """
@@ -40,19 +40,20 @@ from .world_model.model import WorldModel
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was opened; an original file stands for the published budget and 500 steps."""
+    """An opened checkpoint. An original file gets the published budget and the discount for 500 steps."""
 
     path: str | Path
-    saved: Mapping[str, Any]  # config.json; empty of an original file
+    saved: Mapping[str, Any]  # config.json; empty for an original file
     model: WorldModel
     planner: PlannerConfig
     discount: float  # per agent step
-    compute: ComputeConfig  # compiled, in the precision that an agent was evaluated in
+    compute: ComputeConfig  # compiled, in the precision of the agent's evaluation
 
     def task_index(self, task: int | str | None) -> int | None:
-        """Index of a task, or its name in any spelling, in a multi-task model; None in others.
+        """Index of a task in a multi-task model; None in a single-task model.
 
-        None as `task` is the checkpoint's own.
+        Args:
+            task: index, or name in any spelling; None: the checkpoint's own.
 
         Raises:
             CheckpointError: the checkpoint was made for another task, or does not know the name.
@@ -67,8 +68,8 @@ class Checkpoint:
         index = published_task_index(task, num_tasks) if isinstance(task, str) else task
         if own is not None and index not in (None, own):
             raise CheckpointError(
-                f"{self.path} was made for {self.saved.get('task')}, task {own}; task={task} is another one, "
-                "for which its correctors are not made: open the checkpoint that it was made from"
+                f"{self.path} was made for {self.saved.get('task')}, task {own}; task={task} is another task"
+                ": open the multi-task checkpoint that it was made from"
             )
         return own if index is None else index
 
@@ -76,7 +77,7 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", **unsaid: Unpack[Unsaid]
 ) -> Checkpoint:
-    """Open an original `.pt` file or a folder of ours; args and raises as `load_world_model`."""
+    """Open an original `.pt` file or our folder; args and errors as in `load_world_model`."""
     model = load_world_model(path, device, **unsaid)
     saved = read_config(path)
     planner = published_budget(model.config.action_dim)
@@ -87,10 +88,10 @@ def open_checkpoint(
 
 
 def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, BaseCorrector | None]:
-    """The mode that a checkpoint names, with its corrector, for its `model`; TEACHER where it names none.
+    """The mode of a checkpoint, and its corrector for `model`; TEACHER if it names no mode.
 
     Raises:
-        CheckpointError: the mode does not fit this version, or its corrector cannot be used.
+        CheckpointError: the mode is of another version, or its corrector cannot be used.
     """
     saved = read_config(path)
     if "speculation" not in saved:
@@ -98,8 +99,8 @@ def read_mode(path: str | Path, model: WorldModel) -> tuple[SpeculationConfig, B
     config = saved_as(SpeculationConfig, saved["speculation"], path)
     if not config.corrector:
         return config, None
-    if config.corrector not in ARCHITECTURES:  # nor a path to somewhere else
-        raise CheckpointError(f"{path} names a corrector {config.corrector!r}, which there is not")
+    if config.corrector not in ARCHITECTURES:  # also refuses a path
+        raise CheckpointError(f"{path} names a corrector {config.corrector!r}, which does not exist")
     folder = Path(path) / "correctors" / config.corrector
     return config, load_corrector(folder, fingerprint(model), next(model.parameters()).device)
 
@@ -114,30 +115,28 @@ def load_agent(
     compute: ComputeConfig | None = None,
     **unsaid: Unpack[Unsaid],
 ) -> TDMPC2 | SpeculativeAgent:
-    """The agent of a checkpoint: speculative where the folder says how, else the teacher itself.
+    """The agent of a checkpoint: speculative if the folder names a mode, else the teacher.
 
         agent = tdmpc2.load_agent("pretrained/walker-walk")
         agent.reset()
         action = agent.act(obs)  # in [-1, 1], once an agent step
 
-    In a loop of your own, observations have the order of entries, and actions the scale and the repeat, of
-    the model's training: see `TDMPC2.act`. Processes that are forked off this one compute with one thread.
+    `TDMPC2.act` says what your own loop must do. Processes forked from this one use one thread.
 
     Args:
-        path: an original `.pt` file or a folder of ours.
+        path: an original `.pt` file or our folder.
         device: to act on.
         num_envs: rows of the batch.
         seed: of the planner's noise.
-        task: for a multi-task model, the name of a published task or the index of any; a folder of ours may
-            say it itself.
-        compute: precision of planning, and whether to compile; None for compiled, in the precision that the
-            folder's evaluation was made with, or float32.
+        task: of a multi-task model: the name of a published task, or an index; None: the folder's own.
+        compute: precision of planning, and whether to compile; None: compiled, in the precision of the
+            folder's evaluation, or float32.
         unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, foreign or unsafe, or was made for another task.
-        FileError: it may not be read.
-        ConfigError: a setting cannot be.
+        FileError: the checkpoint cannot be read.
+        ConfigError: a setting is invalid.
     """
     checkpoint = open_checkpoint(path, device, **unsaid)
     teacher = TDMPC2(

@@ -1,9 +1,9 @@
-"""MPPI in latent space: latents in, a `Plan` out. Knows the world model and nothing of any agent.
+"""MPPI in latent space: latents in, a `Plan` out. It knows the world model, but no agent.
 
-The planner samples action sequences around a Gaussian, scores them by predicted reward plus the value at
-the horizon, refits the Gaussian to the best of them (the elites), and finally draws one elite by score
-(paper, section 3.2 and appendix). Inside, sequences are laid out `[B, H, N, A]`: the batch of latents, then
-time, then the samples of each.
+The planner samples action sequences from a Gaussian, values them by predicted reward plus the value at
+the horizon, and refits the Gaussian to the best of them (the elites). After the last iteration it samples
+one elite by score (paper, section 3.2 and appendix). Sequences have shape `[B, H, N, A]`: batch of latents,
+time, samples.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,16 @@ from .world_model.model import WorldModel
 
 
 class Plan(NamedTuple):
-    """One plan for each latent of a batch."""
+    """One plan per latent of a batch."""
 
-    actions: Tensor  # [B, H, A], the elite that was drawn, in [-1, 1]
-    mean: Tensor  # [B, H, A], of the final distribution, in [-1, 1]; the next plan's warm start
+    actions: Tensor  # [B, H, A], the sampled plan: one of the elites, in [-1, 1]
+    mean: Tensor  # [B, H, A], the mean plan, in [-1, 1]; the next plan's warm start
     std: Tensor  # [B, H, A]
     value: Tensor  # [B], predicted return of `actions`
 
 
 class NoiseSource:
-    """Where all of a planner's randomness comes from; tests put recorded noise in its place."""
+    """The only source of a planner's randomness; tests replace it with recorded noise."""
 
     def __init__(self, seed: int, device: torch.device | str = "cpu"):
         try:
@@ -48,13 +48,13 @@ class NoiseSource:
         return -exponential.exponential_(generator=self.generator).log()
 
     def two_heads(self, num_q: int) -> Tensor:
-        """Two different Q heads `[2]`."""
+        """Indices of two different Q heads, `[2]`."""
         order = torch.randperm(num_q, generator=self.generator, device=self.generator.device)
         return order[:2]
 
 
 def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
-    """A plan's mean `[B, H, A]` moved on by the `steps` `[B]` executed since; zeros where it ends."""
+    """A mean plan `[B, H, A]`, shifted by the `steps` `[B]` executed since; zeros past its end."""
     horizon = mean.shape[1]
     index = torch.arange(horizon, device=mean.device) + steps[:, None]
     moved = mean.gather(1, index.clamp(max=horizon - 1)[..., None].expand_as(mean))
@@ -62,21 +62,21 @@ def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
 
 
 class Search(NamedTuple):
-    """Where the search for a plan stands after an iteration."""
+    """The state of the search after an iteration."""
 
-    mean: Tensor  # [B, H, 1, A] of the distribution, as is `std`
-    std: Tensor
+    mean: Tensor  # [B, H, 1, A] of the distribution
+    std: Tensor  # [B, H, 1, A] of the distribution
     elites: Tensor  # [B, H, num_elites, A]
-    value: Tensor  # [B, num_elites], predicted returns of the elites, the best first
-    score: Tensor  # [B, num_elites], their weights, which sum to one
+    value: Tensor  # [B, num_elites], predicted returns of the elites, best first
+    score: Tensor  # [B, num_elites], weights of the elites; they sum to one
 
 
 class Iteration(nn.Module):
-    """One iteration of MPPI: sample, evaluate, choose the elites, and refit the distribution to them.
+    """One iteration of MPPI: sample, value, choose the elites, refit the distribution to them.
 
     Args:
         config: the planning budget and MPPI's constants.
-        fast: the model that is planned in.
+        fast: the world model.
     """
 
     def __init__(self, config: PlannerConfig, fast: FastModel):
@@ -95,15 +95,15 @@ class Iteration(nn.Module):
         heads: Tensor,
         w: Weights,
     ) -> Search:
-        """Search around the distribution `mean` and `std` `[B, H, 1, A]`.
+        """Sample from the distribution `mean` and `std`, and refit it.
 
         Args:
-            at: where plans start, from `origin`.
-            prior: `[B, H, num_pi_trajs, A]`, action sequences that are samples as well.
-            mean, std: of the other samples.
-            eps: `[B, H, num_samples - num_pi_trajs, A]`, their noise, standard normal.
-            eps_pi: `[B, num_samples, A]`, standard normal, of the policy's action at the horizon.
-            heads: `[2]`, the Q heads that judge.
+            at: where the plans start, from `origin`.
+            prior: `[B, H, num_pi_trajs, A]`, samples that follow the policy prior.
+            mean, std: `[B, H, 1, A]`, of the other samples.
+            eps: `[B, H, num_samples - num_pi_trajs, A]`, standard normal noise of the other samples.
+            eps_pi: `[B, num_samples, A]`, standard normal noise of the prior's action at the horizon.
+            heads: `[2]`, the Q heads that give the value at the horizon.
             w: the model's weights.
         """
         c, mask = self.config, at.mask[:, None, None]  # [B, 1, 1, A]
@@ -126,9 +126,9 @@ class Iteration(nn.Module):
 def shared(
     model: WorldModel, config: PlannerConfig, discount: float, compute: ComputeConfig
 ) -> tuple[Iteration, Callable[..., Search], FollowedWeights]:
-    """What all planners of a model share, so that nothing is compiled or copied twice.
+    """An iteration, the same compiled (if `compute` says so), and the model's weights.
 
-    An iteration, the same compiled if it is to be, and the model's weights.
+    All planners of a model share them, so nothing is compiled or copied twice.
     """
     device, what = next(model.parameters()).device, "the planner"
     dtype = dtype_of(compute, device)
@@ -145,7 +145,7 @@ class Planner:
     """MPPI over a world model.
 
     Args:
-        model: what is planned in.
+        model: predicts latents, rewards and values.
         config: the planning budget and MPPI's constants.
         discount: per agent step.
         noise: source of all randomness.
@@ -177,8 +177,8 @@ class Planner:
         """Plan from latents `[B, L]`.
 
         Args:
-            z: where to plan from.
-            mean: `[B, H, A]` start of the distribution's mean (see `warm_start`); zeros if None.
+            z: the latents.
+            mean: `[B, H, A]`, the first mean of the distribution, from `warm_start`; None: zeros.
             eval_mode: False adds exploration noise to the first action.
             task: `[B]` task indices of a multi-task model.
         """
@@ -210,7 +210,7 @@ class Planner:
         )
 
     def _policy_trajectories(self, z: Tensor, task: Tensor | None) -> Tensor:
-        """Action sequences `[B, H, num_pi_trajs, A]` that follow the policy prior."""
+        """Action sequences `[B, H, num_pi_trajs, A]` sampled from the policy prior."""
         c, model = self.config, self.model
         shape = (c.horizon, z.shape[0], c.num_pi_trajs, model.config.action_dim)
         tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples

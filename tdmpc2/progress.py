@@ -1,4 +1,4 @@
-"""What long work shows while it runs: bars on a terminal, a line at intervals elsewhere, or nothing.
+"""The display of long work: bars on a terminal, lines at intervals elsewhere, or nothing.
 
     with Progress(Console()) as progress:
         with progress.add("training", total=500_000, unit="steps") as stage:
@@ -6,8 +6,7 @@
             stage.note("return 512.3")
         progress.print("the teacher is in runs/walker-walk/1")
 
-Whoever works reports to the `Progress` that it is given, and knows no display. A stage that has ended leaves
-one line.
+Functions report to the `Progress` that they are given, and know no display. A finished stage leaves one line.
 """
 
 import threading
@@ -36,17 +35,17 @@ class Table(NamedTuple):
 
 
 class Stage:
-    """A piece of work with a name; made by `Progress.add`. As a context manager it ends itself."""
+    """A named piece of work, from `Progress.add`; as a context manager it ends itself."""
 
     def __init__(self, bars: rich.progress.Progress, task: rich.progress.Task, print_: Callable[[str], None]):
         self._bars, self._task, self._print = bars, task, print_
 
     def advance(self, done: float = 1) -> None:
-        """So much more is done."""
+        """Advance by `done` units."""
         self._bars.advance(self._task.id, done)
 
     def at(self, done: float, total: float | None = None) -> None:
-        """So much is done in all, of `total` where that has become known."""
+        """Set the units done so far, and `total` if it is known now."""
         self._bars.update(self._task.id, completed=done, total=total)
 
     def complete(self) -> None:
@@ -54,11 +53,11 @@ class Stage:
         self._bars.update(self._task.id, total=self._task.completed)
 
     def note(self, text: str) -> None:
-        """What the work is at, e.g. "return 512.3"; 30 characters fit on a terminal."""
+        """Show a text beside the bar, e.g. "return 512.3"; 30 characters fit on a terminal."""
         self._bars.update(self._task.id, note=text)
 
     def end(self, line: str | None = None) -> None:
-        """Leave `line`, or else how far the stage came and its note; nothing where it has ended before."""
+        """End the stage, and leave `line`, by default its count and note. A second call does nothing."""
         if self._task.id in self._bars.task_ids:
             self._bars.remove_task(self._task.id)
             self._print(_line(self._task, f"in {_duration(self._task.elapsed)}") if line is None else line)
@@ -79,8 +78,8 @@ class Progress:
     """The display of running stages, a context manager.
 
     Args:
-        console: where; None: nowhere. Bars where it is a terminal, else lines.
-        interval: seconds between two lines of a stage that is still running.
+        console: None shows nothing; a terminal shows bars, others show lines.
+        interval: seconds between two lines of a running stage.
     """
 
     def __init__(self, console: Console | None = None, interval: float = INTERVAL):
@@ -88,7 +87,7 @@ class Progress:
         bars = console is not None and console.is_interactive
         self._bars = rich.progress.Progress(
             TextColumn("{task.description}"),
-            # The bar takes what is left of a line, so a narrow terminal cuts the bar and not the text.
+            # The bar fills the rest of a line, so a narrow terminal cuts the bar, not the text.
             BarColumn(None, table_column=rich.table.Column(ratio=1)),
             _Count(),
             TextColumn("{task.fields[note]}", markup=False),
@@ -108,9 +107,9 @@ class Progress:
 
         Args:
             name: e.g. "pretraining".
-            total: how much there is to do; None: not known.
-            unit: what is counted, e.g. "updates".
-            done: how much of it was done before.
+            total: units to do; None: unknown.
+            unit: e.g. "updates".
+            done: units done before.
         """
         task_id = self._bars.add_task(name, total=total, completed=int(done), note="", unit=unit)
         task = next(task for task in self._bars.tasks if task.id == task_id)
@@ -119,7 +118,7 @@ class Progress:
         return Stage(self._bars, task, self.print)
 
     def print(self, line: str) -> None:
-        """Show a line that stays."""
+        """Show a line permanently."""
         if self._console is not None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -148,7 +147,7 @@ class Progress:
         self._bars.stop()
 
     def _tell(self) -> None:
-        """Print the running stages again and again, also while one of them does not advance."""
+        """Print the running stages at intervals, even if they do not advance."""
         while not self._over.wait(self._interval):
             for task in self._bars.tasks:
                 self.print(_line(task, _left(task)))
@@ -163,7 +162,7 @@ class _Count(rich.progress.ProgressColumn):
 
 
 class _Pace(rich.progress.ProgressColumn):
-    """`9.8/s 13:28:22`: speed, and the time left or, where that is not known, spent."""
+    """`9.8/s 13:28:22`: speed, and the time left, or spent if the time left is unknown."""
 
     def render(self, task: rich.progress.Task) -> Text:
         seconds = task.elapsed if task.time_remaining is None else task.time_remaining

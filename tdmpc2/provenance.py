@@ -1,4 +1,4 @@
-"""Where numbers come from."""
+"""The provenance of results."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from .version import __version__
 
 
 def provenance() -> dict[str, str]:
-    """Where numbers come from: command, commit or version, machine, library versions, date (UTC)."""
+    """Command, commit or version, machine, library versions, and date (UTC)."""
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     else:
@@ -45,19 +45,19 @@ def provenance() -> dict[str, str]:
 
 
 def program() -> str:
-    """What was started, as a user would type it."""
+    """The started program, as a user types it."""
     program = sys.argv[0]
     return f"python {os.path.relpath(program)}" if program.endswith(".py") else program
 
 
 @cache
 def commit() -> str:
-    """Of the code; its version where there is no commit."""
+    """The commit of the code; the version if there is no commit."""
     root = Path(__file__).parents[1]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         try:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
-            pass  # no git here, or no commit yet
+            pass  # no git, or no commit yet
     return f"version {__version__}"

@@ -1,8 +1,8 @@
-"""Refining an action by a search that is far smaller than a plan.
+"""Refining an action: a search far smaller than planning.
 
-A plan is an iterated search over hundreds of sequences of actions. Where a good action is known already, one
-iteration over a few actions around it does much of the same. Judged a single step ahead it is cheapest; where
-the Q heads alone are a poor judge, as far as a plan looks is better.
+Planning searches iteratively over hundreds of action sequences. Near a good action, one iteration over a few
+actions does much of the same work. Looking one step ahead is cheapest. Looking H steps ahead is better where
+the Q heads alone value actions poorly.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .world_model.model import WorldModel
 
-SAMPLES, ELITES = 14, 4  # with the two others these are 16 rows of a matrix product, which suits CPUs
-STD = 0.15  # of an entry of the samples
+SAMPLES, ELITES = 14, 4  # with the two given actions, 16 rows of a matrix product: fast on CPUs
+STD = 0.15  # of each sample entry, in units of actions in [-1, 1]
 
 
 def offsets(action_dim: int) -> Tensor:
-    """What is added to an action to get samples `[N, A]`: always the same, each with its opposite."""
+    """Offsets `[N, A]` of the samples around an action: fixed, in pairs of opposite sign."""
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(SAMPLES // 2, action_dim, generator=generator, dtype=torch.float32, device="cpu")
     return STD * torch.cat([half, -half])
@@ -35,20 +35,20 @@ def refine(
 ) -> Tensor:
     """One iteration of MPPI (paper, eq. 5) on the action of one step, `[B, A]`.
 
-    Samples lie around `action`; itself and the planned action are samples too. Each is followed by the policy
-    prior and valued `steps` ahead, with one `r(z, a) + gamma Q(z', p(z'))`, by the mean of all Q heads. The
-    answer is the mean of the elites, weighted by value.
+    The samples are `action`, the planned action, and actions around `action`. The policy prior follows each,
+    and the mean of all Q heads values it `steps` ahead; for one step, `r(z, a) + gamma Q(z', p(z'))`. The
+    refined action is the mean of the elites, weighted by value.
 
     Args:
-        model: judges.
+        model: values actions.
         z: `[B, L]`, latents.
         action: `[B, A]`, to be refined.
         planned: `[B, A]`.
         around: `[N, A]`, from `offsets`.
-        task: `[B]`, indices of tasks, of a multi-task model.
+        task: `[B]`, task indices of a multi-task model.
         steps: at least 1.
         discount: per agent step.
-        temperature: of the weights, MPPI's.
+        temperature: of the weights, as in MPPI.
     """
     given = torch.stack([action, planned], 1)
     samples = torch.cat([given, (action[:, None] + around).clamp(-1, 1)], 1)  # [B, 2 + N, A]
@@ -63,7 +63,7 @@ def refine(
         z = model.next(z, next_action, task)
         next_action = model.prior(z, task)
         later = later * discount
-        if model.config.episodic:  # nothing counts after the first latent predicted to be terminal
+        if model.config.episodic:  # nothing counts after the first latent predicted terminal
             later = later * (model.termination(z, task) <= 0.5).to(value)
     value = value + later * model.value(z, next_action, task).mean(0)
     best = value.nan_to_num(0.0).topk(ELITES, 1)

@@ -1,4 +1,4 @@
-"""One step of a plan as one module, which is compiled: planned action, correction, refining, prediction."""
+"""One step of a plan as one compiled module: planned action, correction, refining, prediction."""
 
 from typing import NamedTuple
 
@@ -12,24 +12,24 @@ from .world_model.model import WorldModel
 
 
 class PlanState(NamedTuple):
-    """Where each row stands in its plan when an observation has arrived."""
+    """The state of each row's plan when an observation arrives."""
 
     z: Tensor  # [B, L], real latents
-    z_pred: Tensor  # [B, L], predicted ones
+    z_pred: Tensor  # [B, L], predicted latents
     plan: Tensor  # [B, H, A], planned actions
     k: Tensor  # [B] long, step in plan
-    history: History | None  # of earlier steps, where there is a corrector
-    task: Tensor | None  # [B] long, indices of tasks, of a multi-task model
+    history: History | None  # earlier steps; None without a corrector
+    task: Tensor | None  # [B] long, task indices; None for a single-task model
 
 
 class Step(NamedTuple):
-    """What is executed in one step of a plan, and remembered for the next."""
+    """The result of one step of a plan."""
 
     planned: Tensor  # [B, A]
     action: Tensor  # [B, A], corrected and refined
     z_pred: Tensor  # [B, L], predicted for the next step
-    steps: Tensor | None = None  # of the history, this step included
-    valid: Tensor | None = None
+    steps: Tensor | None = None  # of the history with this step; None without a corrector
+    valid: Tensor | None = None  # of the history with this step
 
     @property
     def history(self) -> History | None:
@@ -40,11 +40,11 @@ class PlanStep(nn.Module):
     """Executes one step of each row's plan.
 
     Args:
-        model: predicts and judges.
-        corrector: None executes plans as they are.
+        model: predicts latents and values actions.
+        corrector: None executes plans without correction.
         config: the mode of execution.
-        plan_length: steps that are taken from a plan before the prior extends it.
-        planner: its temperature weighs refined actions too.
+        plan_length: steps taken from a plan before the prior extends it.
+        planner: refining uses its temperature.
         discount: per agent step.
     """
 
@@ -63,14 +63,14 @@ class PlanStep(nn.Module):
         self.model, self.corrector = model, corrector
         self.plan_length, self.refine_steps = plan_length, config.refine_steps
         self.discount, self.temperature = discount, planner.temperature
-        # At a horizon of 1 every step begins with a plan, whatever was predicted, and a corrector has that
-        # step. A bool, so that one compilation serves all horizons.
+        # At execution horizon 1 every step replans: nothing is predicted, and the corrector corrects step 0.
+        # As a bool, so that one compilation serves all horizons.
         self.predicts = config.execution_horizon > 1
         device = next(model.parameters()).device
         self.register_buffer("around", offsets(model.config.action_dim).to(device), persistent=False)
 
     def forward(self, now: PlanState, replan: Tensor) -> Step:
-        """Execute step `now.k` of the plans, corrected except where `replan` `[B]` says they are new."""
+        """Execute step `now.k` of the plans. Rows that just replanned (`replan` `[B]`) are not corrected."""
         planned = self.planned(now)
         action, history = self.corrected(now, planned)
         if history is not None and self.predicts:
@@ -79,9 +79,9 @@ class PlanStep(nn.Module):
         return Step(planned, action, z_pred, *(history or ()))
 
     def planned(self, now: PlanState) -> Tensor:
-        """Planned actions `[B, A]`: the plan's own, past its end the prior's at the real latent.
+        """Planned actions `[B, A]`; past the plan's end, the prior's at the real latent.
 
-        At the predicted one the prior would follow the model's errors.
+        At the predicted latent, the prior would follow the model's errors.
         """
         if not self.plan_length:
             return self.model.prior(now.z, now.task)
@@ -93,7 +93,7 @@ class PlanStep(nn.Module):
         return torch.where(in_plan[:, None], planned, self.model.prior(now.z, now.task))
 
     def corrected(self, now: PlanState, planned: Tensor) -> tuple[Tensor, History | None]:
-        """Corrected, refined actions `[B, A]`, and the history with this step; None without a corrector."""
+        """Corrected and refined actions `[B, A]`, and the history with this step (None: no corrector)."""
         if self.corrector is None or now.history is None:
             return planned, None
         history = now.history.then(self.corrector.embed(now.z, now.z_pred, planned, now.k))

@@ -1,4 +1,4 @@
-"""A teacher on its task: what every script opens first, from which agents and environments are made."""
+"""A teacher and its task: every command opens one, and makes agents and environments from it."""
 
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,19 +17,19 @@ from .world_model import WorldModel, fingerprint
 
 @dataclass(frozen=True)
 class Teacher:
-    """A world model, its planning budget, and the task that it plays."""
+    """A world model, its planning budget, and its task."""
 
     task: str
     model: WorldModel
     planner: PlannerConfig
-    discount: float  # per agent step, by the task's episode length
+    discount: float  # per agent step, from the task's episode length
     fingerprint: str  # of the weights
     task_index: int | None  # in a multi-task model
-    compute: ComputeConfig  # how it plans, not what
-    perturbation: tuple[str, float] | None = None  # kind and strength: its world is then not as modelled
+    compute: ComputeConfig  # precision and compilation
+    perturbation: tuple[str, float] | None = None  # kind and strength
 
     def agent(self, num_envs: int = 1, seed: int = 0) -> TDMPC2:
-        """The teacher's own agent, which replans at every step."""
+        """An agent that replans at every step."""
         return TDMPC2(
             self.model,
             self.planner,
@@ -41,7 +41,7 @@ class Teacher:
         )
 
     def env(self) -> gym.Env:
-        """An environment of the task, in the shapes that the model takes."""
+        """An environment of the task, padded to the shapes of the model."""
         config = self.model.config
         env: gym.Env = make_env(self.task, obs="rgb" if config.pixels else "state")
         with closed_on_error(env):
@@ -52,11 +52,11 @@ class Teacher:
         return env
 
     def perturbed(self, kind: str, strength: float) -> "Teacher":
-        """The same teacher in a world that is not as modelled.
+        """The same teacher in a perturbed world.
 
         Raises:
             ConfigError: there is no such perturbation.
-            TaskError: the task's world cannot be perturbed in that way.
+            TaskError: the task cannot be perturbed in this way.
         """
         teacher = replace(self, perturbation=(kind, strength))
         teacher.env().close()
@@ -73,25 +73,24 @@ def open_teacher(
     """Open a checkpoint for a task.
 
     Args:
-        task: its name; for a published multi-task checkpoint it also says which of its tasks. None: the task
-            that the checkpoint says it is of.
-        checkpoint: an original .pt file or a folder of ours.
-        budget: changes of the planning budget that the checkpoint comes with, and of how to compute.
-        unsaid: what an original file does not say; None: as published.
+        task: its name, which also selects the task of a multi-task checkpoint; None: the checkpoint's own.
+        checkpoint: an original .pt file or our folder.
+        budget: changes of the checkpoint's planning budget, precision and compilation.
+        unsaid: facts that an original file does not contain; None: as published.
         device: to act on.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, was made for other observations or actions, or says
-            that it was made for another task.
-        FileError: it may not be read.
-        ConfigError: a setting of `budget` or `unsaid` cannot be.
+        CheckpointError: the checkpoint cannot be used, or was made for another task, or for other observation
+            or action shapes.
+        FileError: the checkpoint cannot be read.
+        ConfigError: a setting of `budget` or `unsaid` is invalid.
         TaskError: there is no such task.
     """
     opened = open_checkpoint(checkpoint, device, **(unsaid or ModelOverride()).unsaid())
     model, config = opened.model, opened.model.config
     task = task or opened.saved.get("task")
     if task is None:
-        raise ConfigError(f"task=... is required: {checkpoint} does not say what it was made for")
+        raise ConfigError(f"task=... is required: {checkpoint} does not name its task")
     compute = ComputeConfig(budget.precision or opened.compute.precision, budget.compile)
     index = opened.task_index(task)
     try:
@@ -100,8 +99,8 @@ def open_teacher(
         if index is None:
             raise
         raise TaskError(
-            f"{checkpoint} knows {task}, but no environment here does: make one of your own, and an agent "
-            f"for it by load_agent(..., task={task!r})"
+            f"{checkpoint} knows {task}, but no environment here does: make your own environment, and the "
+            f"agent with load_agent(..., task={task!r})"
         ) from e
     with closing(env):
         obs_shape, action_shape = env.observation_space.shape, env.action_space.shape
@@ -114,6 +113,6 @@ def open_teacher(
     if (obs_shape, action_shape) != expected:
         raise CheckpointError(
             f"{checkpoint} was made for observations {config.obs_shape} and actions {expected[1]}, "
-            f"{task} has {obs_shape} and {action_shape}: it is of another task"
+            f"{task} has {obs_shape} and {action_shape}: the checkpoint is for another task"
         )
     return Teacher(task, model, budget.apply(opened.planner), discount, fingerprint(model), index, compute)

@@ -252,7 +252,7 @@ def test_more_rounds_go_on_from_those_that_there_are(workdir: Path, monkeypatch:
         run_job(wider, SILENT)
     flat_settings = flat(read_json(begun))
     write_json(begun, {name.rpartition(".")[2]: value for name, value in flat_settings.items()})
-    with pytest.raises(ConfigError, match='architecture="two_tower", which is no setting any more: choose'):
+    with pytest.raises(ConfigError, match='architecture="two_tower", which is no longer a setting: choose'):
         run_job(replace(grown, rounds=2), SILENT)
 
 
@@ -580,7 +580,7 @@ def test_perturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_json(
         folder / "evaluation/provenance.json", {k: v for k, v in provenance.items() if k != "evaluation"}
     )
-    with pytest.raises(CheckpointError, match="earlier version: make it anew with `tdmpc2 accelerate`"):
+    with pytest.raises(CheckpointError, match="earlier version: make it again with `tdmpc2 accelerate`"):
         perturbed.evaluate_perturbed(config, SILENT)
 
 

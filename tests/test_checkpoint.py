@@ -262,7 +262,7 @@ def test_what_an_original_file_does_not_say_can_be_given(tmp_path: Path) -> None
     save_world_model(tmp_path, model)
     assert fingerprint(load_world_model(tmp_path)) == fingerprint(model)
     assert load_world_model(tmp_path).config == load_world_model(tmp_path, vmin=-5).config == model.config
-    with pytest.raises(ConfigError, match=r"vmin=-6.*says itself that it is -5"):
+    with pytest.raises(ConfigError, match=r"vmin=-6.*has vmin=-5"):
         load_world_model(tmp_path, vmin=-6)
 
 
@@ -326,7 +326,7 @@ def test_what_to_give_instead_is_said(tmp_path: Path) -> None:
     for path in (run, run / "checkpoint.safetensors", run / "train_config.json"):
         refused(path, f"give its teacher, {teacher}")
     for name in (WEIGHTS, "config.json"):
-        refused(teacher / name, f"give that, {teacher}")
+        refused(teacher / name, f"give {teacher}")
     refused(run.parent, "config.json")
     save_world_model(tmp_path / "several/a", model)
     refused(tmp_path / "several", f"give one of them, e.g. {tmp_path / 'several/a'}")
@@ -334,7 +334,7 @@ def test_what_to_give_instead_is_said(tmp_path: Path) -> None:
     refused(tmp_path / "alone.safetensors", "alone", ".pt", "config.json")
     write_json(tmp_path / "accelerated/settings.json", {})
     (tmp_path / "accelerated/data").mkdir()
-    refused(tmp_path / "accelerated", "unfinished", "start that again")
+    refused(tmp_path / "accelerated", "unfinished", "run it again")
     write_tensors(tmp_path / "two_tower/corrector.safetensors", {}, {"format": "x"})
     refused(tmp_path / "two_tower", "corrector", "teacher")
 

@@ -212,7 +212,7 @@ def test_required_settings(fails):
         ("sizes=[1,-9223372036854775808]", "error: sizes=(1, -9223372036854775808): must be of type tuple"),
         ("rate=nan", "error: rate=nan: must be of type float"),
         ("rate=", "error: rate: Value '' of type 'str' could not be converted to Float"),
-        ("walker-walk", "error: 'walker-walk' is no setting: write key=value"),
+        ("walker-walk", "error: 'walker-walk' is not a setting: write key=value"),
         (
             "part.steps=many",
             "error: part.steps: Value 'many' of type 'str' could not be converted to Integer",
@@ -240,7 +240,7 @@ def raiser(error):
     return main
 
 
-OUT_OF_MEMORY = "error: out of memory: lower what runs at once, the batch, the buffer or the model's size"
+OUT_OF_MEMORY = "error: out of memory: use a smaller batch, buffer or model, or fewer environments"
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_other_errors_keep_their_traceback(start):
         start("task=a", main=raiser(ZeroDivisionError()))
 
 
-INTERRUPTED = "interrupted: what was written so far stays"
+INTERRUPTED = "interrupted: files written so far are kept"
 
 
 def test_interrupt(fails):
@@ -448,7 +448,7 @@ def handlers():
 
 
 def stopped(by: str) -> str:
-    return f"stopped by {by}: what was written so far stays; run it again to go on"
+    return f"stopped by {by}: files written so far are kept; run it again to continue"
 
 
 @pytest.mark.parametrize("arguments", [["task=a"], ["--multirun", "task=a,b"]])

@@ -86,7 +86,7 @@ def test_a_wrong_verb_is_named(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as e:
         tdmpc2(monkeypatch, "acelerate", "task=a")
     assert e.value.code == 1
-    assert capsys.readouterr().err == "error: 'acelerate' is no verb; did you mean accelerate?\n"
+    assert capsys.readouterr().err == "error: 'acelerate' is not a verb; did you mean accelerate?\n"
 
 
 def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> None:
@@ -145,7 +145,7 @@ def test_info_on_foreign_values(monkeypatch, capsys, teacher: Path, damage: dict
 def test_an_option_of_hydra_is_no_path(monkeypatch, capsys, teacher: Path) -> None:
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "info", "hydra.verbose=false", teacher)
-    assert "is no setting" in capsys.readouterr().err
+    assert "is not a setting" in capsys.readouterr().err
     tdmpc2(monkeypatch, "info", "hydra.verbose=false", f"agent={teacher}")
     assert "Seen-v0" in capsys.readouterr().out
 
@@ -162,7 +162,7 @@ def test_evaluate_takes_the_task_from_the_checkpoint(monkeypatch, capsys, teache
     assert "6.0" in capsys.readouterr().out  # the return of six steps
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "evaluate", f"checkpoint={TEACHER}")
-    assert "does not say what it was made for" in capsys.readouterr().err
+    assert "does not name its task" in capsys.readouterr().err
 
 
 def test_play_draws_every_step(monkeypatch, tmp_path: Path, teacher: Path) -> None:

@@ -187,7 +187,7 @@ def test_headers_and_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None
             load_corrector(tmp_path, "teacher-a")
         assert "\n" not in str(error.value) and str(path) in str(error.value)
     write_tensors(path, tensors, {"format": FORMAT, "teacher": "teacher-a"})
-    with pytest.raises(CheckpointError, match="None is no mapping"):
+    with pytest.raises(CheckpointError, match="None is not a mapping"):
         load_corrector(tmp_path, "teacher-a")
 
 

@@ -488,7 +488,7 @@ def test_split(model: WorldModel) -> None:
     with pytest.raises(DataError, match="2 episodes were collected, and 2 of them"):
         few, _ = make_recording(model, [3, 3])
         split_starts(few, 5)
-    with pytest.raises(DataError, match="3 episodes were collected, and 0 of them have the two steps"):
+    with pytest.raises(DataError, match="3 episodes were collected, and 0 of them have at least two steps"):
         short, _ = make_recording(model, [1, 1, 1])
         split_starts(short, 5)
 
@@ -502,7 +502,7 @@ def test_later_data_leaves_the_split(teacher: Drifting, tmp_path: Path) -> None:
     assert all(before <= after for before, after in zip(seeds, later, strict=True))
     assert sum(map(len, later)) == 12
     collect(teacher, tmp_path / "again", episodes=1, seed=47)
-    with pytest.raises(DataError, match="another shard holds too"):
+    with pytest.raises(DataError, match="another shard has too"):
         load_shards(tmp_path, teacher.fingerprint)
 
 

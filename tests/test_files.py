@@ -145,7 +145,7 @@ def test_a_folder_that_may_not_be_entered_is_not_called_missing(monkeypatch: pyt
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(FileError, match="is no regular file"):
+        with pytest.raises(FileError, match="is not a regular file"):
             read_bytes(path)
     with pytest.raises(FileError, match="null"):
         read_bytes("a\0b")
@@ -201,7 +201,7 @@ def test_files_of_other_formats_and_without_a_header(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     deep = "[" * 300 + "]" * 300
     for content, message in (
-        ('{"format": "a-2"}', "'a-2', expected is 'a-1': make it again"),
+        ('{"format": "a-2"}', "'a-2', not 'a-1': make it again"),
         ('{"version": 1}', "damaged or something else: make it again"),
         ("[]", "damaged"),
         ('{"format": "a-1", "digest": "0"}', "contents have changed"),
@@ -265,7 +265,7 @@ def test_numbers_in_names_are_counted():
         ({"planner": {"horizon": 4, "sizes": [1, 2]}, "seed": 1}, "planner.horizon=4, not 3"),
         ({"planner": {"horizon": 3}, "seed": 1}, "planner.sizes=null, not [1, 2]"),
         ({"planner": {"horizon": 3, "sizes": [1, 2]}, "seed": 2}, "seed=2, not 1"),
-        ({"horizon": 3, "seed": 1}, "horizon=3, which is no setting any more"),
+        ({"horizon": 3, "seed": 1}, "horizon=3, which is no longer a setting"),
         ([1], "no settings at all"),
     ],
 )

@@ -194,17 +194,15 @@ def test_missing_and_damaged_shards_are_refused(tmp_path: Path) -> None:
 
     middle = "000000000010.safetensors"
     for name in names(tmp_path / "whole"):
-        refused(lambda folder, name=name: (folder / name).unlink(), "rows 0 to 30 are not all there")
+        refused(lambda folder, name=name: (folder / name).unlink(), "rows 0 to 30 are incomplete")
     refused(lambda folder: (folder / middle).write_bytes((folder / middle).read_bytes()[:-20]), "damaged")
     refused(flip, "its contents have changed")
     refused(lambda folder: save_file({"obs": torch.zeros(1)}, folder / middle), "damaged or something else")
-    refused(
-        rewrite(obs=torch.zeros(10, 3)), r"holds obs as torch.float32 \[3\], the environment has .* \[2\]"
-    )
-    refused(rewrite(action=torch.zeros(10, 2).double()), "holds action as torch.float64")
-    refused(rewrite(lengths=torch.tensor([4])), "holds no episodes")
-    refused(rewrite(lengths=torch.tensor([9, 1])), "holds no episodes")
-    refused(rewrite(lengths=torch.tensor(2.5)), "holds no episodes")
+    refused(rewrite(obs=torch.zeros(10, 3)), r"has obs as torch.float32 \[3\], the environment has .* \[2\]")
+    refused(rewrite(action=torch.zeros(10, 2).double()), "has action as torch.float64")
+    refused(rewrite(lengths=torch.tensor([4])), "does not contain episodes")
+    refused(rewrite(lengths=torch.tensor([9, 1])), "does not contain episodes")
+    refused(rewrite(lengths=torch.tensor(2.5)), "does not contain episodes")
     rewrite()(tmp_path / "whole")  # what is written alike is accepted
     Replay(100, HORIZON, seed=0).load(tmp_path / "whole", 0, 30, LIKE)
 

@@ -248,7 +248,7 @@ def test_nothing_is_chosen(tmp_path: Path) -> None:
     text = without_markup(html)
     assert "The agent plans at every step" in text and "no mode holds 0.98 of the return" in text
     assert "Mode two_tower_3, the best mode that was not chosen" in text
-    assert "By its interval, it may lose more than 2.0 % of the return." in text
+    assert "Its interval allows a loss of more than 2.0 % of the return." in text
     assert html.count("<svg") == 4
 
 
@@ -286,7 +286,7 @@ def test_verdict_where_returns_are_negative(lost: float, met: str) -> None:
     summary = summarise(episodes, steps, latency)
     text = " ".join(verdict(summary, {**META, "chosen": "fast"}))
     assert f"Its mean return is {-100 - lost:.1f}, the teacher's -100.0." in text
-    assert f"of the difference in return begins at {-lost:.1f}. -2.0 is required, and {met}." in text
+    assert f"of the return difference begins at {-lost:.1f}. It must be at least -2.0, and {met}." in text
 
 
 @pytest.mark.filterwarnings("error")
@@ -316,8 +316,8 @@ def test_reasons(tmp_path: Path) -> None:
     folder = calibrated(tmp_path, tried, pushed)
     why = {row["mode"]: row["why"] for row in reasons(folder, summary, {**META, "chosen": "chosen"})}
     assert list(why) == ["lossy", "fragile", "slow", "naive_3", "late"]
-    assert why["lossy"] == "By its interval, it may lose more than 2.0 % of the return."
-    assert why["fragile"] == "Under pushes, it loses more than 5.0 % of the return."
+    assert why["lossy"] == "Its interval allows a loss of more than 2.0 % of the return."
+    assert why["fragile"] == "It loses more than 5.0 % of the return under pushes."
     assert why["slow"].startswith("It keeps the return too. chosen is faster")
     assert why["naive_3"].startswith("A simpler method") and why["late"].startswith("Not tried. Even")
     rows = {row["mode"]: row for row in reasons(folder, summary, {**META, "chosen": "chosen"})}

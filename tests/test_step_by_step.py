@@ -194,7 +194,7 @@ def test_the_folder_of_correctors_is_said(run: Run) -> None:
     line = run(collect, *collecting, "corrector=correctors", fails=True)
     assert "give one of correctors/two_tower" in line
     line = run(collect, *collecting, "corrector=correctors/two_tower", fails=True)
-    assert "execution_horizon=1: then nothing is corrected" in line
+    assert "execution_horizon=1: this mode corrects no step" in line
 
 
 def test_a_teacher_is_not_overwritten(folder: Path, run: Run) -> None:

@@ -206,12 +206,15 @@ def test_resumed_equals_uninterrupted(
         return train_until(resumable(tmp_path), step)
 
     assert part(15) == ["stopped at step 15; nothing is saved yet"]
-    assert part(35) == ["stopped at step 35; resume=true goes on from step 20"]  # the first episode's end
+    assert part(35) == ["stopped at step 35; resume=true continues from step 20"]  # the first episode's end
     saved = 40 if save_every else 60  # 40: checkpoint_freq
-    assert part(75) == ["going on from step 20", f"stopped at step 75; resume=true goes on from step {saved}"]
+    assert part(75) == [
+        "resuming from step 20",
+        f"stopped at step 75; resume=true continues from step {saved}",
+    ]
     first, *_, last = part(95)
-    assert first == f"going on from step {saved}"
-    assert last == "stopped at step 95; resume=true goes on from step 80"  # after the evaluation
+    assert first == f"resuming from step {saved}"
+    assert last == "stopped at step 95; resume=true continues from step 80"  # after the evaluation
     assert resumable(tmp_path).run() == tmp_path / "teacher"
     assert_equal_runs(whole, tmp_path)
 
@@ -244,7 +247,7 @@ def test_what_was_learnt_is_saved_before_an_evaluation(
     lines: list[str] = []
     with pytest.raises(Killed):
         Trainer(tiny_config(tmp_path, steps=60, checkpoint_freq=1000)).run(report=lines.append)
-    assert lines == ["stopped at step 60; resume=true goes on from step 60"]
+    assert lines == ["stopped at step 60; resume=true continues from step 60"]
 
 
 def test_a_run_that_is_killed_while_it_saves_goes_on(
@@ -273,7 +276,7 @@ def test_longer_run_goes_on_from_a_finished_one(tmp_path: Path) -> None:
     Trainer(tiny_config(tmp_path / "run", steps=60)).run()
     shutil.move(tmp_path / "run", tmp_path / "moved")
     lines = said(Trainer(tiny_config(tmp_path / "moved/../moved/", steps=80, resume=True)))
-    assert lines[0] == "going on from step 60"
+    assert lines[0] == "resuming from step 60"
     assert [int(row["step"]) for row in table(tmp_path / "moved/eval.csv")] == [60, 80]
 
 
@@ -310,11 +313,11 @@ def test_kill_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         process.send_signal(stop)
         output, _ = process.communicate()
         assert process.returncode == status, output
-        assert stop == signal.SIGKILL or "; resume=true goes on from step " in output
+        assert stop == signal.SIGKILL or "; resume=true continues from step " in output
 
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stdout
+    assert "resuming from step" in done.stdout
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -343,7 +346,7 @@ def test_nothing_is_deleted_that_a_run_did_not_leave(tmp_path: Path) -> None:
         assert (folder / name).read_text() == "precious"
     train_until(Trainer(tiny_config(tmp_path / "lost")), 45)
     (tmp_path / "lost/checkpoint.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"holds train\.csv and no run to go on with"):
+    with pytest.raises(ConfigError, match=r"holds train\.csv and no run to resume"):
         Trainer(tiny_config(tmp_path / "lost", resume=True)).run()
     assert len(table(tmp_path / "lost/train.csv")) == 2
 
@@ -391,15 +394,15 @@ def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, monkeypatch: pytes
     refused(cut("train.csv", 100), DataError, r"train\.csv has lost rows")
     refused(flip, CheckpointError, "its contents have changed")
     refused(lambda folder: shutil.rmtree(folder / "teacher"), CheckpointError, "teacher.* is missing")
-    refused(lambda folder: next((folder / "replay").glob("0*0.*")).unlink(), DataError, "not all there")
+    refused(lambda folder: next((folder / "replay").glob("0*0.*")).unlink(), DataError, "incomplete")
     q_scale = torch.zeros((), dtype=torch.float64)
-    refused(rewrite({"q_scale": q_scale}), CheckpointError, r"q_scale is torch\.float64 \[\], expected")
+    refused(rewrite({"q_scale": q_scale}), CheckpointError, r"q_scale is torch\.float64 \[\], not")
     refused(rewrite({"q_scale": None}), CheckpointError, "q_scale is missing")
     moment = "model_optim/0/exp_avg"
-    refused(rewrite({moment: torch.zeros(3)}), CheckpointError, f"{moment} is torch.float32 .3., expected")
+    refused(rewrite({moment: torch.zeros(3)}), CheckpointError, f"{moment} is torch.float32 .3., not")
     refused(rewrite(step="x"), CheckpointError, "holds step=x")
     refused(rewrite(episode=-1), CheckpointError, "holds episode=-1")
-    refused(rewrite(more=1), CheckpointError, "does not say where the run stands")
+    refused(rewrite(more=1), CheckpointError, "lacks the state of the run")
     monkeypatch.setattr(Scripted, "observation_space", Box(-9, 9, (3,), np.float32))
     refused(
         rewrite(config=asdict(tiny_config(folder, task="Fails-v0"))),
@@ -428,9 +431,9 @@ def test_what_cannot_be_gone_on_from_is_named(tmp_path: Path, monkeypatch: pytes
         ({"seed": -1}, ConfigError, "seed=-1"),
         ({"seed_steps": -5}, ConfigError, "seed_steps=-5"),
         ({"threads": 0}, ConfigError, "threads=0"),
-        ({"steps": 30}, ConfigError, "steps=30: nothing would be learnt.* seed_steps=30"),
+        ({"steps": 30}, ConfigError, "steps=30: nothing would be learned.* seed_steps=30"),
         ({"task": "Reach-v0"}, ConfigError, r"last at most 1 steps: set planner\.horizon=1"),
-        ({"seed_steps": 0, "steps": EPISODE}, TDMPC2Error, "nothing was learnt in 20 steps"),
+        ({"seed_steps": 0, "steps": EPISODE}, TDMPC2Error, "nothing was learned in 20 steps"),
         ({"planner.num_elites": 100}, ConfigError, r"^planner\.num_elites=100"),
         ({"device": "gpu"}, ConfigError, "device=gpu"),
         ({"wandb_project": "x"}, ConfigError, "pip install wandb"),

@@ -1,4 +1,4 @@
-"""Make a checkpoint act faster, with the evidence for it: the main job.
+"""Accelerate a checkpoint, and write a report that compares it with the teacher: the main job.
 
 tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup
 """

@@ -1,9 +1,9 @@
-"""Collect corrector data: whole episodes in which the teacher plans at every state.
+"""Collect corrector data: whole episodes; the teacher plans at every state.
 
     tdmpc2 collect task=cartpole-swingup checkpoint=pretrained/cartpole-swingup out=data/cartpole-swingup
 
-By default the teacher itself acts. `corrector=FOLDER execution_horizon=6` lets the speculative
-agent act while the teacher labels. Started again, it goes on with the first missing shard.
+By default the teacher acts. With `corrector=FOLDER execution_horizon=6` the speculative agent acts, and the
+teacher labels. A second run continues at the first missing shard.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,19 +24,17 @@ from ..workers import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """What is collected, where, and who acts."""
+    """What to collect, where to write it, and who acts."""
 
     task: str  # e.g. walker-walk
-    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
+    checkpoint: str  # the teacher: an original .pt file or our folder
     out: str  # folder of the shards
     episodes: int = 8
-    seed: int = 0  # of the first episode; the others follow
-    num_envs: int = 1  # episodes run as one batch, which makes one shard; give 10 on a GPU
-    workers: int = (
-        0  # processes that collect shards, with one thread each; 0: one a core, on a GPU one in all
-    )
+    seed: int = 0  # of the first episode; later episodes count up
+    num_envs: int = 1  # episodes per batch; a batch makes one shard; give 10 on a GPU
+    workers: int = 0  # processes with one thread each; 0: one per core, on a GPU one in all
     execution_horizon: int = 1  # steps executed per plan; 1: the teacher acts
-    corrector: str = ""  # folder of the corrector that then acts; empty for none
+    corrector: str = ""  # folder of the acting agent's corrector; empty: none
     device: str = "cpu"
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
@@ -54,12 +52,12 @@ def main(settings: Settings) -> None:
         folder = Path(s.corrector)
         if within := sorted(path.parent for path in folder.glob(f"*/{FILE}")):
             raise ConfigError(
-                f"corrector={folder} holds correctors: give one of {', '.join(map(str, within))}"
+                f"corrector={folder} holds several correctors: give one of {', '.join(map(str, within))}"
             )
         corrector = load_corrector(folder, teacher.fingerprint, s.device)
         name = corrector.config.architecture
         if s.execution_horizon == 1 and name != DISTILLED:
-            raise ConfigError("execution_horizon=1: then nothing is corrected; give 3 or more")
+            raise ConfigError("execution_horizon=1: this mode corrects no step; give 3 or more")
         correctors[name] = corrector
         behaviour = replace(behaviour, corrector=name)
     with Progress(Console()) as progress:

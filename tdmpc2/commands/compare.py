@@ -1,10 +1,10 @@
-"""Evaluate trained correctors in every mode beside the baseline, and make an agent of the chosen mode.
+"""Evaluate trained correctors in every mode, compare with the baseline, and save an agent in the chosen mode.
 
     tdmpc2 compare task=cartpole-swingup checkpoint=pretrained/cartpole-swingup \
         correctors=correctors/cartpole-swingup out=agents/cartpole-swingup
 
-`correctors` is a folder that `tdmpc2 distill` wrote. `out` becomes an agent as `tdmpc2 accelerate` leaves it:
-`tdmpc2.load_agent(out)` opens it, and its report is in `out/evaluation`.
+`correctors` is a folder that `tdmpc2 distill` wrote. `out` becomes an agent, as with `tdmpc2 accelerate`.
+`tdmpc2.load_agent(out)` loads it; its report is in `out/evaluation`.
 """
 
 from dataclasses import dataclass, field
@@ -24,14 +24,14 @@ from ..workers import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """Which correctors are compared, how, and where the agent comes."""
+    """Which correctors to compare, how, and where to save the agent."""
 
     task: str
-    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
+    checkpoint: str  # the teacher: an original .pt file or our folder
     correctors: str  # folder of two_tower/, temporal/, distilled/, or some of them
     out: str  # folder of the agent and its evaluation
     device: str = "cpu"
-    workers: int = 0  # processes that run episodes, with one thread each; 0: one a core, on a GPU one in all
+    workers: int = 0  # processes with one thread each; 0: one per core, on a GPU one in all
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -48,4 +48,4 @@ def main(settings: Settings) -> None:
         workers = Workers.of(s.workers, s.device, progress)
         evaluate_correctors(teacher, correctors, out / "evaluation", s.evaluation, workers)
         save_agent(out, teacher, out / "evaluation", correctors)
-        progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')
+        progress.print(f'Watch it: `tdmpc2 play {out}`. In Python: tdmpc2.load_agent("{out}").')

@@ -1,4 +1,4 @@
-"""Train correctors on collected data, and print their error on held-out episodes beside two references.
+"""Train correctors on collected data, and print their errors on held-out episodes with two references.
 
     tdmpc2 distill checkpoint=pretrained/cartpole-swingup data=data/cartpole-swingup \
         out=correctors/cartpole-swingup distillation.architecture=all
@@ -18,11 +18,11 @@ from ..world_model import fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """For which teacher correctors are trained, and on which data."""
+    """The teacher, the data, and where to write the correctors."""
 
-    checkpoint: str  # of the teacher: an original .pt file or a folder of ours
+    checkpoint: str  # the teacher: an original .pt file or our folder
     data: str  # folder of shards, or a folder of such folders
-    out: str  # the correctors come in folders of their own in here
+    out: str  # folder; each corrector gets a subfolder
     device: str = "cpu"
     model: ModelOverride = field(default_factory=ModelOverride)
     distillation: CorrectorTrainConfig = field(default_factory=CorrectorTrainConfig)

@@ -1,8 +1,8 @@
-"""The return of an agent: tdmpc2 evaluate checkpoint=FOLDER_OR_FILE.
+"""Measure the return of an agent: tdmpc2 evaluate checkpoint=FOLDER_OR_FILE.
 
-An accelerated agent acts in its mode, a teacher replans at every step; the result says which. The
-planning budget is the one saved with the checkpoint, else the published one; `planner.num_samples=` and the
-like change it. With `out=FOLDER` the result is written to `episodes.csv` and `evaluation.json` there.
+An accelerated agent acts in its mode; a teacher replans at every step. The result names the mode. The
+planning budget is saved in the checkpoint, else the published one; settings such as `planner.num_samples=`
+change it. With `out=FOLDER` the result goes to `episodes.csv` and `evaluation.json` in this folder.
 """
 
 from contextlib import nullcontext
@@ -28,15 +28,15 @@ from ..world_model.checkpoint import read_config
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """Which agent acts, and how long."""
+    """Which agent to evaluate, and on how many episodes."""
 
     task: str | None = None  # None: the checkpoint's own
-    checkpoint: str  # a teacher (an original .pt file or a folder of ours) or an accelerated agent
+    checkpoint: str  # a teacher (an original .pt file or our folder) or an accelerated agent
     episodes: int = 10  # run as one batch
-    seed: int = 1000  # of the first episode; the others follow
+    seed: int = 1000  # of the first episode; later episodes count up
     device: str = "cpu"
-    threads: int | None = None  # of torch; None: its own choice
-    out: str = ""  # folder for the result; "" writes nothing
+    threads: int | None = None  # PyTorch's; None: its default
+    out: str = ""  # folder for the result; "": write nothing
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
 

@@ -1,4 +1,4 @@
-"""Say what a checkpoint is, without acting: tdmpc2 info FOLDER_OR_FILE."""
+"""Describe a checkpoint, without acting: tdmpc2 info FOLDER_OR_FILE."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ from ..world_model import fingerprint
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Which checkpoint."""
+    """The checkpoint to describe."""
 
-    agent: str  # an original .pt file, a teacher or an accelerated agent; a path alone means this
+    agent: str  # an original .pt file, a teacher or an accelerated agent; `agent=` may be left out
     model: ModelOverride = field(default_factory=ModelOverride)
 
 
@@ -28,7 +28,7 @@ def main(settings: Settings) -> None:
 
 
 def about(settings: Settings) -> Iterator[tuple[str, str]]:
-    """What there is to say, by name."""
+    """Names and values to print."""
     path = settings.agent
     opened = open_checkpoint(path, **settings.model.unsaid())
     saved, model, c = opened.saved, opened.model, opened.model.config
@@ -36,7 +36,7 @@ def about(settings: Settings) -> Iterator[tuple[str, str]]:
     if "task" in saved:
         yield "task", saved["task"]
     elif c.num_tasks:
-        yield "tasks", f"{c.num_tasks}: give task= where it shall act"
+        yield "tasks", f"{c.num_tasks}: give task= to let it act"
     parameters = sum(p.numel() for p in model.parameters())
     yield "world model", f"{parameters:,} parameters, latents of {c.latent_dim}, {c.num_q} Q heads"
     yield "observations", "x".join(map(str, c.obs_shape)) + (" pixels" if c.pixels else "")
@@ -48,16 +48,16 @@ def about(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "corrector", f"{sum(p.numel() for p in corrector.parameters()):,} parameters"
     if mode.threshold:
         low, high = min(mode.threshold), max(mode.threshold)
-        yield "thresholds", f"{low:.3g} to {high:.3g}: mismatches above which it replans"
+        yield "thresholds", f"{low:.3g} to {high:.3g}; it replans if the mismatch is above"
     if "eval_return" in saved:
-        yield "return", f"{saved['eval_return']:.1f}, when it was trained, at step {saved.get('step', 0):,}"
+        yield "return", f"{saved['eval_return']:.1f} in training, at step {saved.get('step', 0):,}"
     yield from _evaluation(Path(path) / "evaluation", saved.get("mode", ""))
     yield "weights", fingerprint(model)
     yield from saved.get("provenance", {}).items()
 
 
 def _evaluation(folder: Path, mode: str) -> Iterator[tuple[str, str]]:
-    """What an accelerated agent's own evaluation says of it."""
+    """The result of an accelerated agent's own evaluation."""
     if not (folder / "summary.csv").exists():
         return
     try:
@@ -66,8 +66,8 @@ def _evaluation(folder: Path, mode: str) -> Iterator[tuple[str, str]]:
         if mode in summary.index:
             numbers = ("return_mean", "return_ratio", "planner_calls")
             mean, ratio, calls = (float(summary.loc[mode, name]) for name in numbers)
-            kept = f"return {mean:.1f}, {ratio:.3f} of replanning at every step"
+            kept = f"return {mean:.1f}, {ratio:.3f} times replanning at every step"
             yield "evaluated", f"{kept}; {calls:.1%} planner calls"
     except (KeyError, TypeError, ValueError) as e:  # pandas' errors are ValueErrors
-        raise DataError(f"{folder} is damaged or of another version: make the agent anew") from e
+        raise DataError(f"{folder} is damaged or of another version: make the agent again") from e
     yield "chosen because", why

@@ -1,8 +1,8 @@
-"""Evaluate an accelerated agent in a world that is not as modelled, beside replanning at every step.
+"""Evaluate an accelerated agent in perturbed worlds, and compare it with replanning at every step.
 
     tdmpc2 perturb agent=accelerated/walker-walk evaluation.episodes=10
 
-Pushes, noisy observations, other masses and other friction, at a few strengths each.
+Perturbations are pushes, noisy observations, other masses and other friction, each at a few strengths.
 """
 
 from rich.console import Console

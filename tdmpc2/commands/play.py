@@ -1,11 +1,11 @@
-"""Show an agent at work.
+"""Show an agent.
 
-    tdmpc2 play pretrained/walker-walk                 a window, where there is a display
+    tdmpc2 play pretrained/walker-walk                 a window, if there is a display
     tdmpc2 play pretrained/walker-walk out=walk.gif    a file, .gif or .mp4
 
-Under the picture runs the episode, a column a step. Its colour says what the step was: planned, corrected, a
-fallback. The curves are the mismatch and the reward. `baseline=true` puts the same teacher beside it: it
-replans at every step, from the same seed.
+Under the picture is a timeline of the episode, one column per step. Its colour shows the kind of step:
+planned, corrected, fallback. The curves show mismatch and reward. `baseline=true` adds the same teacher with
+the same seed; it replans at every step.
 """
 
 import os
@@ -43,19 +43,19 @@ SIZE = 288  # pixels, of the picture
 MARGIN, LINE, BAND, CURVES = 8, 14, 12, 44  # pixels
 INK, PAPER = "#202124", "#ffffff"
 MISMATCH, REWARD = "#d1495b", "#e0a030"
-GIF_FPS = 25  # at most; browsers slow down what is faster
+GIF_FPS = 25  # at most; browsers slow down faster GIFs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """Who is shown, and for how long."""
+    """The agent to show, and for how long."""
 
-    agent: str  # an accelerated agent or a teacher; a path alone means this
+    agent: str  # an accelerated agent or a teacher; `agent=` may be left out
     task: str | None = None  # None: the agent's own
     seed: int = 1000
     steps: int = 250  # at most
-    baseline: bool = False  # also the teacher that replans at every step
-    out: str = ""  # a .gif or .mp4 file; "" for a window
+    baseline: bool = False  # also show the teacher that replans at every step
+    out: str = ""  # a .gif or .mp4 file; "": a window
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
 
@@ -67,16 +67,16 @@ class Settings(Checked):
 
 
 class Moment(NamedTuple):
-    """What an agent did in a step, and what was seen then."""
+    """One step of a shown episode."""
 
     picture: Image.Image
     kind: Kind
-    mismatch: float  # NaN where a plan was due
+    mismatch: float  # NaN if a plan was due
     reward: float
 
 
 class Show(NamedTuple):
-    """An episode of an agent."""
+    """A shown episode."""
 
     name: str
     fps: float  # of the task itself
@@ -89,7 +89,7 @@ def main(settings: Settings) -> None:
         if settings.out.endswith(".mp4") and find_spec("imageio_ffmpeg") is None:
             raise ConfigError(".mp4 needs imageio-ffmpeg: `pip install imageio-ffmpeg`, or give out=FILE.gif")
     elif not _has_display():
-        raise ConfigError("there is no display to open a window on: give out=FILE.gif")
+        raise ConfigError("there is no display for a window: give out=FILE.gif")
     elif find_spec("pygame") is None:
         raise ConfigError("a window needs pygame: `pip install pygame`, or give out=FILE.gif")
     with Progress(Console()) as progress:
@@ -112,7 +112,7 @@ def _play(
     corrector: BaseCorrector | None,
     progress: Progress,
 ) -> Show:
-    """An episode of the teacher in a mode."""
+    """Run an episode of the teacher in a mode."""
     agent = SpeculativeAgent(teacher.agent(1, settings.seed), mode, corrector)
     moments = []
     name = "replanning at every step" if mode == TEACHER else mode.in_words()
@@ -131,25 +131,25 @@ def _play(
 
 
 def _picture(env: gym.Env) -> Image.Image:
-    """What the environment renders; TaskError where that is no picture."""
+    """The environment's picture; TaskError if it renders none."""
     pixels = env.render() if env.render_mode == "rgb_array" else None
     if not (isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.shape[2] == 3):
         raise TaskError(
-            "the environment renders no pictures: give it render_mode='rgb_array' where it is registered "
+            "the environment renders no pictures: register it with render_mode='rgb_array' "
             "(gymnasium.register(..., kwargs={'render_mode': 'rgb_array'}))"
         )
     return Image.fromarray(pixels.astype(np.uint8)).resize((SIZE, SIZE))
 
 
 def _summary(show: Show) -> str:
-    """The return so far, and how many steps planned."""
+    """The return and the number of plans so far."""
     planned = sum(m.kind in (Kind.PLANNED, Kind.FALLBACK) for m in show.moments)
     total = sum(m.reward for m in show.moments)
     return f"{show.name}: return {total:.0f} in {len(show.moments)} steps, {planned} plans"
 
 
 def _frames(shows: Sequence[Show], every: int) -> Iterator[Image.Image]:
-    """Every so many steps a picture of all shows, side by side."""
+    """A picture of all shows, side by side, every `every` steps."""
     width = len(shows) * (SIZE + MARGIN) + MARGIN
     height = SIZE + 3 * LINE + BAND + CURVES + 3 * MARGIN
     for t in range(0, max(len(show.moments) for show in shows), every):
@@ -160,7 +160,7 @@ def _frames(shows: Sequence[Show], every: int) -> Iterator[Image.Image]:
 
 
 def _draw(image: Image.Image, show: Show, t: int, left: int) -> None:
-    """The picture of step `t`, and under it all steps up to that one."""
+    """Draw the picture of step `t`, and the timeline up to it."""
     past = show._replace(moments=show.moments[: t + 1])
     pen = ImageDraw.Draw(image)
     name, _, rest = _summary(past).partition(": ")
@@ -193,7 +193,7 @@ def _draw(image: Image.Image, show: Show, t: int, left: int) -> None:
 
 
 def _write_gif(shows: Sequence[Show], path: Path) -> None:
-    """All frames as a GIF that repeats."""
+    """Write all frames as a GIF that repeats."""
     every = max(1, round(shows[0].fps / GIF_FPS))
     frames = [frame.quantize(64, dither=Image.Dither.NONE) for frame in _frames(shows, every)]
     duration = round(1000 * every / shows[0].fps)
@@ -204,7 +204,7 @@ def _write_gif(shows: Sequence[Show], path: Path) -> None:
 
 
 def _write_mp4(shows: Sequence[Show], path: Path) -> None:
-    """All frames as a film at the task's own speed."""
+    """Write all frames as a film at the task's speed."""
     import imageio_ffmpeg
 
     frames = list(_frames(shows, 1))
@@ -219,7 +219,7 @@ def _write_mp4(shows: Sequence[Show], path: Path) -> None:
 
 
 def _window(shows: Sequence[Show]) -> None:
-    """Show all frames at the task's own speed, until the window is closed."""
+    """Show all frames at the task's speed, until the window is closed."""
     import pygame
 
     pygame.init()

@@ -1,4 +1,4 @@
-"""List the tasks that are built in: tdmpc2 tasks like=walker."""
+"""List the built-in tasks: tdmpc2 tasks like=walker."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from ..errors import TaskError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Which tasks are listed."""
+    """The tasks to list."""
 
-    like: str = ""  # part of a name; empty for all
+    like: str = ""  # part of a name; empty: all
 
 
 def main(settings: Settings) -> None:

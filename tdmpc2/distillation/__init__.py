@@ -1,4 +1,4 @@
-"""How a corrector is made: data from where agents go, labelled by the teacher, and training."""
+"""Making correctors: episodes of agents, labelled by the teacher, and training on them."""
 
 from .collect import collect
 from .dataset import Recording, episode_returns, load_shards

@@ -1,17 +1,16 @@
-"""Corrector data: shards of whole episodes on disk, and one `Recording` of them all in memory.
+"""Corrector data: shards of whole episodes on disk, and one `Recording` of all shards in memory.
 
-A shard is a file of tensors, see `files.py`. Its steps stand one after another, episode after episode:
+A shard is a file of tensors, see `files.py`. Its axis `T` runs over the steps of all its episodes in order:
 
     step            0    1    2  ...  499  500  501 ...
     episode_end     0    0    0         1    0    0           1: cut off, 2: terminated
-    plan            the mean of the plan that the teacher made *from that very step*, at every step; its
-                    first action is the teacher's answer there
-    drawn           the action that TD-MPC2 would have executed there
-    action          what was executed, by whatever behaviour drove the episode
+    plan            the teacher's mean plan, made at this step; its first action is the label
+    drawn           the first action of the teacher's sampled plan, which TD-MPC2 would execute
+    action          the executed action
 
-Every state carries its own plan and its own label, so a segment of any length can be cut out when the data is
-read (see `losses.py`), whoever drove. Observations are not kept: training reads latents. The header names
-task, teacher, budget, seeds, behaviours and bursts.
+Every step has its own plan and label, so training can start a segment at any step (see `losses.py`) and with
+data from any mode. Observations are not stored, because training reads latents. The header names task,
+teacher, budget, seeds, behaviours (the acting modes) and bursts.
 """
 
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from ..errors import DataError
 from ..files import difference, read_tensors, write_tensors
 
 FORMAT = "tdmpc2-corrector-data-3"
-# Of T steps with latents of L, plans of H steps, and A action dimensions.
+# dtype and axes: T steps, L latent entries, H planned steps, A action dimensions.
 TENSORS = {
     "latent": (torch.float32, "TL"),
     "plan": (torch.float32, "THA"),
@@ -44,23 +43,23 @@ HEADER = {
     "bursts": (bool,),
     "seeds": (list,),  # of the episodes, in order
 }
-# Entries in which shards may differ and still be read together.
+# Entries that may differ between shards that are read together.
 VARYING = ("seeds", "behaviours", "bursts")
 AGAIN = "delete it and collect it again"
 
 
 class Recording(NamedTuple):
-    """Steps of whole episodes, one after another."""
+    """Steps of whole episodes, in order."""
 
     latent: Tensor  # [N, L]
     plan: Tensor  # [N, H, A]
-    drawn: Tensor  # [N, A], what TD-MPC2 would have executed
-    teacher_action: Tensor  # [N, A], the mean plan's, which correctors are trained on
-    first: Tensor  # [N] long, index of the first step of the step's episode
-    last: Tensor  # [N] long, index of its last step
-    seed: Tensor  # [N] long, seed of the step's episode
+    drawn: Tensor  # [N, A], first actions of sampled plans
+    teacher_action: Tensor  # [N, A], first actions of mean plans: the labels
+    first: Tensor  # [N] long, index of the episode's first step
+    last: Tensor  # [N] long, index of the episode's last step
+    seed: Tensor  # [N] long, the episode's seed
     teacher: str  # fingerprint of the world model
-    task: Tensor | None = None  # [] long, index of the task of a multi-task model
+    task: Tensor | None = None  # [] long, task index in a multi-task model
 
     def to(self, device: str | torch.device) -> "Recording":
         moved = [x.to(device) if isinstance(x, Tensor) else x for x in self]
@@ -68,7 +67,7 @@ class Recording(NamedTuple):
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a shard, whole or not at all; `tensors` are those of `TENSORS`, `header` is `HEADER` in JSON."""
+    """Write a shard, whole or not at all; `tensors` as in `TENSORS`, `header` as in `HEADER`."""
     write_tensors(path, tensors, {**header, "format": FORMAT})
 
 
@@ -77,27 +76,27 @@ def read_shard(path: Path, teacher: str | None = None) -> tuple[dict[str, Tensor
 
     Args:
         path: the file.
-        teacher: fingerprint of the world model that it must belong to; None takes any.
+        teacher: fingerprint of the world model that it must belong to; None: any.
 
     Raises:
-        DataError: the shard is damaged, of another format, or of another teacher.
-        FileError: it may not be read.
+        DataError: the shard is damaged, has another format, or belongs to another teacher.
+        FileError: the shard cannot be read.
     """
     tensors, header = read_tensors(path, FORMAT, AGAIN, DataError)
     if fault := _fault(tensors, header):
         raise DataError(f"{path} is damaged, {fault}: {AGAIN}")
     if teacher is not None and header["teacher"] != teacher:
         raise DataError(
-            f"{path} belongs to teacher {header['teacher']}, this one is {teacher}: collect data of its own"
+            f"{path} belongs to teacher {header['teacher']}, this one is {teacher}: collect data with it"
         )
     return tensors, header
 
 
 def _fault(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """What is wrong with a shard, in words; "" where nothing is."""
+    """What is wrong with a shard, in words; "": nothing."""
     for name, kinds in HEADER.items():
         if type(header.get(name)) not in kinds:
-            return f"its header has no {name}, or not as this version has it"
+            return f"its header has no {name} of the right type"
     seeds = header["seeds"]
     if not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds) or len(set(seeds)) < len(seeds):
         return "its seeds are not distinct whole numbers"
@@ -118,16 +117,16 @@ def _fault(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 
 
 def load_shards(folder: str | Path, teacher: str) -> Recording:
-    """All shards of a folder and of the folders within, in the order of their paths.
+    """Load all shards of a folder and its subfolders, in the order of their paths.
 
     Args:
-        folder: of `shard-*.safetensors`.
-        teacher: fingerprint of the world model that they must belong to.
+        folder: contains `shard-*.safetensors`.
+        teacher: fingerprint of the world model that the shards must belong to.
 
     Raises:
-        DataError: there is none, one is damaged or belongs to another teacher, they were not all
-            labelled by the same planner on the same task, or two hold an episode of the same seed.
-        FileError: one may not be read.
+        DataError: there are no shards, one is damaged or belongs to another teacher, they differ in task or
+            planner, or two contain an episode with the same seed.
+        FileError: a shard cannot be read.
     """
     paths = sorted(Path(folder).rglob("shard-*.safetensors"))
     if not paths:
@@ -141,12 +140,12 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
         common = common or shared
         if differs := difference(common, shared):
             raise DataError(
-                f"{path} and {paths[0]} differ: {differs}; collect them into folders of their own"
+                f"{path} and {paths[0]} differ: {differs}; collect them into folders of different data="
             )
         own = torch.tensor(header["seeds"])
         if torch.isin(own, seeds).any():
             raise DataError(
-                f"{path} holds episodes of seeds that another shard holds too: collect one of them with "
+                f"{path} has episodes with seeds that another shard has too: collect one of them with "
                 "another seed="
             )
         seeds = torch.cat([seeds, own])
@@ -168,7 +167,7 @@ def load_shards(folder: str | Path, teacher: str) -> Recording:
 
 
 def episode_returns(folder: str | Path) -> Tensor:
-    """Returns `[E]` of the episodes in a folder of shards, in no order; raises as `load_shards`."""
+    """Returns `[E]` of the episodes in a folder of shards, in any order; errors as in `load_shards`."""
     returns = []
     for path in Path(folder).glob("shard-*.safetensors"):
         tensors, _ = read_shard(path)
@@ -178,36 +177,36 @@ def episode_returns(folder: str | Path) -> Tensor:
 
 
 def episode_bounds(episode_end: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last step `[N]`, `[N]` of each step's episode, from the marks `[N]` of ends."""
+    """Indices `[N]`, `[N]` of the first and last step of each step's episode, from `episode_end` `[N]`."""
     last = episode_end.nonzero().squeeze(1)
     lengths = last.diff(prepend=last.new_tensor([-1]))
     return (last - lengths + 1).repeat_interleave(lengths), last.repeat_interleave(lengths)
 
 
 class Split(NamedTuple):
-    """Steps that a stretch may start at, by what their episodes are for."""
+    """Steps where a segment may start, by the use of their episodes."""
 
     train: Tensor  # [n]
     validation: Tensor  # [m], to choose the best weights
-    test: Tensor  # [l], to report how good those are
+    test: Tensor  # [l], to report their error
 
 
 def split_starts(recording: Recording, every: int) -> Split:
-    """Split by the seeds of the episodes, so that data added later leaves the rest where it was.
+    """Split by the episodes' seeds, so later data does not move earlier episodes.
 
-    Of `every` seeds in a row the first is for the test and the second for validation; where there is no
-    such seed, the first episode that is left.
+    Seeds divisible by `every` are for the test; the seeds after them are for validation. If there are no such
+    seeds, the first remaining episode is used.
 
     Raises:
-        DataError: there are fewer than three episodes of two steps or more: correctors act after a plan's
+        DataError: there are fewer than three episodes of at least two steps: correctors act after a plan's
             first step.
     """
     followed = torch.arange(len(recording.last), device=recording.last.device) < recording.last
     seeds = recording.seed[followed].unique()
     if len(seeds) < 3:
         raise DataError(
-            f"{len(recording.seed.unique())} episodes were collected, and {len(seeds)} of them have the two "
-            "steps or more that a corrector needs; training, validation and test need three: collect more"
+            f"{len(recording.seed.unique())} episodes were collected, and {len(seeds)} of them have at least "
+            "two steps, which a corrector needs; training, validation and test need three: collect more"
         )
     test, validation = seeds[seeds % every == 0], seeds[seeds % every == 1]
     if len(test) + len(validation) == len(seeds):  # nothing to train on

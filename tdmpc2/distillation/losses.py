@@ -1,19 +1,18 @@
-"""What a corrector is trained on: stretches of recorded episodes, replayed as the agent would.
+"""The training loss of a corrector: segments of recorded episodes, replayed as the agent would act.
 
-`unroll` is `SpeculativeAgent` over recorded states, without refining. A stretch starts at a step `t0` with
-its plan; the corrector answers at `t0 + 1 ... t0 + S`, its history reaches back into earlier plans:
+`unroll` is `SpeculativeAgent` on recorded states, without refining. A segment starts at a step `t0` with
+its plan. The corrector acts at `t0 + 1 ... t0 + S`; its history contains steps of earlier plans:
 
     step              t0-4  t0-3  t0-2  t0-1    t0   t0+1  t0+2  t0+3        with plans of
     made at           t0-6  t0-3  t0-3  t0-3    t0    t0    t0    t0         3 steps before t0
     k                  2     0     1     2      0     1     2     3
     executed          teacher plan teacher ...  plan  corrector ...
 
-How long the earlier plans lasted is drawn anew for every stretch, for execution horizons and
-fallbacks make it anything; their corrections are taken to be the teacher's. Real latents are the
-recorded ones, predicted latents follow the answers. Gradients reach the corrector through its
-answers alone: recorded latents do not answer to other actions, so neither may predicted ones.
-The agent refines them, and its predicted latents follow that; here the corrector is to find by itself what
-the planner would choose.
+The number of steps executed per earlier plan is sampled for every segment, because execution horizons and
+fallbacks vary it. Earlier plans are corrected to the teacher's actions. Real latents are recorded; predicted
+latents follow the corrector's actions. Gradients flow through these actions only, not through predicted
+latents: recorded latents do not react to other actions either. The agent also refines its actions; here the
+corrector must find the planner's choice alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,12 +27,12 @@ from .dataset import Recording
 
 
 class Unrolled(NamedTuple):
-    """Steps `k = 1 ... S` of a batch of stretches."""
+    """Steps `k = 1 ... S` of a batch of segments."""
 
     action: Tensor  # [S, B, A], the corrector's
     planned: Tensor  # [S, B, A]
     teacher: Tensor  # [S, B, A]
-    inside: Tensor  # [S, B] bool, False beyond the end of the episode
+    inside: Tensor  # [S, B] bool, False past the end of the episode
 
 
 def unroll(
@@ -46,27 +45,27 @@ def unroll(
     *,
     own_actions: bool = True,
 ) -> Unrolled:
-    """Replay stretches.
+    """Replay segments.
 
     Args:
         model: the teacher's world model.
-        corrector: in training mode where gradients are wanted.
+        corrector: in training mode for gradients.
         data: the recorded steps.
-        start: `[B]` steps that the stretches start at.
-        earlier: `[B]` how many steps of each plan before `start` were executed, at least 1.
-        steps: number `S` of steps after the first; past the planning horizon the prior plans them.
+        start: `[B]`, first steps of the segments.
+        earlier: `[B]`, steps executed per plan before `start`, at least 1.
+        steps: number `S` of steps after the first; past the planning horizon the prior plans.
         own_actions: predicted latents follow the corrector's actions; False: the plan's.
     """
     horizon, task, window = data.plan.shape[1], data.task, corrector.window
     first, last = data.first[start], data.last[start]
-    # The oldest step in the window may be the last one of a plan: start where that plan starts.
+    # The oldest step in the window may be the last of a plan: replay from the start of that plan.
     before = 0 if window == 1 else window - 1 + int(earlier.max()) - 1
     at = start + torch.arange(-before, steps + 1, device=start.device)[:, None]
     inside, at = (at >= first) & (at <= last), at.clamp(min=0, max=len(data.latent) - 1)
     z, teacher = data.latent[at], data.teacher_action[at]
     z_pred, plan_at = z[before], start
     replayed = []
-    with torch.no_grad():  # from step to step no gradient runs
+    with torch.no_grad():  # no gradients between steps
         prior, history = model.prior(z, task), corrector.no_history(len(start))
         for i in range(-before, steps + 1):
             t = i + before
@@ -88,7 +87,7 @@ def unroll(
             else:
                 executed = corrector(history, planned) if own_actions else planned
             z_pred = model.next(z_pred, executed, task)
-    # What the windows of the answers hold, once; then one call of the corrector serves all answers.
+    # Embed each step of the windows once; then call the corrector once for all steps.
     held, answers = slice(-(window + steps), None), slice(-steps, None)
     z_preds, planneds, ks = (torch.stack(x) for x in zip(*replayed, strict=True))
     embedded = corrector.embed(z[held], z_preds[held], planneds[held], ks[held])
@@ -100,15 +99,15 @@ def unroll(
 
 
 def squared_distance(action: Tensor, teacher: Tensor) -> Tensor:
-    """Squared Euclidean distance `[...]` of actions `[..., A]` to the teacher's: the paper's loss."""
+    """Squared Euclidean distance `[...]` of actions `[..., A]` to the teacher's (the paper's loss)."""
     return (action - teacher).square().sum(-1)
 
 
 def l1_distance(action: Tensor, teacher: Tensor) -> Tensor:
     """L1 distance `[...]` of actions `[..., A]` to the teacher's.
 
-    Where the teacher takes now one end of an action's range and now the other, the square's best answer is
-    something between, which it never takes; the best answer here is the end that it takes more often.
+    If the teacher alternates between both ends of an action's range, the squared distance is least for an
+    action in between, which the teacher never takes. The L1 distance is least for the more frequent end.
     """
     return (action - teacher).abs().sum(-1)
 
@@ -119,8 +118,8 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": squared_dista
 def correction_loss(unrolled: Unrolled, residual_coef: float, loss: str) -> Tensor:
     """Mean over the steps of `distance(a_corr, a_teach) + residual_coef ||delta_a||^2`, a scalar.
 
-    All three are sums over the action's dimensions; `loss` names one of `LOSSES`. Adam's steps do not
-    depend on the scale of a loss, so one learning rate serves both.
+    Both terms are sums over action dimensions; `loss` is a key of `LOSSES`. Adam's steps do not depend on the
+    scale of a loss, so both losses use the same learning rate.
     """
     u = unrolled
     error = LOSSES[loss](u.action, u.teacher)
@@ -129,6 +128,6 @@ def correction_loss(unrolled: Unrolled, residual_coef: float, loss: str) -> Tens
 
 
 def distance(action: Tensor, unrolled: Unrolled) -> Tensor:
-    """Mean L1 distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan, for either loss."""
+    """Mean L1 distance `[S]` of `action` `[S, B, A]` to the teacher's, by step in plan."""
     error = l1_distance(action, unrolled.teacher) * unrolled.inside
     return error.sum(1) / unrolled.inside.sum(1)

@@ -1,10 +1,10 @@
-"""Training a corrector: batches of stretches drawn on the fly, judged on held-out episodes.
+"""Training a corrector on sampled segments, with validation and test on held-out episodes.
 
-The error is the mean L1 distance to the teacher's action over the steps after the first of each plan,
-whatever loss is trained on, so that the errors of both losses compare. On some episodes it chooses the best
-weights; on others it is reported, beside two references on the same steps: the plan executed as it is, and
-the policy prior at the real latent. The best weights are
-on disk after every validation, and once the training is done the header of their file holds the errors.
+The error is the mean L1 distance to the teacher's action over the steps after each plan's first. It is the
+same for both training losses, so their errors can be compared. The validation error chooses the best weights.
+The test error is reported with two references on the same steps: the uncorrected plan, and the policy prior
+at the real latent. The best weights are saved after every validation; at the end the file's header gets the
+errors.
 """
 
 import csv
@@ -29,26 +29,26 @@ from ..world_model.model import WorldModel
 from .dataset import Recording, split_starts
 from .losses import LOSSES, Unrolled, correction_loss, distance, unroll
 
-VALIDATION_STARTS = 256  # stretches that a validation looks at
+VALIDATION_STARTS = 256  # segments per validation
 
 
 @dataclass(frozen=True)
 class CorrectorTrainConfig(Checked):
-    """How correctors are trained."""
+    """How to train correctors."""
 
-    architecture: str = "all"  # or one of them: two_tower, temporal, distilled
+    architecture: str = "all"  # or one of two_tower, temporal, distilled
     seed: int = 0
     updates: int = 600  # at most
-    batch_size: int = 32  # stretches
-    loss: str = "mse"  # distance to the teacher's action: squared as in the paper, or absolute, l1
-    rollout_steps: int = 24  # corrected steps of a stretch
-    rollout_coef: float = 1.0  # weight of the rollout loss beside the distillation loss
+    batch_size: int = 32  # segments
+    loss: str = "mse"  # distance to the teacher's action: mse (squared, as in the paper) or l1
+    rollout_steps: int = 24  # corrected steps per segment
+    rollout_coef: float = 1.0  # weight of the rollout loss; the distillation loss has weight 1
     residual_coef: float = 1e-3  # lambda: weight of ||delta_a||^2
     lr: float = 1e-3  # falls to zero along a cosine
     weight_decay: float = 1e-3
     validate_every: int = 100  # updates
-    patience: int = 5  # validations without a better one before training stops
-    held_out_every: int = 5  # of so many episodes one is for validation, one for the test
+    patience: int = 5  # validations without improvement before training stops
+    held_out_every: int = 5  # one episode in so many is for validation, another for the test
     width: int = 256
     window: int = 8  # steps, of the temporal corrector
     num_layers: int = 2
@@ -74,7 +74,7 @@ class CorrectorTrainConfig(Checked):
 class Errors(NamedTuple):
     """Mean L1 distance to the teacher's action on held-out episodes, for k = 1 ... S.
 
-    `S` is `rollout_steps`, or less where the held-out episodes are shorter.
+    `S` is `rollout_steps`, or less if the held-out episodes are shorter.
     """
 
     corrector: list[float]
@@ -98,7 +98,7 @@ def _architecture(
         window=config.window,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
-        max_k=config.rollout_steps + 1,  # beyond the steps trained on, k takes the last one's embedding
+        max_k=config.rollout_steps + 1,  # a larger k uses the last embedding
     )
 
 
@@ -110,22 +110,21 @@ def train_corrector(
     initial: Mapping[str, BaseCorrector] = MappingProxyType({}),
     progress: Progress = SILENT,
 ) -> dict[str, Trained]:
-    """Train one corrector or all, and return them by architecture; `error_table` says how good they are.
+    """Train one corrector or all; returns them by architecture.
 
-    Writes `out/ARCHITECTURE/corrector.safetensors` and beside it `train.csv`.
+    Writes `corrector.safetensors` and `train.csv` in `out/ARCHITECTURE`.
 
     Args:
-        model: the teacher's world model; `data` must be of it and on its device.
+        model: the teacher's world model; `data` must belong to it and be on its device.
         data: from `load_shards`.
         config: how to train.
-        out: folder, one folder for each architecture inside.
-        initial: correctors that training goes on from, by architecture; others begin anew.
-        progress: shows what is going on.
+        out: folder; each architecture gets a subfolder.
+        initial: correctors to continue from, by architecture; others start untrained.
+        progress: shows the progress.
 
     Raises:
-        ConfigError: there is no such architecture, a setting cannot be, or another process is at work in
-            `out`.
-        DataError: there are fewer than three episodes, or they are of a model of another shape.
+        ConfigError: there is no such architecture, a setting is invalid, or another process uses `out`.
+        DataError: there are fewer than three episodes, or they belong to a model of another shape.
         FileError: `out` cannot be written.
         TDMPC2Error: training diverged.
     """
@@ -143,7 +142,7 @@ def _check_fits(model: WorldModel, data: Recording) -> None:
     c = model.config
     task = data.task is None if not c.num_tasks else data.task is not None and 0 <= data.task < c.num_tasks
     if not task or (c.latent_dim, c.action_dim) != (data.latent.shape[1], data.plan.shape[2]):
-        raise DataError("the episodes are of another model: collect them with this one")
+        raise DataError("the episodes are of another model: collect episodes with this one")
 
 
 def error_table(trained: Mapping[str, Trained]) -> Table:
@@ -183,7 +182,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, c.updates)
 
     out.mkdir(parents=True, exist_ok=True)
-    save_corrector(out, corrector, data.teacher)  # what is to be beaten; untrained, it executes the plan
+    save_corrector(out, corrector, data.teacher)  # the first best; untrained, it executes the plan
     best_error, plan_error = _mean(judge.error(corrector)), _mean(judge.plan)
     waited, began = 0, time.monotonic()
     total_loss = torch.zeros((), device=device)
@@ -232,10 +231,10 @@ def _train(
 
 
 class _Judge:
-    """Errors on stretches spread evenly over held-out episodes, always the same.
+    """Errors on fixed segments, spread evenly over held-out episodes.
 
     Attributes:
-        plan, prior: those of the two references.
+        plan, prior: errors of the two references.
     """
 
     def __init__(
@@ -244,18 +243,18 @@ class _Judge:
         self.model, self.data = model, data
         stride = max(len(held_out) // VALIDATION_STARTS, 1)
         self.start = held_out[::stride]
-        # Beyond the longest of these stretches there is no error.
+        # No error past the longest of these segments.
         self.steps = min(steps, int((data.last[self.start] - self.start).max()))
         self.earlier = torch.arange(len(self.start), device=self.start.device) % (steps + 1) + 1
         ahead = torch.arange(1, self.steps + 1, device=self.start.device)[:, None]
         step = (self.start + ahead).clamp(max=len(data.latent) - 1)
         with torch.no_grad():
-            as_planned = self._unroll(corrector, own_actions=False)  # what it answers is not looked at
+            as_planned = self._unroll(corrector, own_actions=False)  # its actions are ignored
             self.plan = distance(as_planned.planned, as_planned).tolist()
             self.prior = distance(model.prior(data.latent[step], data.task), as_planned).tolist()
 
     def error(self, corrector: BaseCorrector) -> list[float]:
-        """That of a corrector, for k = 1 ... S; it is left in training mode."""
+        """Errors of a corrector for k = 1 ... S; leaves it in training mode."""
         corrector.eval()
         with torch.no_grad():
             u = self._unroll(corrector)

@@ -1,8 +1,8 @@
 """The dm_control suite under TD-MPC2's task names.
 
-A name is the domain, a dash, and the task with its underscores turned into dashes: `walker-walk`,
+A name is the domain, a dash, and the task with dashes for underscores: `walker-walk`,
 `cartpole-balance-sparse`, `ball_in_cup-catch`. The published short names `cup-catch` and
-`pointmass-easy` are understood too; a lookup takes dashes, underscores and cases as the same.
+`pointmass-easy` work too. A lookup ignores case and treats dashes and underscores alike.
 """
 
 import ctypes
@@ -25,23 +25,23 @@ from ..errors import EnvironmentFailure
 ACTION_REPEAT = 2
 EPISODE_STEPS = 500  # agent steps: 1000 control steps, the suite's own episode
 ALIASES = {"ball_in_cup": "cup", "point_mass": "pointmass"}
-CAMERAS = {"quadruped": 2}  # every other domain is seen by its camera 0
-UNBOUNDED = 1e10  # what dm_control reports as the bound of an actuator that has none (only lqr)
+CAMERAS = {"quadruped": 2}  # other domains: camera 0
+UNBOUNDED = 1e10  # dm_control's bound of an actuator without bounds (only lqr)
 
 
 class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
-    """One suite task, an action held for two control steps, without a time limit.
+    """One suite task without a time limit; each action is held for two control steps.
 
-    Observation: float32 `[obs]`, the task's entries in the task's own order (published checkpoints
-    depend on it). Action: float64 `[A]` in the actuators' bounds, or [-1, 1] where they have none.
+    Observation: float32 `[obs]`, entries in the task's order (published checkpoints
+    depend on it). Action: float64 `[A]` in the actuators' bounds, or [-1, 1] if they have none.
     `render()` returns uint8 `[render_size, render_size, 3]`. `physics` and `task` are dm_control's.
     """
 
     render_mode = "rgb_array"
 
     def __init__(self, domain: str, task: str, render_size: int = 384) -> None:
-        # No time limit: Gymnasium's TimeLimit does that. A fixed `random`: lqr draws its model from
-        # it; what is drawn later is seeded by `reset`.
+        # No time limit: Gymnasium's TimeLimit adds it. A fixed `random`: lqr samples its model from it;
+        # `reset` seeds everything later.
         kwargs = {"time_limit": float("inf"), "random": 0}
         self.env = suite().load(domain, task, task_kwargs=kwargs)
         self.physics, self.task = self.env.physics, self.env.task
@@ -81,7 +81,7 @@ class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
         size = self.render_size
         try:
             return self.physics.render(size, size, camera_id=self.camera)
-        except Exception as error:  # every OpenGL platform fails in its own way
+        except Exception as error:  # each OpenGL platform raises its own errors
             raise _no_rendering(error) from error
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class DmControl(gymnasium.Env[NDArray[np.float32], NDArray[np.float64]]):
 
 @cache
 def tasks() -> dict[str, tuple[str, str]]:
-    """Every name of a suite task, the published one first, with domain and task; none without dm_control."""
+    """Domain and task by every name, the published names first; empty without dm_control."""
     names: dict[str, tuple[str, str]] = {}
     if not is_installed():
         return names
@@ -101,12 +101,12 @@ def tasks() -> dict[str, tuple[str, str]]:
 
 
 def is_installed() -> bool:
-    """Whether dm_control is: above Python 3.12 pip cannot bring it with its dependencies."""
+    """Whether dm_control is installed: pip cannot install its dependencies above Python 3.12."""
     return importlib.util.find_spec("dm_control") is not None
 
 
 def find(name: object) -> tuple[str, str] | None:
-    """Domain and task of a name, or None where the suite has no such task, as for what is no text."""
+    """Domain and task of a name; None if the suite has no such task, or if it is not a string."""
     return _normalised().get(_normalise(name)) if isinstance(name, str) else None
 
 
@@ -125,9 +125,9 @@ def _flatten(observation: dict[str, Any]) -> NDArray[np.float32]:
 
 @cache
 def suite() -> ModuleType:
-    """dm_control's suite, imported on first use: the import already chooses how to render.
+    """dm_control's suite, imported on first use, because the import selects the renderer.
 
-    Without a display dm_control would still choose GLFW, which then cannot open a window.
+    Without a display dm_control would select GLFW, which cannot open a window then.
 
     Triton is imported first: PyTorch imports it when it compiles. Without a graphics driver dm_control loads
     Mesa's LLVM, and a process that loads Triton's LLVM after it crashes.
@@ -139,7 +139,7 @@ def suite() -> ModuleType:
         importlib.import_module("triton")
     try:
         import dm_control.suite  # type: ignore[import-untyped]
-    except Exception as error:  # a MUJOCO_GL that this machine does not have fails here
+    except Exception as error:  # MUJOCO_GL names a renderer that this machine lacks
         raise _no_rendering(error) from error
     return dm_control.suite
 

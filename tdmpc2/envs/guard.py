@@ -1,4 +1,4 @@
-"""The door of every environment: what is wrong inside leaves it as one named error."""
+"""The outermost wrapper of every environment: it turns every fault into one named error."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ Env = gymnasium.Env[Array, Array]
 
 @contextmanager
 def closed_on_error(env: gymnasium.Env) -> Iterator[None]:
-    """Close `env` where what is done to it fails."""
+    """Close `env` if the body raises."""
     try:
         yield
     except BaseException:
@@ -27,23 +27,25 @@ def closed_on_error(env: gymnasium.Env) -> Iterator[None]:
 
 
 class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs):
-    """Outermost wrapper: checks what comes out, names what goes wrong, knows the task.
+    """Outermost wrapper: it checks observations and rewards, and knows the task.
 
-    The first `reset()` without a seed takes the constructor's. Observations are the caller's to
-    keep. Raises `EnvironmentFailure` where the environment raises, ends the process by `sys.exit`,
-    returns a reward that is no finite number, or is stepped outside an episode; `ObservationError`
-    for an observation that is not finite or not of the observation space's shape and dtype.
+    The first `reset()` without a seed uses the constructor's seed. Observations are copies.
+
+    Raises:
+        EnvironmentFailure: the environment raised, called `sys.exit`, gave a reward that is not finite, or
+            was stepped outside an episode.
+        ObservationError: an observation is not finite, or does not match the observation space.
     """
 
     def __init__(self, env: Env, task: str, seed: int, steps: int, episodic: bool) -> None:
-        # Gymnasium's way to make an environment anew from its `spec`
+        # lets Gymnasium rebuild the environment from its `spec`
         RecordConstructorArgs.__init__(self, task=task, seed=seed, steps=steps, episodic=episodic)
         gymnasium.Wrapper.__init__(self, env)
         self.task = task
         self.max_episode_steps = steps
         self.episodic = episodic
         self._seed: int | None = seed
-        self._step: int | None = None  # of the running episode; None outside one
+        self._step: int | None = None  # of the running episode; None outside an episode
         self.action_space.seed(seed)
 
     def reset(
@@ -64,7 +66,7 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs
         self._step += 1
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
-            reward = float(np.asarray(reward).item())  # an array of one entry is a number too
+            reward = float(np.asarray(reward).item())  # an array of one entry counts as a number
             terminated, truncated = bool(terminated), bool(truncated)
         except (Exception, SystemExit) as error:
             raise self._failure(f"step {self._step}", error) from error
@@ -82,7 +84,7 @@ class Guard(gymnasium.Wrapper[Array, Array, Array, Array], RecordConstructorArgs
             raise self._failure("close", error) from error
 
     def _checked(self, obs: Array) -> Array:
-        obs = np.array(obs)  # a copy: some environments write every observation into one buffer
+        obs = np.array(obs)  # a copy: some environments reuse one buffer
         space = self.observation_space
         if obs.shape != space.shape or obs.dtype != space.dtype:
             raise ObservationError(

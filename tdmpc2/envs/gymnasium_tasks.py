@@ -1,9 +1,8 @@
-"""Gymnasium's own continuous-control tasks, and whatever else is registered with Gymnasium.
+"""Gymnasium's continuous-control tasks, and all other environments registered with Gymnasium.
 
-`Hopper-v5`, `BipedalWalker-v3`, ... by their ids; a user's own environment by Gymnasium's spelling
-`my_package:MyEnv-v0`, where importing `my_package` registers it. Only `import_module` imports it, which
-nobody but the command line calls: tasks also stand in files that travel, and must not run code from there.
-Terminations pass through, there is no action repeat, and the time limit is the registered one.
+A task is an id, such as `Hopper-v5`. A user's own task is `my_package:MyEnv-v0`; importing `my_package`
+registers it. Only `import_module` imports it, and only the command line calls `import_module`: a task from a
+downloaded file must not run code. There is no action repeat, and the time limit is the registered one.
 """
 
 import importlib
@@ -22,14 +21,14 @@ from ..errors import EnvironmentFailure, TaskError
 from .guard import Array, Env, closed_on_error
 
 SUPPORTED = "supported are Box observations and continuous Box actions with finite bounds"
-# Gymnasium's tasks that end by their time limit only. It offers no property that says so.
+# Gymnasium's tasks that end only by their time limit; no property says so.
 NEVER_TERMINATE = ("HalfCheetah", "HumanoidStandup", "Pusher", "Reacher", "Swimmer")
 NOT_LISTED = ("CarRacing-v3", "LunarLander-v3")  # images; discrete actions
 
 
 @cache
 def tasks() -> list[str]:
-    """Ids of Gymnasium's continuous MuJoCo and Box2D tasks, each in its newest version."""
+    """Ids of Gymnasium's continuous MuJoCo and Box2D tasks, newest versions only."""
     newest: dict[str, EnvSpec] = {}
     for spec in gymnasium.registry.values():
         own = str(spec.entry_point).startswith(("gymnasium.envs.mujoco", "gymnasium.envs.box2d"))
@@ -43,16 +42,16 @@ def is_registered(task: str) -> bool:
 
 
 def make(task: str) -> Env:
-    """The environment as Gymnasium makes it, with its `TimeLimit`, but observations flattened to
-    float32 `[obs]`.
+    """Gymnasium's environment with its `TimeLimit`, and observations flattened to float32 `[obs]`.
 
-    Raises `TaskError` where it cannot be found, its module is not imported, or it does not fit,
-    `EnvironmentFailure` where building it fails.
+    Raises:
+        TaskError: the task is unknown or not supported, or its module is not imported.
+        EnvironmentFailure: it cannot be built.
     """
     module, colon, _ = task.rpartition(":")
     if colon and module not in sys.modules:
         raise TaskError(
-            f"task {task!r}: {module!r} is not imported, for a task in a file may not import anything: give "
+            f"task {task!r}: {module!r} is not imported, because a file may not import code: give "
             "task=... on the command line, or import it yourself"
         )
     kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if task in tasks() else {}
@@ -68,20 +67,20 @@ def make(task: str) -> Env:
 
 
 def import_module(task: str) -> None:
-    """Import the module of a task `module:EnvId` that the user has typed.
+    """Import the module of a task `module:EnvId` that the user typed.
 
     Raises:
-        TaskError: it cannot be imported.
+        TaskError: the module cannot be imported.
     """
     module = task.rpartition(":")[0]
-    if os.getcwd() not in sys.path:  # a script's own folder is there, the user's is not
+    if os.getcwd() not in sys.path:  # Python adds the script's folder, not the user's
         sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # a script may end itself
+    except (Exception, SystemExit) as error:  # a script may call sys.exit
         raise TaskError(
-            f"task {task!r}: cannot import {module!r} ({_one_line(error)}); install it, or run "
-            "from the folder that holds it"
+            f"task {task!r}: cannot import {module!r} ({_one_line(error)}): install it, or run "
+            "in the folder that contains it"
         ) from error
 
 
@@ -91,20 +90,20 @@ def steps(env: Env) -> int:
 
 
 def is_episodic(env: Env) -> bool:
-    """Whether it may terminate; of a user's environment, nothing else can be known."""
+    """Whether the environment may terminate; True for a user's own environment."""
     return env.spec is None or env.spec.name not in NEVER_TERMINATE
 
 
 def _flatten(env: Env) -> Env:
-    """Observations float32 `[obs]`."""
+    """The environment with observations float32 `[obs]`."""
     space = env.observation_space
     assert isinstance(space, Box)
-    with np.errstate(over="ignore"):  # the largest float64 as a bound becomes infinity
+    with np.errstate(over="ignore"):  # large float64 bounds become infinity
         low, high = space.low.astype(np.float32).ravel(), space.high.astype(np.float32).ravel()
     flat = Box(low, high, dtype=np.float32)
 
     def flatten(obs: Any) -> Array:
-        with np.errstate(over="ignore"):  # Guard refuses what becomes infinity
+        with np.errstate(over="ignore"):  # Guard refuses infinity
             return np.asarray(obs, np.float32).ravel()
 
     return TransformObservation(env, flatten, flat)

@@ -1,7 +1,7 @@
-"""From a task's name to its environment.
+"""Make the environment of a task.
 
-From the inside out: dm_control or Gymnasium, time limit, observation (flat, or stacked frames),
-actions in [-1, 1], guard.
+The wrappers, from inside to outside: dm_control or Gymnasium, time limit, observation (flat, or stacked
+frames), actions in [-1, 1], guard.
 """
 
 from difflib import get_close_matches
@@ -28,24 +28,24 @@ FRAMES = 3
 def make_env(task: str, seed: int = 0, obs: str = "state") -> Env:
     """The environment of a task, e.g. `walker-walk`, `Hopper-v5`, `my_package:MyEnv-v0`.
 
-    Observation: float32 `[obs]`, or for `obs="rgb"` (dm_control only) uint8 `[9, 64, 64]`: the
-    last three frames, oldest first. Action: float32 `[A]` in [-1, 1]. dm_control tasks hold an
-    action for two control steps, sum the rewards, and last 500 agent steps.
+    Observation: float32 `[obs]`; with `obs="rgb"` (dm_control only) uint8 `[9, 64, 64]`, the last three
+    frames, oldest first. Action: float32 `[A]` in [-1, 1]. dm_control tasks hold an action for two
+    control steps, sum the rewards, and last 500 agent steps.
 
-    `seed` is that of the first `reset()`; `reset(seed=s)` makes an episode depend on `s` alone, and
-    `reset()` goes on from there. `my_package` must have been imported.
+    The first `reset()` uses `seed`. `reset(seed=s)` makes the episode depend on `s` alone; a plain `reset()`
+    continues the random stream. Import `my_package` first. While running, it raises as `Guard`.
 
     Raises:
-        TaskError: the task is unknown or does not fit, or its module is not imported.
-        EnvironmentFailure: the environment cannot be built; while running, what `Guard` raises.
-        ConfigError: `obs` or `seed` cannot be.
+        TaskError: the task is unknown or not supported, or its module is not imported.
+        EnvironmentFailure: the environment cannot be built.
+        ConfigError: `obs` or `seed` is invalid.
     """
     if obs not in ("state", "rgb"):
         raise ConfigError(f"obs={obs!r}: choose 'state' or 'rgb'")
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ConfigError(f"seed={seed}: must be a whole number, at least 0")
     if not isinstance(task, str):
-        raise TaskError(f"unknown task {task!r}; a task is a name, such as walker-walk")
+        raise TaskError(f"unknown task {task!r}; a task is a name such as walker-walk")
     if found := dmc.find(task):
         return _make_dm_control(task, *found, seed, obs)
     if not gymnasium_tasks.is_registered(task):
@@ -58,21 +58,21 @@ def make_env(task: str, seed: int = 0, obs: str = "state") -> Env:
 
 
 def list_tasks() -> list[str]:
-    """Every built-in task by its published name: the dm_control suite, then Gymnasium's."""
+    """The published names of all built-in tasks: the dm_control suite, then Gymnasium's."""
     published = {task: name for name, task in reversed(dmc.tasks().items())}
     return sorted(published.values()) + sorted(gymnasium_tasks.tasks())
 
 
 def max_episode_steps(env: gymnasium.Env) -> int:
-    """Agent steps after which an episode is cut off, of an environment made by `make_env`."""
+    """The time limit, in agent steps, of an environment made by `make_env`."""
     return env.get_wrapper_attr("max_episode_steps")
 
 
 def is_episodic(env: gymnasium.Env) -> bool:
     """Whether an environment made by `make_env` may end an episode before its time limit.
 
-    False for the dm_control suite (but lqr) and for Gymnasium's tasks without a termination; True
-    for every other Gymnasium id, for a user's own too.
+    False for the dm_control suite (except lqr) and Gymnasium's tasks without termination; True for all other
+    Gymnasium ids, also a user's own.
     """
     return env.get_wrapper_attr("episodic")
 
@@ -90,14 +90,14 @@ def _make_dm_control(name: str, domain: str, task: str, seed: int, obs: str) -> 
 
 
 def _rescale_action(env: Env) -> Env:
-    """Actions float32 `[A]` in [-1, 1], mapped linearly to the bounds of the environment's own."""
+    """Take actions float32 `[A]` in [-1, 1], and map them linearly to the environment's bounds."""
     space = env.action_space
     assert isinstance(space, Box)
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     middle, half = (high + low) / 2, (high - low) / 2
 
     def rescale(action: Array) -> Array:
-        # Clipped: the sum's rounding can leave the bounds, and an environment may insist on them.
+        # Clipped: the sum's rounding can leave the bounds, and an environment may refuse that.
         exact = middle + half * np.asarray(action, np.float64).reshape(space.shape)
         return np.clip(exact, low, high).astype(space.dtype)
 
@@ -105,7 +105,7 @@ def _rescale_action(env: Env) -> Env:
 
 
 def _stack_frames(env: Env) -> Env:
-    """Frames `[64, 64, 3]` to the last three, channels first; an episode starts with one thrice."""
+    """Stack the last three frames `[64, 64, 3]`, channels first; the first frame is repeated."""
     stacked = FrameStackObservation(env, FRAMES, padding_type="reset")  # [3, 64, 64, 3]
     space = Box(0, 255, (3 * FRAMES, FRAME_SIZE, FRAME_SIZE), np.uint8)
     return TransformObservation(

@@ -1,4 +1,4 @@
-"""An environment in the shapes of a multi-task model, whose observations and actions are padded."""
+"""An environment padded to the shapes of a multi-task model."""
 
 import gymnasium as gym
 import numpy as np
@@ -6,7 +6,7 @@ from gymnasium.spaces import Box
 
 
 class PadForModel(gym.ObservationWrapper):
-    """Zeros after the task's own observation; of an action only the task's own entries count.
+    """Pads observations with zeros, and cuts actions to the task's own entries.
 
     Args:
         env: with observations `[n]` and actions `[a]`.

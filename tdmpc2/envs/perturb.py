@@ -1,6 +1,6 @@
-"""A world that is not as the teacher knows it: pushes, noisy sensors, other masses, other friction.
+"""Perturbed worlds: pushes, noisy sensors, other masses, other friction.
 
-What happens to an episode follows from its seed alone, so that all modes of execution are perturbed alike.
+An episode's perturbations depend on its seed alone, so all modes get the same.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ PUSH_EVERY = 50  # agent steps from one push to the next, on average
 PUSH_STEPS = 5  # agent steps that a push lasts
 GRAVITY = 9.81  # m/s^2
 KINDS = {
-    "push": "force on a random body, in weights of everything that moves",
-    "obs_noise": "standard deviation of what is added to every entry of an observation",
+    "push": "force on a random body, in units of the weight of all moving bodies",
+    "obs_noise": "standard deviation of noise on every entry of an observation",
     "mass": "factor on masses and inertias",
     "friction": "factor on sliding friction",
 }
@@ -27,14 +27,14 @@ class Perturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
     """A MuJoCo environment from `make_env` under one perturbation.
 
     Args:
-        env: the environment; its model is changed for good.
+        env: the environment; its model is changed permanently.
         kind: one of KINDS.
-        strength: in the units that KINDS gives.
+        strength: in the unit of KINDS.
 
     Raises:
-        ConfigError: there is no such kind, or the strength cannot be.
-        TaskError: the environment is not one of MuJoCo's, observes pixels, is without contacts where
-            friction is to change, or has nothing that a force could move.
+        ConfigError: there is no such kind, or the strength is invalid.
+        TaskError: the environment does not use MuJoCo, observes pixels, or has no contacts (`friction`) or no
+            moving bodies (`push`).
     """
 
     def __init__(self, env: Env, kind: str, strength: float) -> None:
@@ -48,7 +48,7 @@ class Perturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
         base: Any = env.unwrapped
         simulation = getattr(base, "physics", base)
         parts: list[Any] = [getattr(simulation, name, None) for name in ("model", "data")]
-        model, data = (getattr(part, "ptr", part) for part in parts)  # without dm_control's wrapping
+        model, data = (getattr(part, "ptr", part) for part in parts)  # without dm_control's wrapper
         if not (isinstance(model, mujoco.MjModel) and isinstance(data, mujoco.MjData)):
             raise TaskError(f"{env.get_wrapper_attr('task')}: only MuJoCo tasks can be perturbed")
         self._model, self._data = parts
@@ -56,21 +56,20 @@ class Perturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
         if kind == "mass":
             self._model.body_mass[:] *= strength
             self._model.body_inertia[:] *= strength
-            # What MuJoCo derives from masses, as the mass that a subtree's velocity, which some tasks reward,
-            # is an average by.
+            # MuJoCo derives constants from masses, such as subtree masses, which some rewards use.
             mujoco.mj_setConst(model, data)
         elif kind == "friction":
             if self._model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONTACT:
-                raise TaskError(f"{env.get_wrapper_attr('task')}: nothing touches there, so nothing rubs")
+                raise TaskError(f"{env.get_wrapper_attr('task')}: no contacts, so no friction")
             self._model.geom_friction[:, 0] *= strength
-        # Bodies without mass and the world itself cannot be pushed.
+        # Massless bodies and the world body cannot be pushed.
         masses, joints = np.array(self._model.body_mass), np.array(self._model.body_dofnum)
         self._bodies = np.flatnonzero((masses > 0) & (joints > 0))
         if kind == "push" and not self._bodies.size:
-            raise TaskError(f"{env.get_wrapper_attr('task')}: nothing there can be pushed")
+            raise TaskError(f"{env.get_wrapper_attr('task')}: no body can be pushed")
         self._weight = GRAVITY * masses[self._bodies].sum()
         self._rng = np.random.default_rng(0)
-        self._push_ends = 0  # steps that the running push still lasts
+        self._push_ends = 0  # remaining steps of the current push
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -88,7 +87,7 @@ class Perturbed(gymnasium.Wrapper[Array, Array, Array, Array]):
         return self._seen(obs), float(reward), terminated, truncated, info
 
     def _push(self) -> None:
-        """Begin, go on with, or end a push. What is drawn does not depend on how the episode goes."""
+        """Begin, continue or end a push. The random numbers do not depend on the episode's course."""
         begins, body = self._rng.random() < 1 / PUSH_EVERY, self._rng.choice(self._bodies)
         direction = self._rng.normal(size=3)
         if begins:

@@ -1,4 +1,4 @@
-"""Over tasks: one table of every task and setting, and what holds for all tasks together."""
+"""Results over tasks: a table of every task and setting, and of all tasks pooled."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from scipy import stats
 from ..errors import DataError
 from .metrics import RESAMPLES, act_columns, act_times, percentile_level
 
-ALL = "all"  # the task under which what holds for all tasks stands
-CHOSEN = "chosen"  # the setting that stands for each task's chosen mode
+ALL = "all"  # the table's name for all tasks pooled
+CHOSEN = "chosen"  # the setting in which each task has its chosen mode
 COLUMNS = [
     *("task", "setting", "chosen", "episodes", "return_mean", "return_ratio", "return_ratio_low"),
     *("return_ratio_high", "planner_calls", "fallbacks", "act_ms_median", "act_ms_p99"),
@@ -19,16 +19,16 @@ COLUMNS = [
 
 
 class TaskResults(NamedTuple):
-    """What the evaluation of one task left behind."""
+    """The results of one task's evaluation."""
 
-    summary: pd.DataFrame  # a row a mode, the baseline first
+    summary: pd.DataFrame  # one row per mode, the baseline first
     episodes: pd.DataFrame  # columns `mode, seed, return, length, planner_calls, fallbacks`
     latency: pd.DataFrame  # columns `mode, kind, act_ms`
     chosen: str  # a mode
 
 
 def speculation_table(tasks: Mapping[str, TaskResults]) -> pd.DataFrame:
-    """A row for every task and mode, then for task `all` every mode that all tasks have, and `chosen`."""
+    """A row per task and mode; then, for task `all`, a row per mode that all tasks have, and `chosen`."""
     rows = [
         {**row, "task": task, "setting": row["mode"], "chosen": row["mode"] == results.chosen}
         for task, results in tasks.items()
@@ -43,18 +43,18 @@ def speculation_table(tasks: Mapping[str, TaskResults]) -> pd.DataFrame:
 
 
 def modes_of(tasks: Mapping[str, TaskResults], setting: str) -> dict[str, str]:
-    """The mode of each task that a setting stands for."""
+    """Each task's mode in a setting."""
     return {task: r.chosen if setting == CHOSEN else setting for task, r in tasks.items()}
 
 
 def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[str, float]:
-    """One mode for each task, all tasks together.
+    """Statistics of one mode per task, all tasks pooled.
 
-    Returns are divided by the mean of their task's baseline. The return ratio is the interquartile mean of
-    them over all episodes of all tasks, as a ratio to the baseline's, which where episodes are skewed is not
-    1; its interval resamples seeds within each task, an episode bringing the baseline's along (Agarwal et
-    al. 2021, "Deep RL at the edge of the statistical precipice", with pairs). Planner calls and fallbacks
-    are means over the tasks, latencies quantiles of all steps measured, tasks having equal weight.
+    Returns are normalised by their task's mean baseline return. The return ratio is the interquartile mean
+    over the episodes of all tasks, divided by the baseline's (which is not 1 if returns are skewed). Its
+    interval resamples seeds within each task, each with its baseline episode (Agarwal et al. 2021, "Deep RL
+    at the edge of the statistical precipice", paired). Planner calls and fallbacks are means over tasks.
+    Latencies are quantiles of all timed steps, with equal weight per task.
 
     Raises:
         DataError: a baseline's mean return is not positive.
@@ -70,7 +70,7 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
     latency = act_columns(np.concatenate([t for t, _ in times]), np.concatenate([w for _, w in times]))
     return {
         "episodes": sum(pair.shape[1] for pair in returns),
-        "return_mean": np.nan,  # of several tasks it says nothing
+        "return_mean": np.nan,  # means of different tasks cannot be averaged
         "return_ratio": float(interquartile_mean_ratio([pair[:, None] for pair in returns])[0]),
         "return_ratio_low": low,
         "return_ratio_high": high,
@@ -82,7 +82,7 @@ def pooled(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> dict[s
 
 
 def paired_returns(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -> list[np.ndarray]:
-    """For each task `[2, n]`, the returns of its mode and of its baseline on the same seeds.
+    """For each task `[2, n]`: returns of its mode and its baseline on the same seeds.
 
     Raises:
         DataError: a baseline's mean return is not positive.
@@ -92,26 +92,26 @@ def paired_returns(tasks: Mapping[str, TaskResults], modes: Mapping[str, str]) -
         by_mode = tasks[task].episodes.pivot(index="seed", columns="mode", values="return")
         pair = by_mode[[mode, tasks[task].summary["mode"].iloc[0]]].to_numpy().T
         if pair[1].mean() <= 0:
-            raise DataError(f"{task}: its baseline's mean is not positive, a ratio to it says nothing")
+            raise DataError(f"{task}: its baseline's mean is not positive, so no return ratio exists")
         pairs.append(pair)
     return pairs
 
 
 def mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
-    """The mean over the tasks `[R]` of the ratios of mean returns to the baseline's.
+    """The mean `[R]` over tasks of the ratio of mean returns to the baseline's.
 
     Args:
-        returns: of each task `[2, R, n]`, a mode's and the baseline's.
+        returns: per task `[2, R, n]`, a mode's and the baseline's.
     """
     means = [pair.mean(-1) for pair in returns]
     return np.mean([own / baseline for own, baseline in means], axis=0)
 
 
 def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
-    """The interquartile mean `[R]` of normalised returns, as a ratio to that of the baseline's.
+    """The interquartile mean `[R]` of normalised returns, divided by the baseline's.
 
     Args:
-        returns: of each task `[2, R, n]`, a mode's and the baseline's.
+        returns: per task `[2, R, n]`, a mode's and the baseline's.
     """
     normalised = [pair / pair[1].mean(-1, keepdims=True) for pair in returns]
     own, baseline = stats.trim_mean(np.concatenate(normalised, -1), 0.25, axis=-1)
@@ -121,9 +121,9 @@ def interquartile_mean_ratio(returns: list[np.ndarray]) -> np.ndarray:
 def stratified_interval(
     returns: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray], rng_seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % bootstrap interval of one of the two ratios above; each task's `[2, n]`, resampled apart.
+    """The 95 % bootstrap interval of one of the two ratios above; NaN if a task has one episode.
 
-    NaN where a task has one episode only.
+    Each task's `[2, n]` is resampled separately.
     """
     fewest = min(pair.shape[1] for pair in returns)
     if fewest < 2:

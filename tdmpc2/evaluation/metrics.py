@@ -1,9 +1,8 @@
-"""From raw episodes and steps to the numbers of a report; all functions are pure.
+"""Metrics of a report, from raw episodes and steps; all functions are pure.
 
-Every mode faced the same initial states, so ratios to the baseline, the first mode, are paired: the
-bootstrap resamples seeds, and a seed brings its episode of both modes along. An interval covers the luck
-of the episodes, not that of training teacher and corrector again, and no interval knows of a rare
-failure that none of the seeds showed.
+The baseline is the first mode. All modes ran from the same initial states, so ratios to the baseline are
+paired: the bootstrap resamples seeds, each with its episodes of both modes. Intervals cover the variation
+between episodes. They do not cover the variation between trainings, nor rare failures that no seed showed.
 """
 
 import warnings
@@ -18,33 +17,32 @@ from ..errors import DataError
 
 RESAMPLES = 9_999  # of a bootstrap
 CONFIDENCE = 0.95  # of every interval
-FAILED = 0.5  # of the baseline's mean return: an episode that loses more has failed
-PLANS = tuple(kind.name.lower() for kind in (Kind.PLANNED, Kind.FALLBACK))  # steps that begin with a plan
+FAILED = 0.5  # fraction of the baseline's return on the same seed; an episode that loses more has failed
+PLANS = tuple(kind.name.lower() for kind in (Kind.PLANNED, Kind.FALLBACK))  # kinds of steps that plan
 
 
 def summarise(
     episodes: pd.DataFrame, steps: pd.DataFrame, latency: pd.DataFrame | None, *, rng_seed: int = 0
 ) -> pd.DataFrame:
-    """One row a mode, in the order of `episodes`; the first is the baseline.
+    """One row per mode, in the order of `episodes`; the first is the baseline.
 
     Args:
         episodes: columns `mode, seed, return, length, terminated, planner_calls, fallbacks`.
         steps: columns `mode, kind, k, delta_a, ...`.
-        latency: columns `mode, kind, act_ms`; None leaves the columns of latency out.
+        latency: columns `mode, kind, act_ms`; None: no latency columns.
         rng_seed: of the bootstrap.
 
     Returns:
-        `return_low` and `return_high` are the 95 % interval of `return_mean`; `return_worst5` is the mean
-        of the worst 5 % of the episodes, at least one; `failure_rate` the share of episodes that fall
-        short of the baseline's on the same seed by more than half of it (of its size, where it is
-        negative); `planner_calls` and `fallbacks` are fractions of the steps; `delta_a` is the mean size
-        of the correction over the steps after a plan's first, NaN where a mode has none. `return_ratio`
-        with its 95 % interval is as `paired_ratio` has it, NaN where the baseline's mean return is not
-        positive, for there a ratio says nothing; `return_difference_low` is the lower end of the 95 %
-        interval of the mean difference to the baseline. Latencies are in ms, as `act_times` weighs them.
+        `return_low` and `return_high` are the 95 % interval of `return_mean`. `return_worst5` is the mean of
+        the worst 5 % of the episodes, at least one. `failure_rate` is the share of episodes that lose more
+        than half of the baseline's absolute return on the same seed. `planner_calls` and `fallbacks` are
+        fractions of the steps. `delta_a` is the mean norm of the correction over the steps after a plan's
+        first (NaN: no such step). `return_ratio` and its 95 % interval come from `paired_ratio`; they are NaN
+        if the baseline's mean return is not positive. `return_difference_low` is the lower end of the 95 %
+        interval of the mean difference to the baseline. Latencies are in ms, weighted as in `act_times`.
 
     Raises:
-        DataError: the modes did not face the same seeds, or a number that must be there is not.
+        DataError: the modes have different seeds, or a required number is missing.
     """
     modes = list(dict.fromkeys(episodes["mode"]))
     _check("episodes", episodes, modes, ["return", "length", "planner_calls", "fallbacks"])
@@ -57,7 +55,7 @@ def summarise(
     for mode in modes:
         own = episodes[episodes["mode"] == mode].set_index("seed")
         if not own.index.is_unique or set(own.index) != set(baseline.index):
-            raise DataError(f"{mode} and {modes[0]} did not face the same seeds: run both again")
+            raise DataError(f"{mode} and {modes[0]} did not run on the same seeds: run both again")
         own = own.loc[baseline.index]
         returns = own["return"].to_numpy(float)
         low, high = mean_interval(returns, rng_seed)
@@ -93,9 +91,9 @@ def summarise(
 def act_times(latency: pd.DataFrame, mode: str, planner_calls: float) -> tuple[np.ndarray, np.ndarray]:
     """Times of a mode's `act` calls `[n]`, in ms, and their weights `[n]`, which sum to one.
 
-    In the few steps that are timed a mode may plan more often than in its episodes, or never. So the steps
-    that planned share a weight of `planner_calls`, their fraction of the steps of all episodes; where none of
-    them was timed, those of the first mode, the baseline, stand in.
+    In the few timed steps a mode may plan more often than in its episodes, or never. So the timed steps that
+    planned share the weight `planner_calls`, the fraction of planner calls in all episodes. If no such step
+    was timed, the planned steps of the first mode, the baseline, replace them.
     """
     own, plans = latency["mode"] == mode, latency["kind"].isin(PLANS)
     planned = own & plans
@@ -109,7 +107,7 @@ def act_times(latency: pd.DataFrame, mode: str, planner_calls: float) -> tuple[n
 
 
 def act_columns(times: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """Median, high quantiles and mean of times with weights, both `[n]`."""
+    """Median, high quantiles and mean of weighted times; both arguments are `[n]`."""
 
     def quantile(q: float) -> float:
         return float(np.quantile(times, q, weights=weights, method="inverted_cdf"))
@@ -123,16 +121,16 @@ def act_columns(times: np.ndarray, weights: np.ndarray) -> dict[str, float]:
 
 
 def paired_ratio(returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0) -> tuple[float, float, float]:
-    """Ratio of mean returns to the baseline's with its 95 % paired bootstrap interval.
+    """Ratio of mean returns to the baseline's, with its 95 % paired bootstrap interval.
 
     Args:
-        returns: `[n]`, one episode a seed.
+        returns: `[n]`, one episode per seed.
         baseline: `[n]`, the baseline's on the same seeds.
         rng_seed: of the resampling.
 
     Returns:
-        Ratio, lower and upper end. All NaN where the baseline's mean is not positive; the ends alone
-        where a resampled mean of it is not, or where there is one episode only.
+        Ratio, lower and upper end. All are NaN if the baseline's mean is not positive. The ends are NaN if a
+        resampled baseline mean is not positive, or for a single episode.
     """
     if baseline.mean() <= 0:
         return np.nan, np.nan, np.nan
@@ -140,22 +138,22 @@ def paired_ratio(returns: np.ndarray, baseline: np.ndarray, rng_seed: int = 0) -
 
     def statistic(own: np.ndarray, base: np.ndarray, axis: int = -1) -> np.ndarray:
         below = base.sum(axis)
-        # NaN, which no quantile survives: the interval is refused, not taken from the good resamples.
+        # A NaN makes both ends NaN: no interval is better than one from the positive resamples only.
         return own.sum(axis) / np.where(below > 0, below, np.nan)
 
     return ratio, *_interval((returns, baseline), statistic, rng_seed)
 
 
 def with_interval(ratio: float, low: float, high: float) -> str:
-    """A ratio and its interval as text, alone where it has none."""
+    """A ratio and, if it has one, its interval, as text."""
     return f"{ratio:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
 def holds_up(summary: pd.DataFrame, min_return: float) -> pd.Series:
-    """Which modes hold a return of `min_return` of the baseline's, by the lower end of the interval.
+    """The modes that keep `min_return` of the baseline's return, by the lower end of the interval.
 
-    Where the baseline's mean return is not positive a ratio says nothing: there the difference to it may not
-    exceed `1 - min_return` of its size.
+    If the baseline's mean return is not positive, the loss must be at most `1 - min_return` of its absolute
+    value.
     """
     baseline = summary["return_mean"].iloc[0]
     if baseline > 0:
@@ -166,20 +164,20 @@ def holds_up(summary: pd.DataFrame, min_return: float) -> pd.Series:
 
 
 def mean_interval(values: np.ndarray, rng_seed: int = 0) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of `values` `[n]`; NaN where n is 1."""
+    """The 95 % bootstrap interval of the mean of `values` `[n]`; NaN if n is 1."""
     return _interval((values,), np.mean, rng_seed)
 
 
 def _interval(
     samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], rng_seed: int
 ) -> tuple[float, float]:
-    """Bootstrap interval of `statistic(*samples)`, the samples `[n]` resampled together."""
+    """Bootstrap interval of `statistic(*samples)`; the samples `[n]` are resampled together."""
     n = len(samples[0])
     if n < 2:
         return np.nan, np.nan
     level = percentile_level(n, n - 1)
     with warnings.catch_warnings():
-        # Told where the ends are NaN, which they are on purpose, and tells of a method not used here.
+        # SciPy warns about NaN ends, which are intended here.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         ends = stats.bootstrap(
             samples,
@@ -195,34 +193,34 @@ def _interval(
 
 
 def percentile_level(n: int, freedom: int) -> float:
-    """The level that percentiles of a bootstrap must have for an interval of 95 %.
+    """The nominal level of a percentile bootstrap that gives a 95 % interval.
 
-    Moved outwards for small n to where Student's t has them (Hesterberg 2015, "What teachers should know
-    about the bootstrap", section 5.3): plain percentiles, and BCa's as well, cover the truth in about 90 % of
-    the cases with 10 episodes and 93 % with 20; these in about 94 % and 95 %.
+    It widens intervals for small n to match Student's t (Hesterberg 2015, "What teachers should know about
+    the bootstrap", section 5.3). Plain percentiles and BCa cover the true value in about 90 % of the cases
+    with 10 episodes and 93 % with 20; these intervals in about 94 % and 95 %.
 
     Args:
         n: size of a sample, at least 2.
-        freedom: degrees of freedom, over all samples that are resampled apart.
+        freedom: degrees of freedom, summed over samples that are resampled separately.
     """
     t = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
     return float(1 - 2 * stats.norm.sf(t * np.sqrt(n / (n - 1))))
 
 
 def by_step_in_plan(steps: pd.DataFrame) -> pd.DataFrame:
-    """What happened by mode and step in plan k; steps where a value is NaN are left out and counted.
+    """Statistics by mode and step in plan k; NaN values are left out.
 
-    A mismatch counts at the k where it was seen, also when it led to a fallback: otherwise the largest
-    would be missing. What a fallback then executed is the first step of a new plan, so its reward,
-    correction and distance to the teacher count at k = 0.
+    A mismatch that led to a fallback counts at the k where it was seen; else the largest would be missing.
+    The fallback's action is the first of a new plan: its reward, correction and distance to the teacher
+    count at k = 0.
 
     Args:
         steps: columns `mode, kind, k, mismatch, delta_a, reward, teacher_distance`.
 
     Returns:
-        Columns `mode, k, steps` (executed there) and for `mismatch`, `delta_a`, `reward` and
-        `teacher_distance` the mean, the quartiles (`_q25`, `_q75`) and the number of values (`_n`);
-        modes in the order of `steps`, k ascending.
+        Columns `mode, k, steps` (number executed at k) and, for `mismatch`, `delta_a`, `reward` and
+        `teacher_distance`, the mean, the quartiles (`_q25`, `_q75`) and the number of values (`_n`).
+        Modes are in the order of `steps`, k ascending.
     """
     executed = steps.assign(k=steps["k"].mask(steps["kind"].isin(["fallback", "prior"]), 0))
     table = steps.groupby(["mode", "k"], sort=False)[[]].first()
@@ -242,12 +240,12 @@ def by_step_in_plan(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check(name: str, table: pd.DataFrame, modes: list[str], columns: list[str]) -> None:
-    """Refuse a table without rows of every mode, or with a NaN where an average would swallow it."""
+    """Refuse a table that lacks a mode, or has NaN in `columns`: pandas' averages would ignore it."""
     missing = [mode for mode in modes if mode not in set(table["mode"])]
     if missing or not modes:
         raise DataError(f"no {name} of {', '.join(missing) or 'any mode'}: run the evaluation again")
     for column in columns:
         if not np.isfinite(table[column].to_numpy(float)).all():
             raise DataError(
-                f"the {name} hold a {column} that is not a number: the results are damaged, run it again"
+                f"the {name} hold a {column} that is not a number: the results are damaged, run again"
             )

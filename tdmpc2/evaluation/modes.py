@@ -1,12 +1,12 @@
-"""The modes of execution that are compared: each is data, a `SpeculationConfig` with a name.
+"""The compared modes: each is data, a `SpeculationConfig` with a name.
 
 baseline                   TD-MPC2 itself: it replans at every step
 half_budget                the same with half of the planner's iterations
-naive_K, plan_K            K steps of each plan as planned, without and with the monitor
+naive_K, plan_K            K steps of each plan, uncorrected, without and with the monitor
 two_tower_K, temporal_K    K steps of each plan, corrected: the published system
 ..._K_refined              K steps of each plan, corrected and refined
-distilled                  a corrector that corrects nothing and never plans, and the same refined
-prior                      the policy prior alone
+distilled                  the distilled policy alone, without plans; also refined
+prior                      the policy prior alone, without plans
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from ..config import TEACHER, SpeculationConfig
 from ..corrector import ARCHITECTURES
 
 BASELINE = "baseline"
-DISTILLED = "distilled"  # a corrector that corrects nothing: it acts alone
-REFINED = "_refined"  # ends the names of the modes that refine
+DISTILLED = "distilled"  # a policy in the form of a corrector; it ignores the plan
+REFINED = "_refined"  # suffix of the modes that refine
 SIMPLER = ("half_budget", "naive_3", "naive_6", DISTILLED, DISTILLED + REFINED, "prior")
-OPEN_LOOP_HORIZONS = (3, 6)  # steps per plan of modes without a corrector
-PAPER_HORIZONS = (3, 6)  # steps per plan of the published system
-HORIZONS = (3, 6, 12, 24)  # steps per plan of corrected modes
+OPEN_LOOP_HORIZONS = (3, 6)  # execution horizons without a corrector
+PAPER_HORIZONS = (3, 6)  # execution horizons of the published system
+HORIZONS = (3, 6, 12, 24)  # execution horizons with a corrector
 ALONE = SpeculationConfig(execution_horizon=1, corrector=DISTILLED, plan_length=0)
 PRIOR = SpeculationConfig(execution_horizon=1, plan_length=0)
 
 
 class Family(NamedTuple):
-    """Modes that differ in the execution horizon only."""
+    """Modes that differ only in the execution horizon."""
 
-    corrector: str  # "" for none
+    corrector: str  # "": none
     refined: bool = False
 
     @property
@@ -48,12 +48,12 @@ class Family(NamedTuple):
 
 
 def families(correctors: Sequence[str]) -> list[Family]:
-    """The families of modes with these correctors; first what executes plans as they are."""
+    """The families of modes with these correctors; the first has no corrector."""
     return [Family(""), *(Family(name, refined) for name in correctors for refined in (False, True))]
 
 
 def simple_modes(iterations: int) -> dict[str, SpeculationConfig]:
-    """The baseline first, then cheaper plans and naive execution.
+    """The baseline, then cheaper plans and naive execution.
 
     Args:
         iterations: of the teacher's planner.
@@ -64,6 +64,6 @@ def simple_modes(iterations: int) -> dict[str, SpeculationConfig]:
 
 
 def mode_names() -> set[str]:
-    """The names of all modes that there are, with every corrector."""
+    """The names of all modes, with every corrector."""
     corrected = {f.mode_name(k) for f in families(tuple(ARCHITECTURES)) for k in f.horizons}
     return {*simple_modes(1), *corrected, DISTILLED, DISTILLED + REFINED, "prior"}

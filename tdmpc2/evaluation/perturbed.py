@@ -1,11 +1,11 @@
-"""Modes in a world that is not as modelled: what they keep of what replanning at every step keeps there.
+"""Modes in perturbed worlds, compared with replanning at every step in the same world.
 
     OUT/KIND-STRENGTH/NAME/     episodes.csv, steps.csv
-    OUT/episodes.csv            all episodes together
-    OUT/summary.csv             a row for every perturbation and mode
-    OUT/provenance.json         where they come from
+    OUT/episodes.csv            all episodes
+    OUT/summary.csv             one row per perturbation and mode
+    OUT/provenance.json         command, commit, machine, settings
 
-A run that is killed goes on with what is missing.
+A second run continues with the missing modes.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -38,13 +38,13 @@ STRENGTHS = {  # of each kind of perturbation, in the units of `envs.perturb.KIN
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbedConfig(Checked):
-    """Which agent is evaluated, under which perturbations."""
+    """Which agent to evaluate, and under which perturbations."""
 
     agent: str  # a folder that `tdmpc2 accelerate` made
-    task: str = ""  # default: the agent's; name one of your own, module:EnvId, for a folder imports no module
-    out: str = ""  # folder for the results; default: perturbed/ in the agent's
+    task: str = ""  # default: the agent's; give your own task, module:EnvId (a folder imports no module)
+    out: str = ""  # folder for the results; default: perturbed/ in the agent's folder
     device: str = "cpu"
-    workers: int = 0  # processes that run episodes, with one thread each; 0: one a core, on a GPU one in all
+    workers: int = 0  # processes with one thread each; 0: one per core, on a GPU one in all
     kinds: tuple[str, ...] = tuple(STRENGTHS)
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     evaluation: EpisodesConfig = field(default_factory=EpisodesConfig)
@@ -52,20 +52,20 @@ class PerturbedConfig(Checked):
     def check_ranges(self) -> None:
         at_least(0, self, "workers")
         if not self.kinds or set(self.kinds) - set(STRENGTHS):
-            raise ConfigError(f"kinds={list(self.kinds)}: choose of {', '.join(STRENGTHS)}")
+            raise ConfigError(f"kinds={list(self.kinds)}: choose from {', '.join(STRENGTHS)}")
 
 
 def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFrame:
-    """The chosen mode beside the baseline and modes without fallback, under every perturbation.
+    """Evaluate the chosen mode, the baseline and modes without fallback under every perturbation.
 
     Returns:
-        Columns `kind, strength` and those of `summarise`; ratios are to the baseline under the same
+        Columns `kind, strength` and the columns of `summarise`. Ratios are to the baseline under the same
         perturbation, on the same seeds.
 
     Raises:
-        CheckpointError: the folder is not one that `tdmpc2 accelerate` finished.
-        ConfigError: a setting cannot be, the agent was made with episodes of these seeds, or the folder for
-            the results has other settings.
+        CheckpointError: the folder is not a finished run of `tdmpc2 accelerate`.
+        ConfigError: a setting is invalid, the agent was made with episodes of these seeds, or the folder
+            for the results has other settings.
         TaskError: the task cannot be perturbed.
     """
     folder, seeds = Path(config.agent), config.evaluation.seeds
@@ -74,11 +74,11 @@ def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFr
     teacher = open_teacher(config.task, str(folder), config.planner, device=config.device)
     about = read_json(folder / "evaluation" / "provenance.json")
     if "evaluation" not in about:
-        raise CheckpointError(f"{folder} is of an earlier version: make it anew with `tdmpc2 accelerate`")
-    # Names from a file become parts of paths: only those that there are.
+        raise CheckpointError(f"{folder} is of an earlier version: make it again with `tdmpc2 accelerate`")
+    # Names from a file become parts of paths: known names only.
     named = {about["chosen"], *about["modes"]}
     if not (named <= mode_names() and set(about["correctors"]) <= set(ARCHITECTURES)):
-        raise CheckpointError(f"{folder} names modes or correctors that there are not: make it anew")
+        raise CheckpointError(f"{folder} names unknown modes or correctors: make it again")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
     check_unseen(seeds, paths.values())
     if overlap(seeds, saved_as(EvaluationConfig, about["evaluation"], folder).calibration_seeds):
@@ -131,7 +131,7 @@ def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFr
 
 
 def _together(tables: dict[tuple[str, float], pd.DataFrame]) -> pd.DataFrame:
-    """Tables under one another, behind columns `kind` and `strength`."""
+    """The tables as one, with columns `kind` and `strength` in front."""
     return (
         pd.concat(tables, names=["kind", "strength"]).reset_index(["kind", "strength"]).reset_index(drop=True)
     )

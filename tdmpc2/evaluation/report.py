@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything inside, and a table for the terminal."""
+"""The report: one self-contained HTML file, and a table for the terminal."""
 
 import io
 import re
@@ -60,7 +60,7 @@ BY_STEP = {
     "reward": "reward",
     "teacher_distance": "distance to the teacher's action",
 }
-PROVENANCE = {  # these come first in the report, under these names
+PROVENANCE = {  # first in the report, under these names
     "teacher": "teacher (hash)",
     "command": "command",
     "commit": "commit",
@@ -73,10 +73,10 @@ PROVENANCE = {  # these come first in the report, under these names
     "trained": "data and correctors",
 }
 FEW = 10  # with fewer episodes, the report says that the intervals are too narrow
-# Figures are drawn in these colours (Okabe and Ito's, safe for colour-blind readers). The page replaces each
-# by its own, which depends on light or dark.
+# The colours of figures (Okabe and Ito's, safe for colour-blind readers). The page replaces each with its own
+# colour for light or dark.
 TEXT, GREY, FALLBACK = "#010101", "#909090", "#d55e00"
-RIVALS = ("#0072b2", "#009e73", "#cc79a7")  # the chosen mode has the first
+RIVALS = ("#0072b2", "#009e73", "#cc79a7")  # the first is the chosen mode's
 INKS = {
     TEXT: "currentColor",
     GREY: "var(--grey)",
@@ -84,7 +84,7 @@ INKS = {
     **dict(zip(RIVALS, ("var(--blue)", "var(--green)", "var(--pink)"), strict=True)),
 }
 DRAWING: dict[Any, Any] = {
-    "svg.hashsalt": "report",  # one name for each part of a figure, in every run
+    "svg.hashsalt": "report",  # equal names of a figure's parts in every run
     "svg.fonttype": "none",  # text stays text
     "font.size": 11,
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], TEXT),
@@ -94,14 +94,14 @@ DRAWING: dict[Any, Any] = {
 
 
 class Mode(NamedTuple):
-    """A mode as the page shows it."""
+    """A mode on the page."""
 
     name: str
-    tag: str  # the class of everything that is drawn for it
-    color: str  # GREY, where the reader switches it on
+    tag: str  # the class of its elements
+    color: str  # GREY: hidden until the reader switches it on
     words: str
     cells: Mapping[str, str]  # of the table
-    speed: str  # times as fast as the baseline
+    speed: str  # factor to the baseline
     bar: float  # mean time of an action, in % of the longest
     marks: tuple[float, ...]  # return: lower end, mean and upper end, in % of the axis
 
@@ -114,7 +114,7 @@ def write_report(folder: Path) -> Path:
     """Write `folder/report.html`, which needs no other file.
 
     Args:
-        folder: of an evaluation that ended, see `evaluate`: its tables, `provenance.json` and `calibration/`.
+        folder: of a finished evaluation, see `evaluate`: its tables, `provenance.json` and `calibration/`.
 
     Returns:
         The file.
@@ -173,11 +173,11 @@ def in_terminal(summary: pd.DataFrame) -> Table:
 
 
 def verdict(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
-    """What the numbers say of the chosen mode: the main sentence first.
+    """Sentences on the result of the chosen mode, the most important first.
 
     Args:
-        summary: what `metrics.summarise` returned, with times.
-        meta: of it `chosen`, the mode's name, `why` it was chosen, and `min_return`.
+        summary: from `metrics.summarise`, with times.
+        meta: uses `chosen` (a mode), `why` it was chosen, and `min_return`.
     """
     baseline, required = summary.iloc[0], meta["min_return"]
     row = summary.set_index("mode").loc[meta["chosen"]]
@@ -192,7 +192,7 @@ def verdict(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
             f"{faster}. Its mean return is {row.return_mean:.1f}, the teacher's {baseline.return_mean:.1f}."
         )
         low, least = row.return_difference_low, -(1 - required) * abs(baseline.return_mean)
-        interval = f"of the difference in return begins at {low:z.1f}. {least:z.1f} is required"
+        interval = f"of the return difference begins at {low:z.1f}. It must be at least {least:z.1f}"
     else:
         lead = f"{faster} and keeps {_percent(row.return_ratio)} of its return."
         low, least = row.return_ratio_low, required
@@ -213,7 +213,7 @@ def verdict(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
 
 
 def notes(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
-    """What a careful reader has to know about these numbers in particular."""
+    """Notes that a careful reader needs for these numbers."""
     n, found = int(summary["episodes"].iloc[0]), []
     simpler = summary.loc[holds_up(summary, meta["min_return"]) & summary["mode"].isin(SIMPLER), "mode"]
     if len(simpler):
@@ -237,7 +237,7 @@ def notes(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
 
 
 def describe(mode: SpeculationConfig) -> str:
-    """What a mode does, in one line of plain words."""
+    """A mode in one line of plain words."""
     corrector = f"the corrector {mode.corrector}" if mode.corrector else ""
     if mode.plan_length == 0:
         words = f"Never plans: {corrector or 'the policy prior'} acts alone."
@@ -255,12 +255,12 @@ def describe(mode: SpeculationConfig) -> str:
 
 
 def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Why each other mode was not chosen: `mode, ratio, pushed, ms, why`, as text.
+    """Rows `mode, ratio, pushed, ms, why` of text: why each other mode was not chosen.
 
     Args:
-        calibration: the folder where the choice left its numbers. Modes without any share a row.
+        calibration: the folder with the numbers of the choice. Modes that it lacks share a row.
         summary: of the held-out episodes; names all modes.
-        meta: as `verdict` takes it, with `min_return_pushed`.
+        meta: as in `verdict`, with `min_return_pushed`.
     """
     tried = pd.read_csv(calibration / "modes" / "summary.csv")
     held = dict(zip(tried["mode"], holds_up(tried, meta["min_return"]), strict=True))
@@ -288,13 +288,13 @@ def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -
             lost = pushed.loc[baseline, "return_mean"] - pushed.loc[mode, "return_mean"]
             withstands = lost <= (1 - meta["min_return_pushed"]) * abs(pushed.loc[baseline, "return_mean"])
         if not held[mode]:
-            why = f"By its interval, it may lose more than {_percent(1 - meta['min_return'])} of the return."
+            why = f"Its interval allows a loss of more than {_percent(1 - meta['min_return'])} of the return."
         elif not withstands:
-            why = f"Under pushes, it loses more than {_percent(1 - meta['min_return_pushed'])} of the return."
+            why = f"It loses more than {_percent(1 - meta['min_return_pushed'])} of the return under pushes."
         elif chosen == baseline:
             why = "It keeps the return but saves too little time."
         else:
-            why = f"It keeps the return too. {chosen} is faster, or about as fast with a higher lower end."
+            why = f"It keeps the return too. {chosen} is faster, or as fast with a higher lower end."
         ratio, ms = _cells(own)["return_ratio"], _number(own["act_ms_mean"])
         found.append({"mode": mode, "ratio": ratio, "pushed": under_pushes, "ms": ms, "why": why})
     none = dict.fromkeys(("ratio", "pushed", "ms"), "–")
@@ -304,7 +304,7 @@ def reasons(calibration: Path, summary: pd.DataFrame, meta: Mapping[str, Any]) -
 def _rivals(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
     """The modes in colour: the baseline, the chosen mode, and the best of the others and of SIMPLER."""
     held = holds_up(summary, meta["min_return"])
-    # First those that keep the return, the fastest first; then the others by return.
+    # Modes that keep the return come first, ordered by time; then the others, ordered by return.
     ranked = summary.assign(lost=~held, rank=summary["act_ms_mean"].where(held, -summary["return_mean"]))
     ranked = ranked.iloc[1:].sort_values(["lost", "rank"], kind="stable")
     others = [mode for mode in ranked["mode"] if mode not in (*SIMPLER, meta["chosen"])]
@@ -316,7 +316,7 @@ def _rivals(summary: pd.DataFrame, meta: Mapping[str, Any]) -> list[str]:
 def _modes(
     summary: pd.DataFrame, meta: Mapping[str, Any], rivals: Sequence[str]
 ) -> tuple[list[Mode], dict[str, float]]:
-    """All modes, `rivals` first; and the axis of returns: the places of the baseline and of `required`."""
+    """All modes, `rivals` first; and the positions of the baseline and of `required` on the return axis."""
     rows = summary.set_index("mode", drop=False)
     baseline = rows.iloc[0]
     columns, one, required = (
@@ -327,7 +327,7 @@ def _modes(
     if np.isnan(baseline.return_ratio):
         columns, one = ["return_low", "return_mean", "return_high"], baseline.return_mean
         required = one - (1 - required) * abs(one)
-    shown = [required, one, *rows.loc[rivals, columns].to_numpy().ravel()]  # all that is in colour
+    shown = [required, one, *rows.loc[rivals, columns].to_numpy().ravel()]  # everything in colour
     low, high = np.nanmin(shown), np.nanmax(shown)
     margin = 0.05 * (high - low) or 1.0
 
@@ -355,13 +355,13 @@ def _modes(
 
 
 def _when(steps: pd.DataFrame, modes: Sequence[Mode], subject: str) -> str | None:
-    """Planner calls over the time of an episode; None where all modes in colour plan always or never."""
+    """Planner calls over the time of an episode; None if all modes in colour plan always or never."""
     plans = steps["kind"].isin(PLANS).groupby(steps["mode"]).mean()
     shown = [mode for mode in modes if 0 < plans[mode.name] < 1]
     if all(mode.color == GREY for mode in shown):
         return None
     n = steps["t"].max() + 1
-    width = min(max(HORIZONS), max(1, n // 4))  # of whole plans, or else fixed horizons would show as waves
+    width = min(max(HORIZONS), max(1, n // 4))  # at least the longest plan: else fixed horizons show as waves
 
     def draw(axes: Axes) -> None:
         top = 0.0
@@ -402,7 +402,7 @@ def _where(episodes: pd.DataFrame, modes: Sequence[Mode], seeds: Sequence[int]) 
 
 
 def _timeline(steps: pd.DataFrame) -> str:
-    """One episode of one mode, step by step; what it does not have (e.g. corrections) has no panel."""
+    """One episode of one mode, step by step; a mode without corrections has no panel for them."""
     lines = [name for name in ("delta_a", "mismatch") if steps[name].any()] + ["reward"]
     t, kind = steps["t"].to_numpy(), steps["kind"].to_numpy()
     edges = np.append(t, t[-1] + 1)
@@ -421,9 +421,9 @@ def _timeline(steps: pd.DataFrame) -> str:
 
 
 def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) -> str:
-    """What `draw(axes, ...)` draws on panels of these relative heights, as an element of the page.
+    """A page element that `draw(axes, ...)` draws on panels of these relative heights.
 
-    It is 5 inches wide, so that its text is readable on a phone. The `gid` of an artist becomes a class.
+    It is 5 inches wide, so its text is readable on a phone. The `gid` of an artist becomes a class.
     """
     with plt.rc_context(DRAWING):
         figure, axes = plt.subplots(
@@ -442,7 +442,7 @@ def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) ->
         figure.savefig(text, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
         plt.close(figure)
     svg = text.getvalue()[text.getvalue().index("<svg") :]
-    # HTML knows XML's namespaces by itself, and the file shall hold no address at all.
+    # HTML needs no XML namespaces, and the file must not contain any address.
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'<g id="(m\d+)">', r'<g class="\1">', svg)
     for drawn, ink in INKS.items():
@@ -453,7 +453,7 @@ def _svg(draw: Callable[..., None], alt: str, panels: Sequence[float] = (1,)) ->
 def _steps_in_plan(
     by_k: pd.DataFrame, summary: pd.DataFrame, subject: str
 ) -> dict[str, list[dict[str, str]]]:
-    """By mode and its mean return, rows by step in plan: the published modes of 6 steps, and `subject`."""
+    """Tables by step in plan, for the published modes of 6 steps and `subject`."""
     longest = max(PAPER_HORIZONS)
     published = [f"two_tower_{longest}", f"temporal_{longest}"]
     returns = summary.set_index("mode")["return_mean"]
@@ -467,7 +467,7 @@ def _steps_in_plan(
 
 
 def _cells(row: pd.Series) -> dict[str, str]:
-    """The cells of a table's row, as text."""
+    """The cells of a table row, as text."""
     cells = {"mode": str(row["mode"])}
     for name in list(COLUMNS)[1:]:
         value = row.get(name, np.nan)
@@ -493,7 +493,7 @@ def _factor(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, without exponents."""
+    """A number with three significant digits, without exponent."""
     if value == 0 or abs(value) >= 100:
         return f"{value:.0f}"
     return f"{value:.{max(0, 2 - int(np.floor(np.log10(abs(value)))))}f}"
@@ -506,7 +506,7 @@ def _provenance(meta: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _words(value: Any) -> str:
-    """A value of `meta` as a reader would write it: `a = 1, b = 2` for a dict, `3 to 9` for a range."""
+    """A value of `meta` as text, e.g. `a = 1, b = 2` for a dict."""
     if isinstance(value, Mapping):
         inside = (f"({_words(v)})" if isinstance(v, Mapping) else _words(v) for v in value.values())
         return ", ".join(f"{k} = {v}" for k, v in zip(value, inside, strict=True))

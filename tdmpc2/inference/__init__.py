@@ -1,4 +1,4 @@
-"""The world model as the planner computes it: the same functions, arranged for the machine."""
+"""Fast inference: the world model arranged for planning, and compilation."""
 
 from .ahead import AheadOfTime
 from .compiled import Compiled, dtype_of

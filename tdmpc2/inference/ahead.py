@@ -1,8 +1,8 @@
-"""A module that is compiled into a library once, which later processes load without the compiler.
+"""A module compiled once into a library, which later processes load without the compiler.
 
-Loading PyTorch's compiler and tracing a module takes seconds at every start, though what it makes is
-cached. A library that was compiled ahead of time (AOTInductor) takes milliseconds. Its name is made of all
-that it depends on; `libraries` says where it is kept.
+PyTorch's compiler needs seconds at every start to load and to trace a module, even with a warm cache. Loading
+a library compiled ahead of time (AOTInductor) takes milliseconds. The library's name is a hash of everything
+that it depends on; `libraries` stores it.
 """
 
 import hashlib
@@ -23,16 +23,15 @@ from .sources import sources
 
 
 class AheadOfTime:
-    """`module`, compiled; eager where this machine cannot compile, after one line that says so.
+    """`module`, compiled; eager if this machine cannot compile (one line says so).
 
-    Without gradients, and on CPUs only. One library serves a batch of one, a second one every larger batch.
+    Without gradients, and on CPUs only. One library serves batches of one, another all larger batches.
 
     Args:
-        module: takes and gives tensors and tuples of tensors, of which some may be None. The batch is the
-            first axis of all positional arguments; keyword arguments do not depend on it, and are laid out
-            alike in every call. Changes in place of its weights and buffers are followed. Its other
-            attributes are constants.
-        result: makes a tuple of tensors what `module` returns.
+        module: takes and returns tensors and tuples of tensors; some may be None. The batch is the first axis
+            of all positional arguments. Keyword arguments have no batch axis and the same layout in every
+            call. Weights and buffers may change in place. Other attributes must be constants.
+        result: turns a list of tensors into the return type of `module`.
         what: name of the module in messages.
     """
 
@@ -42,22 +41,22 @@ class AheadOfTime:
         self._runs: dict[tuple[bool, int], Run | None] = {}  # None: eager
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A library takes for granted that its inputs are laid out as those were that it was compiled with.
+        # A library requires inputs with the memory layout that it was compiled for.
         varying = [x.contiguous() for x in tree_leaves(args) if x is not None]
         fixed = [x for x in tree_leaves(kwargs) if x is not None]
         inputs = [*varying, *fixed, *self._weights.values()]
-        kind = varying[0].shape[0] > 1, torch.get_num_threads()  # it is compiled for that many
+        kind = varying[0].shape[0] > 1, torch.get_num_threads()  # compiled for this number
         if kind not in self._runs:
             self._runs[kind] = self._first_call(args, kwargs, inputs, len(varying) if kind[0] else 0)
         run = self._runs[kind]
         return self._module(*args, **kwargs) if run is None else self._result(run(inputs))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: they open their libraries anew."""
+        """State for copies, without the libraries: a copy opens its own."""
         return {**self.__dict__, "_runs": {}}
 
     def _first_call(self, args: Any, kwargs: Any, inputs: list[Tensor], varying: int) -> Run | None:
-        """The library for such inputs, the batch being free in the first `varying` of them."""
+        """The library for such inputs; the first `varying` of them have a free batch axis."""
         leaves, spec = tree_flatten((args, kwargs))
         present = [x is not None for x in leaves]
         layouts = [_layout(x, leave_out=int(i < varying)) for i, x in enumerate(inputs)]
@@ -70,14 +69,14 @@ class AheadOfTime:
                 return library(name, partial(self._compile, spec, present, inputs, varying))
         except _Baked:
             raise
-        except Exception as e:  # of whatever kind: the compiler has many
+        except Exception as e:  # the compiler raises many types
             stays_uncompiled(self._what, e)
             return None
 
     def _traced(
         self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int
     ) -> torch.fx.GraphModule:
-        """The module's operations; takes and gives lists of tensors, as a library does."""
+        """The module's operations as a graph that takes and returns lists of tensors, like a library."""
 
         def flat(inputs: list[Tensor]) -> list[Tensor]:
             given = iter(inputs)
@@ -97,24 +96,24 @@ class AheadOfTime:
     def _compile(
         self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int, folder: Path
     ) -> Path:
-        """Compile within `folder`; returns the library."""
+        """Compile in `folder`; returns the library."""
         graph = self._traced(spec, present, inputs, varying)
         options = {**OPTIONS, "aot_inductor.precompile_headers": False}
         from torch._inductor.utils import fresh_cache  # takes seconds to import
 
-        # Others may be compiling the same: in a common cache one reads what another has written half.
+        # An own cache: in a shared one, a process may read a file that another has only half written.
         with fresh_cache(dir=str(folder)), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own code brings them on
+            warnings.simplefilter("ignore", FutureWarning)  # from PyTorch's own code
             made = torch._inductor.aot_compile(graph, (inputs,), options=options)
             return Path(str(made)).rename(folder / "library.so")
 
 
 class _Baked(AssertionError):
-    """A library would hold the values of tensors for good."""
+    """A library would contain tensor values as constants."""
 
 
 class _Flat(nn.Module):
-    """A function as a module, which is what can be exported."""
+    """A function as a module, because only modules can be exported."""
 
     def __init__(self, function: Callable[[list[Tensor]], list[Tensor]]):
         super().__init__()
@@ -125,13 +124,13 @@ class _Flat(nn.Module):
 
 
 def _layout(x: Tensor, leave_out: int) -> tuple[object, ...]:
-    """Dtype, and size and stride of every axis but the first ones; of a single entry no stride matters."""
+    """Dtype, and size and stride of every axis from `leave_out` on; strides of size 1 do not matter."""
     axes = zip(x.shape[leave_out:], x.stride()[leave_out:], strict=True)
     return x.dtype, [(size, stride if size > 1 else 1) for size, stride in axes]
 
 
 @lru_cache
 def _machine() -> tuple[object, ...]:
-    """What every library of a process depends on."""
+    """Facts about this machine that every library depends on."""
     capabilities = sorted(torch.cpu.get_capabilities().items())
     return torch.__version__, platform.libc_ver(), capabilities

@@ -1,4 +1,4 @@
-"""Compiling a function when it is first called: how, what is said meanwhile, and what if it fails."""
+"""Compiling a function at its first call, with options, messages and a fallback to eager."""
 
 import contextlib
 import gc
@@ -14,17 +14,17 @@ from torch.utils._pytree import tree_map
 from ..config import ComputeConfig
 
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "cpp_wrapper": True,  # what calls the kernels is compiled as well
-    "cpp_cache_precompile_headers": False,  # preparing them at every start takes longer than they save
-    "cpp.vec_isa_ok": True,  # finding out at every start whether the compiler knows this CPU takes a second
-    "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction
-    "realize_reads_threshold": 32,  # else what lies between a norm and its activation is written to memory
+    "cpp_wrapper": True,  # also compile the code that calls the kernels
+    "cpp_cache_precompile_headers": False,  # preparing them takes longer than they save
+    "cpp.vec_isa_ok": True,  # skip a check of the compiler that takes a second at every start
+    "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
+    "realize_reads_threshold": 32,  # fuse norm and activation: no intermediate result in memory
 }
-PATIENCE = 4.0  # seconds of compiling before it is mentioned
+PATIENCE = 4.0  # seconds of compiling before a message
 
 
 def dtype_of(compute: ComputeConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; says once where the processor would compute in it very slowly."""
+    """The dtype of matrix products; warns once if the processor computes very slowly in it."""
     if compute.precision == "bfloat16" and device.type == "cpu" and not computes_in_bfloat16():
         _say_slow()
     return getattr(torch, compute.precision)
@@ -37,17 +37,17 @@ def computes_in_bfloat16() -> bool:
 
 @cache
 def _say_slow() -> None:
-    say("this processor has no instructions for bfloat16: precision=float32 is many times faster here")
+    say("this processor has no instructions for bfloat16: use precision=float32, which is many times faster")
 
 
 @contextlib.contextmanager
 def announced(what: str) -> Iterator[None]:
-    """Around the compilation of `what`: where it takes long, a line says that it is going on."""
-    timer = threading.Timer(PATIENCE, say, [f"compiling {what}; the result is kept for the next start"])
+    """Print a line if the compilation of `what` in this context takes long."""
+    timer = threading.Timer(PATIENCE, say, [f"compiling {what}; the next start will be fast"])
     timer.daemon = True
     timer.start()
     enabled = gc.isenabled()
-    gc.disable()  # the compiler makes objects by the million that stay: looking for garbage slows it down
+    gc.disable()  # the compiler makes millions of objects that stay: garbage collection slows it down
     try:
         yield
     finally:
@@ -57,38 +57,38 @@ def announced(what: str) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """A line on stderr, as it is."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr)
 
 
 def stays_uncompiled(what: str, error: Exception) -> None:
-    """Say so, and why."""
-    # The first line may only say which part of the compiler failed.
+    """Print that `what` was not compiled, and why."""
+    # The whole first paragraph: its first line may only name a part of the compiler.
     reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-    say(f"{what} stays uncompiled, and slower: {reason}")
+    say(f"{what} stays uncompiled and is slower: {reason}")
 
 
 class Compiled:
-    """`function`, compiled in this process; eager where that cannot be, after one line that says so.
+    """`function`, compiled in this process; eager if that fails (one line says so).
 
     Args:
-        function: what is compiled.
-        what: it is, for people.
-        device: that it computes on.
-        cuda_graphs: replay recorded kernels instead of launching them one by one; on a GPU only. Results
-            are then copies, for the next replay writes where the last one wrote.
+        function: the function to compile.
+        what: its name in messages.
+        device: the device that it computes on.
+        cuda_graphs: replay recorded kernels instead of launching each; GPU only. Results are copies, because
+            every replay writes to the same memory.
     """
 
     def __init__(
         self, function: Callable[..., Any], *, what: str, device: torch.device, cuda_graphs: bool = False
     ):
         self._function, self._what, self._cuda_graphs = function, what, cuda_graphs
-        # On a GPU the backward pass of what has a C++ wrapper does not compile.
+        # On a GPU, a backward pass with a C++ wrapper does not compile.
         self._options = OPTIONS if device.type == "cpu" else None
         self._compiled: Callable[..., Any] | None = None  # before the first call
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: they compile anew."""
+        """State for copies, without the compiled function: a copy compiles its own."""
         return {**self.__dict__, "_compiled": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,15 +1,14 @@
-"""What the planner asks of a world model: the value of whole batches of action sequences.
+"""The world model in the planner: values of batches of action sequences.
 
-`FastModel` computes what `WorldModel` would, with less work: only the two Q heads that were drawn are
-evaluated, and all samples start at the same latent, so its share of the first layer is computed
-once. What lies between two matrix products is float32, written so that the compiler makes one
-loop of it: in bfloat16, only what a matrix product reads and writes is rounded.
+`FastModel` computes the same as `WorldModel` with less work. It evaluates only the two sampled Q heads. All
+samples start at the same latent, so its share of the first layer is computed once. All operations between two
+matrix products are float32 and compile to one loop; bfloat16 rounds only the products' inputs and outputs.
 
-Even that would blur the value of a plan by more than what distinguishes the elites. So in bfloat16 one
-sequence, the mean of those that are scored, is computed in float32, and of all others only how they differ
-from it is rounded, layer by layer: `W x = W c + W (x - c)`. The closer the search, the smaller the error.
+Even this rounding error is larger than the differences between elites. So with bfloat16 one sequence, the
+distribution's mean, is computed in float32. For all others only the difference to it is rounded, layer by
+layer: `W x = W c + W (x - c)`. The error shrinks as the samples come closer to the mean.
 
-Tensors are `[h, B, N, features]` inside: stacked networks, latents planned from, samples of each.
+Tensors have shape `[h, B, N, features]`: stacked networks, latents, samples per latent.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ Linear = Callable[[Tensor, Layer], Tensor]  # `[h or 1, B, N, in]` to float32 `[
 
 
 class Origin(NamedTuple):
-    """Where plans start."""
+    """The start of plans."""
 
     z: Tensor  # [B, L], transposed (see weights.py)
     task: Tensor  # [B, task_dim], embeddings; task_dim = 0 without tasks
@@ -39,15 +38,15 @@ class Origin(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Where action sequences lead."""
+    """The state of predicted action sequences."""
 
-    total: Tensor | float  # [B, N], discounted reward on the way
-    discount: Tensor | float  # [B, N], of what comes after; zero where the episode has ended
+    total: Tensor | float  # [B, N], discounted reward so far
+    discount: Tensor | float  # [B, N], of later rewards; zero if the episode has ended
     z: Tensor  # [B, N, L], the last latent, transposed
 
 
 def origin(model: WorldModel, z: Tensor, task: Tensor | None = None) -> Origin:
-    """Latents `[B, L]`, of tasks `[B]` of a multi-task model, as `FastModel.score` takes them."""
+    """The start for `FastModel.score`, from latents `[B, L]` and tasks `[B]` of a multi-task model."""
     latent = transposed(z, model.config.simnorm_dim)
     if task is None:
         return Origin(latent, z[:, :0], z.new_ones(z.shape[0], model.config.action_dim))
@@ -72,19 +71,19 @@ class FastModel(nn.Module):
     ) -> Tensor:
         """Predicted returns `[B, N]` of action sequences (paper, eq. 6).
 
-        The mean of two Q heads stands for what comes after the horizon. In an episodic model nothing
-        counts after the first latent that is predicted to be terminal.
+        The value at the horizon is the mean of two Q heads. In an episodic model nothing counts after the
+        first latent predicted terminal.
 
         Args:
-            at: where they start, from `origin`.
+            at: the start, from `origin`.
             actions: `[B, H, N, A]`.
-            centre: `[B, H, 1, A]`, where these lie around: there precision is highest.
-            noise: `[B, N, A]`, standard normal, of the policy's action at the horizon.
-            heads: `[2]`.
+            centre: `[B, H, 1, A]`, the mean of the samples; precision is highest near it.
+            noise: `[B, N, A]`, standard normal, for the prior's action at the horizon.
+            heads: `[2]`, indices of Q heads.
             w: from `FollowedWeights`.
         """
         w = for_tasks(w, at.task)
-        # Of two heads there is one choice, and the order in which they are drawn makes no difference.
+        # With two heads the choice is always the same; their order does not matter.
         w = w if self.config.num_q == 2 else w._replace(q=select(w.q, heads))
         if self.dtype == torch.float32:
             return self._value(at, actions, noise, w, linear)
@@ -94,7 +93,7 @@ class FastModel(nn.Module):
 
     def _value(self, at: Origin, actions: Tensor, noise: Tensor, w: Weights, linear: Linear) -> Tensor:
         first, latent_dim = w.hidden[0], self.config.latent_dim
-        # At first the latent is the same for all samples: what it comes to is part of the bias.
+        # The first latent is the same for all samples: its share of the first layer joins the bias.
         latent_share = linear(at.z[None, :, None], first.of_inputs(slice(0, latent_dim)))
         first_of_all = first.of_inputs(slice(latent_dim, None))._replace(bias=latent_share)
         end = Rollout(0.0, 1.0, at.z)
@@ -108,20 +107,20 @@ class FastModel(nn.Module):
         return end.total + end.discount * two_hot_mean(mlp(x, w.q, linear), w.bins).mean(0)
 
     def _join(self, z: Tensor, action: Tensor) -> Tensor:
-        """What networks of latent and action read: `[1, B, N, L + A]`."""
+        """Inputs `[1, B, N, L + A]` of networks that read latent and action."""
         return torch.cat([z, action], -1)[None]
 
     def _step(self, at: Rollout, x: Tensor, w: Weights, linear: Linear) -> Rollout:
-        """One step on. `x` `[2, B, N, mlp_dim]`: what the first layers make of latent and action."""
+        """One step further; `x` `[2, B, N, mlp_dim]` are the outputs of the first layers."""
         for layer, following in pairwise(w.hidden):
             x = linear(activate(x, layer), following)
-        # One by one: of a slice of what it has activated, the compiler makes a second loop.
+        # Activated one by one: the compiler would make a second loop for a slice of an activated tensor.
         for_reward, for_dynamics = (activate(x[i : i + 1], w.hidden[-1].one(i)) for i in range(2))
         reward = two_hot_mean(linear(for_reward, w.reward)[0], w.bins)
         logits = norm(linear(for_dynamics, w.dynamics), w.dynamics)[0]
         z = logits.unflatten(-1, (self.config.simnorm_dim, -1)).softmax(-2).flatten(-2)
         discount = at.discount * self.discount
-        if self.config.episodic:  # nothing counts after the first latent predicted to be terminal
+        if self.config.episodic:  # nothing counts after the first latent predicted terminal
             discount = discount * (mlp(z[None], w.termination, linear)[0, ..., 0] <= 0).float()
         return Rollout(at.total + at.discount * reward, discount, z)
 
@@ -134,19 +133,19 @@ class FastModel(nn.Module):
 
 
 def linear(x: Tensor, layer: Layer) -> Tensor:
-    """In float32, as the weights are."""
+    """A linear layer with float32 weights."""
     return product(x, layer.weight) + layer.bias
 
 
 def traced(trace: list[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
-    """In float32; input and output join the trace."""
+    """A linear layer in float32; appends input and output to the trace."""
     y = linear(x, layer._replace(weight=layer.weight.float()))
     trace.append((x, y))
     return y
 
 
 def around(trace: Iterator[tuple[Tensor, Tensor]], x: Tensor, layer: Layer) -> Tensor:
-    """From the next input and output in the trace and, rounded, how `x` differs from that input."""
+    """A linear layer: the next output of the trace, plus the rounded product of `x` minus its input."""
     x_c, y_c = next(trace)
     return product((x - x_c).to(layer.weight.dtype), layer.weight).float() + y_c
 
@@ -158,9 +157,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def norm(x: Tensor, layer: Layer) -> Tensor:
-    """LayerNorm over the last axis of what has a mean of zero (see weights.py)."""
+    """LayerNorm over the last axis, whose mean is already zero (see weights.py)."""
     x = x * (x.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
-    return x * layer.scale + layer.shift  # type: ignore[operator]  # layers that are normed have them
+    return x * layer.scale + layer.shift  # type: ignore[operator]  # normed layers have both
 
 
 def activate(x: Tensor, layer: Layer) -> Tensor:
@@ -176,11 +175,11 @@ def mlp(x: Tensor, layers: Layers, linear: Linear) -> Tensor:
 
 
 def select(layers: Layers, heads: Tensor) -> Layers:
-    """Of layers side by side, those that `heads` names."""
+    """The stacked layers with indices `heads`."""
     return tuple(layer.each(lambda x: x[heads]) for layer in layers)
 
 
 def two_hot_mean(logits: Tensor, bins: Tensor) -> Tensor:
-    """Logits `[..., num_bins]` to the scalars `[...]` that they stand for."""
+    """The scalars `[...]` that logits `[..., num_bins]` encode."""
     p = (logits - logits.amax(-1, keepdim=True)).exp()
     return symexp((p * bins).sum(-1) / p.sum(-1))

@@ -1,4 +1,4 @@
-"""Processes that are forked off a process with an agent."""
+"""Threads in forked processes."""
 
 import os
 from functools import lru_cache, partial
@@ -8,9 +8,9 @@ import torch
 
 @lru_cache
 def forks_have_one_thread() -> None:
-    """From now on, processes forked off this one compute with one thread until they say otherwise.
+    """From now on, processes forked from this one use one thread, unless they set another number.
 
-    A forked process has none of the threads that PyTorch computes with, and would wait for them for ever.
+    A forked process lacks PyTorch's compute threads and would wait for them forever.
     """
-    if hasattr(os, "register_at_fork"):  # there is none on Windows
+    if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))

@@ -1,12 +1,12 @@
-"""Where compiled libraries are kept, and how they are opened.
+"""The cache of compiled libraries.
 
-A library is machine code, and whoever can put one where it is looked for runs code as its user. So libraries
-are kept in `$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, only where the folder and each file belong to
-this user, and nobody but the superuser can write to them or move them. Elsewhere a library lives as long as
-the process. A file, `NAME.pt2`, is a shared library and its SHA-256 digest. What does not fit its digest is
-not opened: the linker would crash.
+A library is machine code: anyone who can write to the cache can run code as its user. So libraries are kept
+in `$XDG_CACHE_HOME/tdmpc2`, or `~/.cache/tdmpc2`, only if the folder and the files belong to this user and
+only the superuser can write to them or move them too. Otherwise a library lasts as long as the process. A
+file `NAME.pt2` is a shared library followed by its SHA-256 digest. A file with a wrong digest is not opened:
+the linker would crash.
 
-What has not been loaded for a month is deleted when another library is made.
+Making a library deletes all libraries that were not loaded for a month.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ from .compiled import say
 
 Run: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
-KEPT = 30 * 24 * 3600.0  # seconds that a library is kept without being loaded
-ABANDONED = 24 * 3600.0  # seconds after which a folder is one that a killed process compiled in
-COMPILING = "tdmpc2-compiling-"  # how such folders begin
+KEPT = 30 * 24 * 3600.0  # seconds that an unused library is kept
+ABANDONED = 24 * 3600.0  # seconds; an older compiling folder was left by a killed process
+COMPILING = "tdmpc2-compiling-"  # prefix of folders for compiling
 DIGEST = hashlib.sha256().digest_size
 
-TEMPORARY = (lambda: Path(tempfile.gettempdir()), lambda: Path("/tmp"))  # where, if not in the cache
+TEMPORARY = (lambda: Path(tempfile.gettempdir()), lambda: Path("/tmp"))  # used if the cache is not safe
 
 _opened: dict[str, Run] = {}  # by name: all agents of a process share a library
 _one_by_one = threading.RLock()
@@ -45,8 +45,8 @@ def library(name: str, make: Callable[[Path], Path]) -> Run:
     """The library of that name, opened.
 
     Args:
-        name: says all that the library depends on.
-        make: compiles the library within a folder, and returns where it is; called where none is kept.
+        name: a hash of everything that the library depends on.
+        make: compiles the library in a folder and returns its path; called if the cache has none.
     """
     with _one_by_one:
         if name not in _opened:
@@ -55,14 +55,14 @@ def library(name: str, make: Callable[[Path], Path]) -> Run:
 
 
 def cache_folder() -> Path:
-    """The folder of libraries, made if need be.
+    """The folder of libraries, made if it is missing.
 
     Raises:
-        OSError: it cannot be made, or others could put libraries there.
+        OSError: the folder cannot be made, or other users could write to it.
     """
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        if not base.is_absolute():  # the standard: then it is to be ignored
+        if not base.is_absolute():  # the standard says: ignore it
             base = Path.home() / ".cache"
         folder = base.resolve() / "tdmpc2"
     except RuntimeError as e:  # no home, or links in a circle
@@ -74,17 +74,17 @@ def cache_folder() -> Path:
 
 
 def _check(folder: Path, ours: bool) -> None:
-    """Raise OSError where another user could move what this one has in `folder`.
+    """Raise OSError if another user could move this user's files in `folder`.
 
-    Or, where the folder has to be `ours` alone, where another one could put something there.
+    If the folder must be `ours`, also if another user could write to it.
     """
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise OSError(f"{folder} is a link, or no folder")
+        raise OSError(f"{folder} is a link, or not a folder")
     if status.st_uid != os.geteuid() and (ours or status.st_uid != 0):
         raise OSError(f"{folder} belongs to another user")
     if _others_write(status) and (ours or not status.st_mode & stat.S_ISVTX):  # not as in /tmp
-        raise OSError(f"others can write to {folder}: forbid it, with chmod go-w")
+        raise OSError(f"others can write to {folder}: run chmod go-w on it")
 
 
 def _others_write(status: os.stat_result) -> bool:
@@ -92,7 +92,7 @@ def _others_write(status: os.stat_result) -> bool:
 
 
 def _kept(name: str) -> Run | None:
-    """The library as it is kept; None where it is not."""
+    """The library from the cache; None if there is none that is safe to open."""
     try:
         path = cache_folder() / f"{name}.pt2"
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
@@ -103,7 +103,7 @@ def _kept(name: str) -> Run | None:
     except OSError:
         return None
     if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
-        return None  # damaged; the one to be made takes its place
+        return None  # damaged; a new one will replace it
     with suppress(OSError):
         os.utime(path)
     return _open(path)
@@ -120,18 +120,18 @@ def _made_once(name: str, make: Callable[[Path], Path]) -> Run:
 
 
 def _made(name: str, make: Callable[[Path], Path]) -> Run:
-    """The library, made now, and kept if possible."""
+    """Make the library, and keep it if possible."""
     with _temporary(cache_folder, *TEMPORARY) as own:
         path = make(own)
         try:
             path = _keep(name, path.read_bytes())
         except OSError as e:
-            say(f"compiled code is not kept for the next start: {e}")
+            say(f"compiled code is not kept, so the next start compiles again: {e}")
         return _open(path)
 
 
 def _keep(name: str, content: bytes) -> Path:
-    """Write a library; returns where it is."""
+    """Write a library to the cache; returns its path."""
     folder = cache_folder()
     _clean(folder, "*")
     file, tmp = tempfile.mkstemp(dir=folder)
@@ -148,11 +148,11 @@ def _keep(name: str, content: bytes) -> Path:
 
 
 def _open(path: Path) -> Run:
-    # Not by `torch._inductor`, which loads the compiler and asks it about this machine.
+    # Not with `torch._inductor`, which loads the compiler.
     opener = torch._C._aoti.AOTIModelContainerRunnerCpu
     try:
         run: Run = opener(str(path), 1).run
-    except RuntimeError:  # the file system may be one that no code is run from
+    except RuntimeError:  # the file system may forbid running code
         with _temporary(*TEMPORARY) as own:
             run = opener(str(shutil.copyfile(path, own / path.name)), 1).run
     return run
@@ -160,13 +160,13 @@ def _open(path: Path) -> Run:
 
 @contextmanager
 def _temporary(*places: Callable[[], Path]) -> Iterator[Path]:
-    """A private folder in the first of `places` that will do, deleted afterwards."""
+    """A private folder in the first usable one of `places`; deleted afterwards."""
     reason = ""
     for place in places:
         try:
             parent = place().resolve()
-            if shlex.quote(str(parent)) != str(parent):  # the compiler is given paths as they are
-                raise OSError(f"nothing can be compiled in {parent}, because of the characters of its name")
+            if shlex.quote(str(parent)) != str(parent):  # the compiler gets paths without quotes
+                raise OSError(f"the compiler cannot work in {parent}: its name has special characters")
             for path in [parent, *parent.parents]:
                 _check(path, ours=False)
             _clean(parent, f"{COMPILING}*")
@@ -181,7 +181,7 @@ def _temporary(*places: Callable[[], Path]) -> Iterator[Path]:
 
 
 def _clean(folder: Path, pattern: str) -> None:
-    """Delete what has not been loaded for long, and what killed processes left."""
+    """Delete unused libraries, and files that killed processes left."""
     for path in folder.glob(pattern):
         with suppress(OSError):  # another process was faster
             status = path.lstat()

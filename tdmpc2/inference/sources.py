@@ -1,4 +1,4 @@
-"""What a module is compiled from, as text: where the text is the same, so is what is compiled."""
+"""The sources of a compiled module as text: equal text gives an equal library."""
 
 import sys
 import time
@@ -17,17 +17,17 @@ START = time.time()
 
 
 def sources(module: nn.Module, *others: Callable[..., Any]) -> list[str]:
-    """Constants of `module` and all modules in it, and the text of the files that their code is in.
+    """Constants of `module` and its submodules, and the text of their source files.
 
-    Those are the files of their classes, and what these files import from their own package. So a change of
-    a file that is not compiled, such as the report's, makes no difference.
+    Source files are the files of their classes, and the files that these import from their own package. A
+    change of another file, such as the report's, makes no difference.
 
     Args:
-        module: what is compiled.
+        module: the module to compile.
         others: functions that take part in compiling.
 
     Raises:
-        TypeError: an attribute is not a constant: two libraries could not be told apart.
+        TypeError: an attribute is not a constant, so two libraries could get the same name.
         RuntimeError: a file has changed since it was loaded.
     """
     found, names = [], [function.__module__ for function in others]
@@ -51,7 +51,7 @@ def _constant(where: str, value: Any) -> str:
 
 
 def _with_imports(names: list[str]) -> list[str]:
-    """Modules and what they import from their own package, PyTorch's and Python's excepted."""
+    """Modules and their imports from the same package, except PyTorch's and Python's."""
     found, waiting = set[str](), [*names]
     for name in waiting:
         package = name.partition(".")[0]

@@ -1,12 +1,12 @@
-"""The weights that planning needs, copied from a world model into the arrangement that is fastest.
+"""The weights for planning, copied from a world model in the fastest layout.
 
-Networks that read the same input (reward and dynamics; the Q heads) are stacked on a leading axis `h`, so
-that one batched matrix product evaluates them. Layers that are normed have the mean of their outputs taken
-out of their weights: the norm need not look for it.
+Networks with the same input (reward and dynamics; the Q heads) are stacked on a leading axis `h`, so one
+batched matrix product evaluates them. The weights of normed layers are shifted to give outputs of mean zero:
+the norm need not compute the mean.
 
-Latents are kept transposed: the entries of one simplex lie `L / simnorm_dim` apart instead of side by
-side, so that SimNorm is arithmetic on long vectors. With simplices of two, (a0 a1 b0 b1 c0 c1) is kept as
-(a0 b0 c0 a1 b1 c1). Whatever makes or reads a latent has its weights permuted to match.
+Latents are transposed: the entries of one simplex lie `L / simnorm_dim` apart instead of side by side, so
+SimNorm works on long vectors. With simplices of two, (a0 a1 b0 b1 c0 c1) becomes (a0 b0 c0 a1 b1 c1). The
+weights of all layers that write or read a latent are permuted to match.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,24 +21,24 @@ from ..world_model.model import WorldModel
 
 
 class Layer(NamedTuple):
-    """`h` linear layers side by side, each with the affine map of the LayerNorm that follows, if any."""
+    """`h` stacked linear layers, each with the affine map of the LayerNorm after it, if any."""
 
     weight: Tensor  # [h, in, out], in the planning precision, stored along the inputs
-    bias: Tensor  # [h, 1, 1, out], float32 as is all below; [h, B, 1, out] by `for_tasks`
+    bias: Tensor  # [h, 1, 1, out], float32 like all below; [h, B, 1, out] after `for_tasks`
     scale: Tensor | None = None  # [h, 1, 1, out]
     shift: Tensor | None = None  # [h, 1, 1, out]
-    task: Tensor | None = None  # [h, task_dim, out], of a first layer: its weights for the task
+    task: Tensor | None = None  # [h, task_dim, out], a first layer's weights for the task embedding
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Layer":
-        """All of it changed in one way."""
+        """`change` applied to every tensor."""
         return Layer(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
     def of_inputs(self, some: slice) -> "Layer":
-        """For some of its inputs."""
+        """The layers on a slice of their inputs."""
         return self._replace(weight=self.weight[:, some])
 
     def one(self, i: int) -> "Layer":
-        """The one with that index, by itself."""
+        """Layer `i` alone."""
         return self.each(lambda x: x[i : i + 1])
 
 
@@ -46,7 +46,7 @@ Layers = tuple[Layer, ...]
 
 
 class Weights(NamedTuple):
-    """What planning needs of a world model."""
+    """The weights of a world model for planning."""
 
     hidden: Layers  # of reward and dynamics, h = 2
     reward: Layer
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
 
 class FollowedWeights:
-    """The weights of `model`, matrices in `dtype`, copied anew where they have changed."""
+    """The weights of `model`, matrices in `dtype`; copied again if they have changed."""
 
     def __init__(self, model: WorldModel, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
@@ -66,9 +66,9 @@ class FollowedWeights:
         self._version: list[tuple[int, int]] = []
 
     def __call__(self) -> Weights:
-        """The weights as they are now."""
+        """The current weights."""
         parameters = list(self.model.parameters())
-        tracked = not any(p.is_inference() for p in parameters)  # such tensors do not tell of changes
+        tracked = not any(p.is_inference() for p in parameters)  # inference tensors have no version
         version = [(p.data_ptr(), p._version) for p in parameters] if tracked else []
         if self._copy is None or not tracked or version != self._version:
             self._copy, self._version = copy_weights(self.model, self.dtype), version
@@ -82,7 +82,7 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
     order = transposed(torch.arange(c.latent_dim, device=device), c.simnorm_dim)
 
     def networks(*stacked: Iterable[nn.Module]) -> Layers:
-        """The layers of networks side by side, all of which read latents."""
+        """The stacked layers of networks that read latents."""
         first, *others = (side_by_side(layers) for layers in zip(*stacked, strict=True))
         task_end = c.latent_dim + c.task_dim
         first = first._replace(
@@ -107,9 +107,9 @@ def copy_weights(model: WorldModel, dtype: torch.dtype) -> Weights:
 
 
 def for_tasks(w: Weights, embedding: Tensor) -> Weights:
-    """Weights for latents `[B, ...]` of tasks with these embeddings `[B, task_dim]`.
+    """Weights for latents `[B, ...]` of tasks with embeddings `[B, task_dim]`.
 
-    An embedding is the same for all samples: what a first layer makes of it becomes part of its bias.
+    An embedding is the same for all samples, so its share of a first layer joins the bias.
     """
     if embedding.shape[1] == 0:
         return w
@@ -127,7 +127,7 @@ def for_tasks(w: Weights, embedding: Tensor) -> Weights:
 
 
 def side_by_side(layers: Sequence[nn.Module]) -> Layer:
-    """Layers of one shape, stacked; a single one that has heads stands for as many layers."""
+    """Layers of one shape, stacked; a single layer with heads counts as several layers."""
 
     def stack(name: str) -> Tensor:
         tensors = [attrgetter(name)(layer).detach() for layer in layers]
@@ -141,7 +141,7 @@ def side_by_side(layers: Sequence[nn.Module]) -> Layer:
 
 
 def centred(layer: Layer) -> Layer:
-    """A layer whose outputs are those of `layer` without their mean, which a LayerNorm takes off anyway."""
+    """`layer` with the mean removed from its outputs; the LayerNorm after it removes it anyway."""
 
     def off(x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True)
@@ -151,5 +151,5 @@ def centred(layer: Layer) -> Layer:
 
 
 def transposed(z: Tensor, simnorm_dim: int) -> Tensor:
-    """Latents `[..., L]` with the entries of a simplex side by side, as latents are kept here."""
+    """Latents `[..., L]` in the transposed layout."""
     return z.unflatten(-1, (-1, simnorm_dim)).transpose(-1, -2).flatten(-2)

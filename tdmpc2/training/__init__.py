@@ -1,1 +1,1 @@
-"""How a teacher is made: replay, the gradient update, and the online loop around them."""
+"""Training a teacher: replay, the gradient update, and the online loop."""

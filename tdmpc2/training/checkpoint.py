@@ -1,7 +1,7 @@
-"""The state of a training run in one file, so that it is replaced whole or not at all.
+"""The state of a training run in one file, which is replaced whole or not at all.
 
 Tensor names: `model/NAME`, `model_optim/INDEX/NAME`, `policy_optim/INDEX/NAME`, `q_scale`, `rng/SOURCE`. The
-header holds the rest as JSON.
+header contains the rest as JSON.
 """
 
 from collections.abc import Mapping
@@ -16,18 +16,18 @@ from ..files import read_tensors, write_tensors
 from .update import Update
 
 FORMAT = "tdmpc2-training-3"
-AGAIN = "start the run anew elsewhere"
+AGAIN = "start a new run in another folder"
 
 
 def save_state(
     path: Path, update: Update, generators: Mapping[str, torch.Generator], loop: Mapping[str, Any]
 ) -> None:
-    """Write everything that the future of a run depends on, except its replay buffer.
+    """Write the whole state of a run, except its replay buffer.
 
     Args:
         path: the file.
         update: the learner, with model, optimisers and Q scale.
-        generators: sources of randomness by name, besides torch's global ones.
+        generators: random generators by name, besides torch's global ones.
         loop: the rest, as JSON values.
 
     Raises:
@@ -45,16 +45,16 @@ def read_state(path: Path, like: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
 
     Args:
         path: the file.
-        like: JSON values of the types that are expected; no number is negative where it is an int.
+        like: JSON values of the expected types; an int must not be negative.
 
     Raises:
-        CheckpointError: it is damaged or not ours.
-        FileError: it cannot be read.
+        CheckpointError: the file is damaged or has another format.
+        FileError: the file cannot be read.
     """
     tensors, about = read_tensors(path, FORMAT, AGAIN, CheckpointError)
     loop = about.get("loop")
     if not isinstance(loop, dict) or loop.keys() != like.keys():
-        raise CheckpointError(f"{path} does not say where the run stands: {AGAIN}")
+        raise CheckpointError(f"{path} lacks the state of the run: {AGAIN}")
     for name, usual in like.items():
         value = loop[name]
         if type(value) is not type(usual) or (isinstance(value, int) and value < 0):
@@ -68,14 +68,14 @@ def restore(
     update: Update,
     generators: Mapping[str, torch.Generator],
 ) -> None:
-    """Put a checkpoint's tensors and generator states where they were taken from.
+    """Restore the learner and the generators from a checkpoint's tensors.
 
     Raises:
-        CheckpointError: they are those of another model.
+        CheckpointError: the tensors belong to another model.
     """
     like = _without_optimisers(update, generators)
     optimisers = _optimisers(update)
-    if any(name.startswith(tuple(optimisers)) for name in tensors):  # there was an update before
+    if any(name.startswith(tuple(optimisers)) for name in tensors):  # saved after the first update
         for name, optim in optimisers.items():
             params = [p for group in optim.param_groups for p in group["params"]]
             for i, p in enumerate(params):
@@ -85,7 +85,7 @@ def restore(
         expected, found = _kind(like.get(name)), _kind(tensors.get(name))
         if expected != found:
             raise CheckpointError(
-                f"{path} is of another model: {name} is {found}, expected is {expected}; has the environment "
+                f"{path} is of another model: {name} is {found}, not {expected}; has the environment "
                 f"changed? {AGAIN}"
             )
 
@@ -107,7 +107,7 @@ def restore(
         for name, generator in generators.items():
             generator.set_state(tensors[f"rng/{name}"])
     except RuntimeError as e:
-        raise CheckpointError(f"{path} holds no state of a random generator ({e}): {AGAIN}") from e
+        raise CheckpointError(f"{path} has an invalid random generator state ({e}): {AGAIN}") from e
 
 
 def _without_optimisers(update: Update, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:

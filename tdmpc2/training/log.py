@@ -1,4 +1,4 @@
-"""Where a training run writes what happened: CSV tables, TensorBoard, and W&B where asked for."""
+"""Logs of a training run: CSV tables, TensorBoard, and optionally W&B."""
 
 import csv
 import os
@@ -15,18 +15,18 @@ from ..files import file_name
 
 
 class Log:
-    """Tables of a run: one CSV file each, every row also a set of curves over `step`.
+    """Tables of a run: one CSV file per table, and curves over `step`.
 
     Args:
         folder: of the run.
-        columns: of each table, by its name; all have a column `step`.
-        sizes: bytes of each table to keep, when a run goes on; what was written later is cut off.
-        step: from which the run goes on.
-        wandb_project: "" for none.
+        columns: of each table, by its name; each table has a column `step`.
+        sizes: bytes to keep of each table when a run is resumed; later rows are cut off.
+        step: the step at which the run resumes.
+        wandb_project: "": no W&B.
         config: of the run, shown by W&B.
 
     Raises:
-        ConfigError: W&B is asked for and not installed, or does not start.
+        ConfigError: W&B is not installed or does not start.
         DataError: a table has lost rows.
         FileError: the folder cannot be written to.
     """
@@ -48,7 +48,7 @@ class Log:
                 file = stack.enter_context((folder / f"{name}.csv").open("a", newline=""))
                 size = sizes[name] if sizes else 0
                 if os.path.getsize(file.name) < size:
-                    raise DataError(f"{file.name} has lost rows: restore it, or start the run anew elsewhere")
+                    raise DataError(f"{file.name} has lost rows: restore it, or start another run elsewhere")
                 file.truncate(size)
                 self._files[name] = file
                 self._writers[name] = csv.DictWriter(file, header, lineterminator="\n")
@@ -58,10 +58,10 @@ class Log:
             self._stack = stack.pop_all()
 
     def write(self, table: str, row: Mapping[str, float]) -> None:
-        """Append a row; columns that it leaves out stay empty.
+        """Append a row; missing columns stay empty.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the row cannot be written.
         """
         with _named(self._files[table].name):
             self._writers[table].writerow(row)
@@ -73,10 +73,10 @@ class Log:
             self._wandb.log(curves, step=int(row["step"]))
 
     def sync(self) -> dict[str, int]:
-        """Make every row safe on the disk; returns the size of each table in bytes.
+        """Sync all rows to the disk; returns the size of each table in bytes.
 
         Raises:
-            FileError: the disk takes no more.
+            FileError: the disk is full.
         """
         for file in self._files.values():
             with _named(file.name):
@@ -111,7 +111,7 @@ def _start_wandb(project: str, folder: Path, config: dict[str, Any] | None) -> A
     try:
         import wandb
     except ImportError as e:
-        raise ConfigError("wandb_project is set, but wandb is not: pip install wandb") from e
+        raise ConfigError("wandb_project needs wandb: pip install wandb") from e
     run_id = file_name(str(folder.resolve()).strip("/"))[-64:]
     try:
         return wandb.init(project=project, dir=str(folder), config=config, id=run_id, resume="allow")

@@ -1,18 +1,17 @@
-"""The replay buffer: whole episodes in a ring of rows, slices out, shards on disk.
+"""The replay buffer: whole episodes in a ring of rows; it samples segments and saves shards.
 
-An episode of T steps takes T+1 rows, one for each observation; the last row has no action. Rows
-are numbered from the first ever written, and row `p` lies at `p % capacity`. In an example with
-capacity 10 and episodes of 3, 2 and 4 steps, the third one wraps and pushes the first one out:
+An episode of T steps has T+1 rows, one for each observation; the last row has no action. Rows are numbered
+from the first one ever written, and row `p` is at `p % capacity`. In this example with capacity 10 and
+episodes of 3, 2 and 4 steps, the third episode wraps and overwrites the first:
 
     at        0   1   2   3   4   5   6   7   8   9
     row      10  11   2   3   4   5   6   7   8   9
     holds    c3  c4   -   -  b0  b1  b2  c0  c1  c2
 
-A slice of H steps may start at every row that has H more of its episode after it; all of them are
-equally likely. The published sampler never draws an episode of fewer than H steps. Here one that
-terminated is padded to H steps, because it would be a failure that the model never hears of: after a
-termination nothing counts, so the padding repeats the last observation, has zero actions and rewards,
-and is terminated. One that was only cut off is never drawn.
+A segment of H steps may start at every row with H later rows in its episode; all are equally likely. The
+published sampler never samples an episode shorter than H steps. Here a terminated one is padded to H steps,
+so the model also sees early failures. The padding repeats the last observation, has zero actions and
+rewards, and is terminated. A short episode that was only cut off is never sampled.
 
 On disk the buffer is a folder of shards, each with the episodes of one `save`.
 """
@@ -31,7 +30,7 @@ from .update import Batch
 
 FORMAT = "tdmpc2-replay-1"
 COLUMNS = ("obs", "action", "reward", "terminated")
-AGAIN = "start the run anew elsewhere"
+AGAIN = "start a new run in another folder"
 
 
 class Episode(NamedTuple):
@@ -40,15 +39,15 @@ class Episode(NamedTuple):
     obs: Tensor  # [T+1, *obs_shape], float32, or uint8 pixels
     action: Tensor  # [T, A] float32
     reward: Tensor  # [T] float32
-    terminated: Tensor  # [T] float32, 1.0 where the step ended the task itself
+    terminated: Tensor  # [T] float32, 1.0 if the step terminated the episode
 
 
 class Replay:
-    """Ring of episodes, uniform slices.
+    """Ring of episodes; samples segments uniformly.
 
     Args:
-        capacity: rows at most; memory grows to that as they are filled.
-        horizon: H, steps of a slice.
+        capacity: rows at most; memory grows as rows are filled.
+        horizon: H, steps of a segment.
         seed: of the sampling.
     """
 
@@ -57,17 +56,17 @@ class Replay:
         self.generator = torch.Generator().manual_seed(seed)
         self.end = 0  # number of the next row
         self._starts: list[int] = []  # first row of each episode, oldest first
-        self._rows: Episode | None = None  # columns of storage, one entry a row
-        self._cumulative = torch.zeros(0, dtype=torch.long)  # slices up to and with each episode
-        self._offset = torch.zeros(0, dtype=torch.long)  # from a slice's number to its first row
+        self._rows: Episode | None = None  # columns of storage, one entry per row
+        self._cumulative = torch.zeros(0, dtype=torch.long)  # segments up to and including each episode
+        self._offset = torch.zeros(0, dtype=torch.long)  # from a segment's number to its first row
 
     def __len__(self) -> int:
-        """Rows held."""
+        """Number of rows."""
         return self.end - self.first
 
     @property
     def first(self) -> int:
-        """Number of the oldest row held; `end` where there is none."""
+        """Number of the oldest row; `end` if the buffer is empty."""
         return self._starts[0] if self._starts else self.end
 
     @property
@@ -75,10 +74,10 @@ class Replay:
         return int(self._cumulative[-1]) if len(self._cumulative) else 0
 
     def add(self, episode: Episode) -> None:
-        """Append an episode, padded where it terminated within H steps; the oldest ones make room.
+        """Append an episode, padded if it terminated within H steps; remove the oldest if necessary.
 
         Raises:
-            DataError: it alone is larger than the capacity.
+            DataError: the episode is larger than the capacity.
         """
         if episode.terminated[-1] and (short := self.horizon - len(episode.reward)) > 0:
             episode = Episode(
@@ -107,7 +106,7 @@ class Replay:
         self._offset = starts[:-1] - (self._cumulative - slices)
 
     def sample(self, batch_size: int) -> Batch:
-        """Slices `[H+1, B, ...]` of H steps, each within one episode, on the CPU."""
+        """Segments `[H+1, B, ...]` of H steps, each from one episode, on the CPU."""
         assert self._rows is not None and self.num_slices, "no episode is long enough yet"
         pick = torch.randint(self.num_slices, (batch_size,), generator=self.generator)
         episode = torch.searchsorted(self._cumulative, pick, right=True)
@@ -122,7 +121,7 @@ class Replay:
         return Batch(take(r.obs, at), take(r.action, steps), take(r.reward, steps), take(r.terminated, steps))
 
     def _grown(self, like: Episode, rows: int) -> Episode:
-        """The storage, large enough for `rows` rows or for the capacity."""
+        """The storage, large enough for `rows` rows, at most the capacity."""
         have = 0 if self._rows is None else len(self._rows.obs)
         need = min(rows, self.capacity)
         if self._rows is None or need > have:
@@ -139,7 +138,7 @@ class Replay:
     def save(self, folder: Path, since: int) -> None:
         """Write the episodes that start at row `since` or later, if any, as one shard.
 
-        A shard of the same `since` that was written before, with fewer episodes, is replaced.
+        It replaces an earlier shard with the same `since`, which had fewer episodes.
 
         Raises:
             FileError: the shard cannot be written.
@@ -154,7 +153,7 @@ class Replay:
         write_tensors(path, columns | {"lengths": lengths}, {"format": FORMAT})
 
     def forget(self, folder: Path) -> None:
-        """Delete the shards whose episodes were all pushed out.
+        """Delete the shards whose episodes are no longer in the buffer.
 
         Raises:
             FileError: a shard cannot be deleted.
@@ -164,9 +163,9 @@ class Replay:
                 _delete(path)
 
     def load(self, folder: Path, first: int, end: int, like: Episode) -> None:
-        """Fill an empty buffer from its shards with rows `first` to `end`; later shards are deleted.
+        """Fill an empty buffer from its shards with rows `first` to `end`.
 
-        So is what a killed process left: nobody else may be writing to the folder.
+        Deletes later shards and files of killed processes: no other process may write to the folder.
 
         Args:
             folder: of the shards.
@@ -178,21 +177,21 @@ class Replay:
             FileError: a shard cannot be read or deleted.
         """
         for begin, path in _shards(folder):
-            if begin >= end:  # written after the checkpoint that is gone on from
+            if begin >= end:  # written after the checkpoint
                 _delete(path)
-        for path in folder.glob(".*.tmp"):  # of shards that are never written again
+        for path in folder.glob(".*.tmp"):  # left by a killed process
             _delete(path)
         shards = _shards(folder)
         while len(shards) > 1 and shards[1][0] <= first:
             shards.pop(0)
         self.end = shards[0][0] if shards else 0
         for begin, path in shards:
-            # In a buffer smaller than a shard, a shard may hold the newest rows of the one before again.
+            # If the buffer is smaller than a shard, a shard may repeat the newest rows of the last one.
             for episode in _read(path, like) if begin == self.end else ():
                 if self.end < end:  # the shard may have grown after the checkpoint
                     self.add(episode)
         if (self.first, self.end) != (first, end):
-            raise DataError(f"{folder} lacks a shard: rows {first} to {end} are not all there: {AGAIN}")
+            raise DataError(f"{folder} lacks a shard: rows {first} to {end} are incomplete: {AGAIN}")
 
 
 def _read(path: Path, like: Episode) -> list[Episode]:
@@ -203,7 +202,7 @@ def _read(path: Path, like: Episode) -> list[Episode]:
         for name, column, usual in zip(COLUMNS, columns, like, strict=True):
             if column.dtype != usual.dtype or column.shape[1:] != usual.shape[1:]:
                 raise DataError(
-                    f"{path} holds {name} as {column.dtype} {list(column.shape[1:])}, the environment has "
+                    f"{path} has {name} as {column.dtype} {list(column.shape[1:])}, the environment has "
                     f"{usual.dtype} {list(usual.shape[1:])}: {AGAIN}"
                 )
         lengths = tensors["lengths"].tolist()
@@ -212,11 +211,11 @@ def _read(path: Path, like: Episode) -> list[Episode]:
         episodes = zip(*(column.split(lengths) for column in columns), strict=True)
         return [Episode(obs, action[:-1], reward[:-1], ended[:-1]) for obs, action, reward, ended in episodes]
     except (KeyError, RuntimeError, TypeError, IndexError, ValueError) as e:
-        raise DataError(f"{path} holds no episodes ({' '.join(str(e).split())}): {AGAIN}") from e
+        raise DataError(f"{path} does not contain episodes ({' '.join(str(e).split())}): {AGAIN}") from e
 
 
 def _shards(folder: Path) -> list[tuple[int, Path]]:
-    """Number of the first row, and path, of every shard, oldest first."""
+    """The first row's number and the path of every shard, oldest first."""
     return sorted((int(path.stem), path) for path in folder.glob("*.safetensors") if path.stem.isdecimal())
 
 

@@ -1,18 +1,18 @@
-"""The published online algorithm: act, remember, one update a step; and how a run is resumed.
+"""The published online algorithm (act, store, one update per step), and resuming a run.
 
-A run is a folder. Its state is saved between episodes, where the simulator needs no saving because
-every episode begins from a seed of its own:
+A run is a folder. Its state is saved between episodes. The simulator needs no saving then, because every
+episode has its own seed:
 
-    checkpoint.safetensors   everything the future depends on, replaced whole
+    checkpoint.safetensors   the state of the run, replaced whole
     replay/                  the episodes, in shards
-    train.csv, eval.csv      one row an episode, one row an evaluation
+    train.csv, eval.csv      one row per episode, one row per evaluation
     tensorboard/             the same as curves
     train_config.json        the settings
-    teacher/                 the best evaluated model with both tables and the settings: the result
+    teacher/                 the result: the best evaluated model, with both tables and the settings
 
-Saving takes at most a fiftieth of the time, and a run that ends before its time, whatever the reason,
-loses what came after the last checkpoint: the running episode, and rarely more. Resumed, it leaves the
-same files as one that was never interrupted; only measured times differ.
+Saving takes at most 2 % of the time. An interrupted run loses everything after its last checkpoint: the
+current episode, and rarely more. A resumed run writes the same files as an uninterrupted one, except for
+measured times.
 """
 
 import math
@@ -61,9 +61,9 @@ TABLES = {
     "train": ("step", "episode", "return", "length", "seconds", *INFO),
     "eval": ("step", "mean", "sd", "min", "max", "episodes", "seconds"),
 }
-MEMORY = 0.7  # of this machine's memory, that a buffer should take at most
-SAVE_EVERY = 50  # times as long as the last save took, from one checkpoint to the next at least
-# Settings that may differ when a run goes on: they do not change what was learnt so far.
+MEMORY = 0.7  # fraction of this machine's memory that a buffer should take at most
+SAVE_EVERY = 50  # least time between checkpoints, in units of the last save's time
+# Settings that may change on resume.
 FREE_ON_RESUME = (
     *("steps", "checkpoint_freq", "work_dir", "resume", "threads", "planner.compile", "wandb_project"),
 )
@@ -71,10 +71,10 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class TrainPlannerConfig(PlannerConfig):
-    """How training plans, and how planning and updates compute."""
+    """The planning budget in training; precision and compilation of planning and updates."""
 
     compile: bool = True  # the planner and the update
-    precision: str = "float32"  # of products in planning and of hidden layers' in updates, or bfloat16
+    precision: str = "float32"  # or bfloat16; of products in planning and in hidden layers in updates
 
     def check_ranges(self) -> None:
         super().check_ranges()
@@ -85,7 +85,7 @@ class TrainPlannerConfig(PlannerConfig):
 class TrainEvaluationConfig(Checked):
     """Evaluations during training."""
 
-    freq: int = 25_000  # steps from one to the next
+    freq: int = 25_000  # steps between evaluations
     episodes: int = 10
 
     def check_ranges(self) -> None:
@@ -105,20 +105,20 @@ class BinsConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):
-    """What is trained, where, and how long; steps are agent steps."""
+    """What to train, where, and how long; steps are agent steps."""
 
     task: str
     model_size: int = 5  # millions of parameters
     obs: str = "state"  # or "rgb"
-    steps: int = 500_000  # the run ends with the first episode that reaches them
-    seed_steps: int | None = None  # random actions first; None: 5 episodes, at least 1000
+    steps: int = 500_000  # the run ends after the first episode that reaches this number
+    seed_steps: int | None = None  # steps with random actions first; None: 5 episodes, at least 1000
     buffer_size: int = 1_000_000  # observations
     seed: int = 1
-    checkpoint_freq: int = 2_500  # steps of a replay shard; checkpoints come as often, or more
+    checkpoint_freq: int = 2_500  # steps per replay shard; checkpoints are at least as frequent
     work_dir: str = ""  # default: runs/<task>/<seed>
-    resume: bool = False  # go on with the run in work_dir
+    resume: bool = False  # continue the run in work_dir
     device: str = "cpu"
-    threads: int | None = None  # of torch; None: its own choice
+    threads: int | None = None  # PyTorch's; None: its default
     wandb_project: str = ""
     planner: TrainPlannerConfig = field(default_factory=TrainPlannerConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
@@ -134,10 +134,10 @@ class Trainer:
     """One training run.
 
     Args:
-        config: the settings; `threads` is for the caller to apply.
+        config: the settings; the caller must apply `threads`.
 
     Raises:
-        ConfigError: a setting that cannot be, alone or for this task and machine.
+        ConfigError: a setting is invalid, or invalid for this task or machine.
         TaskError: there is no such task.
     """
 
@@ -152,7 +152,7 @@ class Trainer:
             self._build()
 
     def _build(self) -> None:
-        """What training needs, before the first step."""
+        """Make the parts of the run."""
         config = self.config
         model = WorldModel(self._architecture()).to(config.device).eval()
         settings = asdict(config.planner)
@@ -180,12 +180,12 @@ class Trainer:
         self.generators = {"noise": noise.generator, "replay": self.replay.generator}
         self.step = self.episode = self.updates = 0
         self.evaluated_step = 0  # of the last evaluation
-        self.shard = 0  # first row of the replay shard that still grows
+        self.shard = 0  # first row of the open replay shard
         self.saved_step: int | None = None  # of the last checkpoint
-        self.saved_at, self.save_seconds = -math.inf, 0.0  # when it was written, and how long that took
+        self.saved_at, self.save_seconds = -math.inf, 0.0  # time and duration of the last save
         self.best_return = -math.inf
-        self.returns: dict[str, float] = {}  # the latest, in training and in evaluation
-        self.said: set[str] = set()  # warnings that are given once
+        self.returns: dict[str, float] = {}  # the latest in training and in evaluation
+        self.said: set[str] = set()  # kinds of warnings already given
         self.seconds_before = 0.0
         self.started = time.monotonic()
 
@@ -199,15 +199,15 @@ class Trainer:
         """Train until `steps`, and return the folder of the teacher.
 
         Args:
-            progress: shows what is going on.
+            progress: shows the progress.
             on_step: called after every agent step.
-            report: called with a line to show, when something else than a step was done; None: by `progress`.
+            report: called with each message; None: `progress` prints them.
 
         Raises:
-            ConfigError: the folder is in use, holds a run already, or the run to resume has other settings.
+            ConfigError: the folder is in use or already has a run, or the run to resume has other settings.
             CheckpointError, DataError: the run to resume is damaged.
             FileError: the folder cannot be written to.
-            TDMPC2Error: nothing can be learnt, a loss is no longer finite, or the environment fails.
+            TDMPC2Error: nothing can be learned, a loss is no longer finite, or the environment fails.
         """
         self.progress, self.on_step, self.report = progress, on_step, report or progress.print
         try:
@@ -219,11 +219,11 @@ class Trainer:
     def _run(self) -> Path:
         c = self.config
         sizes = self._resume()
-        if sizes is None:  # what a run left that was killed before its first checkpoint
+        if sizes is None:  # remove files of a run killed before its first checkpoint
             for leftover in ("replay", "tensorboard"):
                 shutil.rmtree(self.folder / leftover, ignore_errors=True)
         else:
-            self.report(f"going on from step {self.step:,}")
+            self.report(f"resuming from step {self.step:,}")
         write_json(self.folder / "train_config.json", asdict(c))
         log = Log(
             self.folder, TABLES, sizes=sizes, step=self.step, wandb_project=c.wandb_project, config=asdict(c)
@@ -235,7 +235,7 @@ class Trainer:
             if self.saved_step is None:
                 saved = "nothing is saved yet"
             else:
-                saved = f"resume=true goes on from step {self.saved_step:,}"
+                saved = f"resume=true continues from step {self.saved_step:,}"
             self.report(f"stopped at step {self.step:,}; {saved}")
             raise
         return self._copy_tables()
@@ -253,7 +253,7 @@ class Trainer:
             log.write("train", self._run_episode())
             full = self.step // c.checkpoint_freq > begin // c.checkpoint_freq
             waited = time.monotonic() - self.saved_at
-            # An evaluation takes long, and is begun again where it is interrupted.
+            # Before an evaluation: it takes long, and an interrupted one starts again.
             if full or self._evaluation_due() or waited >= SAVE_EVERY * self.save_seconds:
                 self._save(log, full)
 
@@ -262,7 +262,7 @@ class Trainer:
         return self.step > last and (self.step >= self.config.steps or self.step // freq > last // freq)
 
     def _run_episode(self) -> dict[str, float]:
-        """One episode with an update after each step; returns its row of the table."""
+        """Run an episode with an update after each step; returns its row of the table."""
         start = time.monotonic()
         obs, _ = self.env.reset(seed=self._seed_of("train", self.episode))
         self.agent.reset()
@@ -303,22 +303,22 @@ class Trainer:
         return row
 
     def _check_learning(self, rewards: Sequence[float], terminated: bool) -> None:
-        """After an episode: say what of it cannot be learnt, refuse to go on where nothing can."""
+        """After an episode, warn if parts of it cannot be learned; stop if nothing can."""
         c, horizon = self.config, self.planner.horizon
         if len(rewards) < horizon and not terminated:
             self._warn(
-                f"episode {self.episode} was cut off after {len(rewards)} steps: episodes shorter than "
-                f"planner.horizon={horizon} that do not terminate are never learnt from",
+                f"episode {self.episode} was cut off after {len(rewards)} steps: training ignores episodes "
+                f"shorter than planner.horizon={horizon} that do not terminate",
                 "short",
             )
         if not self.updates and self.step > self.seed_steps and not self.replay.num_slices:
             raise TDMPC2Error(
-                f"nothing can be learnt: none of the {self.episode} episodes so far lasted "
+                f"nothing can be learned: none of the {self.episode} episodes so far lasted "
                 f"planner.horizon={horizon} steps or terminated; set a smaller horizon, or more seed_steps"
             )
         if not self.updates and self.step >= c.steps:
             raise TDMPC2Error(
-                f"nothing was learnt in {self.step} steps: updates begin after seed_steps={self.seed_steps} "
+                f"nothing was learned in {self.step} steps: updates begin after seed_steps={self.seed_steps} "
                 "and one whole episode; set more steps"
             )
         low, high = support(self.agent.model.config)
@@ -326,15 +326,15 @@ class Trainer:
         highest = max(*rewards, self.update.highest.item())
         if lowest < low or highest > high:
             self._warn(
-                f"step {self.step:,}: rewards or returns reach from {lowest:,.0f} to {highest:,.0f}, beyond "
-                f"the model's bins from {low:,.0f} to {high:,.0f}, where it tells none apart: scale the "
-                f"rewards, or train anew with model.vmin={self._bound(lowest, c.model.vmin):g} "
+                f"step {self.step:,}: rewards or returns from {lowest:,.0f} to {highest:,.0f} exceed the "
+                f"model's bins from {low:,.0f} to {high:,.0f} and are clamped: scale the rewards, or train "
+                f"again with model.vmin={self._bound(lowest, c.model.vmin):g} "
                 f"model.vmax={self._bound(highest, c.model.vmax):g}",
                 "range",
             )
 
     def _bound(self, value: float, usual: float) -> float:
-        """A bound of the bins that is wide enough for rewards of `value`, if not the usual one."""
+        """A bound of the bins, wide enough for rewards of `value`, and at least the usual one."""
         enough = math.ceil(math.log1p(abs(value) / (1 - self.discount)))
         return math.copysign(max(enough, abs(usual)), usual)
 
@@ -346,9 +346,9 @@ class Trainer:
         return (2 * uniform - 1).cpu().numpy()
 
     def _learn(self) -> list[Tensor]:
-        """The updates that are due after a step; the values of INFO of each, as one tensor.
+        """Make the updates due after a step; returns the values of INFO of each, as one tensor.
 
-        None while seeding, then all that were missed (pretraining), then one.
+        No update during seed steps, then as many as were missed (pretraining), then one per step.
         """
         if self.step <= self.seed_steps or not self.replay.num_slices:
             return []
@@ -372,9 +372,9 @@ class Trainer:
         return torch.stack(list(self.update(batch).values()))
 
     def _evaluate(self) -> dict[str, float]:
-        """Episodes without exploration, all at once; the best model so far becomes the teacher."""
+        """Run episodes without exploration as one batch; the best model so far becomes the teacher."""
         c = self.config
-        # The same seeds every time: evaluations differ by what was learnt alone.
+        # The same seeds in every evaluation, so that only learning makes a difference.
         self.evaluated.planner.noise.generator.manual_seed(c.seed)
         agent = SpeculativeAgent(self.evaluated, TEACHER)
         seeds = [self._seed_of("eval", i) for i in range(c.evaluation.episodes)]
@@ -424,10 +424,10 @@ class Trainer:
         return self.folder / "teacher"
 
     def _save(self, log: Log, full: bool = False) -> None:
-        """Save the state; the replay's shard first, so that the state never lacks it.
+        """Save the replay's shard, then the state.
 
-        `full` says that this shard shall grow no more. When that happens depends on steps alone, not on when
-        checkpoints are written: equal runs leave equal shards.
+        `full` closes the shard. It depends on steps alone, not on the times of checkpoints, so equal runs
+        write equal shards.
         """
         began = time.monotonic()
         sizes, shards = log.sync(), self.folder / "replay"
@@ -439,7 +439,7 @@ class Trainer:
         self.save_seconds = self.saved_at - began
 
     def _where(self, sizes: dict[str, int]) -> dict[str, Any]:
-        """Where the run stands, as JSON values."""
+        """The state of the loop, as JSON values."""
         return {
             "config": asdict(self.config),
             "step": self.step,
@@ -455,29 +455,29 @@ class Trainer:
         }
 
     def _resume(self) -> dict[str, int] | None:
-        """Go on from the checkpoint in the folder; the sizes of the tables there, None for a new run."""
+        """Resume from the checkpoint in the folder; returns the sizes of its tables, None for a new run."""
         begun = self.checkpoint.exists() or (self.folder / "replay").exists()
         settings = (self.folder / "train_config.json").exists()
         if begun and settings and not self.config.resume:
             raise ConfigError(
-                f"{self.folder} already holds a run: add resume=true to go on with it, or choose "
+                f"{self.folder} already holds a run: add resume=true to continue it, or choose "
                 "another work_dir"
             )
         if not self.checkpoint.exists():
             foreign = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")}
-            if settings:  # of a run killed before its first checkpoint: in its first episode, without a model
+            if settings:  # a run killed in its first episode, before its first checkpoint, has no model
                 foreign &= {"teacher", WEIGHTS, *(["train.csv"] if self._num_rows() > 1 else [])}
             if foreign:
                 raise ConfigError(
-                    f"{self.folder} holds {min(foreign)} and no run to go on with: choose another work_dir, "
+                    f"{self.folder} holds {min(foreign)} and no run to resume: choose another work_dir, "
                     "or empty it"
                 )
             return None
         tensors, loop = read_state(self.checkpoint, self._where({}))
         if differs := difference(loop["config"], asdict(self.config), FREE_ON_RESUME):
             raise ConfigError(
-                f"the run in {self.folder} has {differs}: resume it with its own settings (see "
-                "train_config.json)"
+                f"the run in {self.folder} has {differs}: resume it with the settings in its "
+                "train_config.json"
             )
         restore(self.checkpoint, tensors, self.update, self.generators)
         self.step = self.saved_step = loop["step"]
@@ -487,11 +487,11 @@ class Trainer:
         self.replay.load(self.folder / "replay", loop["first_row"], loop["end_row"], self._empty_episode())
         teacher = self.folder / "teacher" / WEIGHTS
         if self.evaluated_step and not teacher.exists():
-            raise CheckpointError(f"{teacher} is missing: restore it, or start the run anew elsewhere")
+            raise CheckpointError(f"{teacher} is missing: restore it, or start another run elsewhere")
         return loop["table_sizes"]
 
     def _num_rows(self) -> int:
-        """Episodes in the table that is in the folder."""
+        """Number of episodes in the folder's table."""
         table = self.folder / "train.csv"
         return len(read_bytes(table).splitlines()) - 1 if table.exists() else 0
 
@@ -504,19 +504,19 @@ class Trainer:
 
     def _architecture(self) -> WorldModelConfig:
         c = self.config
-        if c.model_size not in MODEL_SIZES:  # a task's own module may add some
+        if c.model_size not in MODEL_SIZES:  # a task's module may add sizes
             sizes = ", ".join(map(str, MODEL_SIZES))
             raise ConfigError(f"model_size={c.model_size}: choose one of {sizes} (millions)")
         shape, action = self.env.observation_space.shape, self.env.action_space.shape
         assert shape and action
         config = WorldModelConfig(shape, action[0], episodic=is_episodic(self.env), **asdict(c.model))
         config = replace(config, **MODEL_SIZES[c.model_size])  # type: ignore[arg-type]
-        if config.pixels:  # the convolutions end in 4 x 4 positions
+        if config.pixels:  # the convolutions end with 4 x 4 positions
             config = replace(config, latent_dim=16 * config.num_channels)
         return config
 
     def _check_episodes(self, length: int) -> None:
-        """Raise ConfigError where episodes of at most so many steps cannot be stored or learnt from."""
+        """Raise ConfigError if episodes of at most `length` steps cannot be stored or learned from."""
         c = self.config
         if length < c.planner.horizon:
             raise ConfigError(
@@ -525,8 +525,8 @@ class Trainer:
             )
         if c.steps <= self.seed_steps:
             raise ConfigError(
-                f"steps={c.steps}: nothing would be learnt, because the first seed_steps={self.seed_steps} "
-                "are random actions; set more steps or fewer seed_steps"
+                f"steps={c.steps}: nothing would be learned, because the first seed_steps={self.seed_steps} "
+                "steps have random actions; set more steps or fewer seed_steps"
             )
         if c.buffer_size <= length:
             raise ConfigError(
@@ -537,12 +537,12 @@ class Trainer:
         if rows * row > (memory := _memory()):
             raise ConfigError(
                 f"buffer_size={c.buffer_size}: the {rows:,} observations of this run take "
-                f"{rows * row / 1e9:.1f} GB, and this machine has {memory / 1e9:.1f} GB of memory: set "
+                f"{rows * row / 1e9:.1f} GB, but this machine has {memory / 1e9:.1f} GB of memory: set "
                 f"buffer_size={int(MEMORY * memory / row)}, or less"
             )
 
     def _seed_of(self, purpose: str, index: int) -> int:
-        """Seed of an episode; training and evaluation never share one on purpose."""
+        """Seed of an episode; training and evaluation have different seeds."""
         entropy = [self.config.seed, int(purpose == "eval"), index]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
@@ -550,22 +550,22 @@ class Trainer:
         return self.seconds_before + time.monotonic() - self.started
 
     def _note(self) -> None:
-        """Show what the run is at beside its bar."""
+        """Show the latest returns beside the progress bar."""
         returns = [f"{name} {value:.1f}" for name, value in self.returns.items()]
         self.stage.note(", ".join(returns if self.updates else ["random actions", *returns]))
 
     def _warn(self, line: str, kind: str) -> None:
-        """Report a line of this kind, once a run."""
+        """Report a line, once per kind and run."""
         if kind not in self.said:
             self.said.add(kind)
             self.report(line)
 
 
 def _memory() -> float:
-    """Bytes of memory that this machine, or this container, has; infinite where they cannot be told."""
+    """Bytes of memory of this machine or container; infinity if unknown."""
     found = []
     with suppress(AttributeError, OSError, ValueError):  # not on Windows
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, ValueError):  # no container, or no limit
+    with suppress(OSError, ValueError):  # no container, or without a limit
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(found, default=math.inf)

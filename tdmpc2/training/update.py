@@ -1,10 +1,9 @@
 """One TD-MPC2 update: a gradient step on the world model, one on the policy prior, new targets.
 
-Tensors are laid out time first, `[H, B, ...]`, so that every head runs once on all steps; only the
-latent dynamics have to be rolled out step by step (paper, sections 3.1 and 3.2).
+Tensors are time first, `[H, B, ...]`, so every head runs once on all steps; only the latent dynamics run step
+by step (paper, sections 3.1 and 3.2).
 
-Three functions do the work, and can be compiled: TD targets, world-model losses, and what the policy
-prior is judged by.
+Three functions can be compiled: TD targets, world-model losses, and the Q values of the policy prior.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -18,9 +17,9 @@ from ..inference import Compiled, dtype_of
 from ..world_model.model import PolicyOutput, WorldModel
 from ..world_model.two_hot import soft_cross_entropy, two_hot_inv
 
-SHIFT = 3  # pixels by which the augmentation moves an image at most
+SHIFT = 3  # pixels; the augmentation moves an image by at most this
 
-# What an update returns, in this order.
+# The values that an update returns, in this order.
 INFO = (
     "consistency_loss",
     "reward_loss",
@@ -37,12 +36,12 @@ INFO = (
 
 
 class Batch(NamedTuple):
-    """Slices of episodes: B stretches of H steps, with the observation after the last."""
+    """B segments of H steps, with the observation after the last step."""
 
     obs: Tensor  # [H+1, B, *obs_shape] float32, or uint8 pixels
     action: Tensor  # [H, B, A] in [-1, 1]
     reward: Tensor  # [H, B]
-    terminated: Tensor  # [H, B], 1.0 where the step ended the task itself, not the time limit
+    terminated: Tensor  # [H, B], 1.0 if the step terminated the episode (not the time limit)
 
 
 class Noise(Protocol):
@@ -54,16 +53,16 @@ class Noise(Protocol):
 
 
 class Update:
-    """The learner: holds the optimisers and the running scale of the Q values.
+    """The learner, with the optimisers and the running scale of the Q values.
 
     Args:
-        model: trained in place; evaluation mode outside of a call.
-        config: coefficients, learning rates and the like.
+        model: trained in place; in evaluation mode between calls.
+        config: coefficients and learning rates.
         discount: per agent step.
-        noise: of the policy's samples and of the choice of Q heads. Dropout and the augmentation of
-            pixels draw from torch's global generator.
-        compute: whether to compile, and whether hidden layers multiply in bfloat16; weights and
-            optimisers are float32 in either case.
+        noise: samples the policy's noise and the Q heads. Dropout and pixel augmentation use torch's
+            global generator.
+        compute: whether to compile, and the precision of products in hidden layers; weights and
+            optimisers are always float32.
     """
 
     def __init__(
@@ -96,13 +95,13 @@ class Update:
         self.model_optim = torch.optim.Adam(groups, lr=config.lr, fused=True)
         self.policy_optim = torch.optim.Adam(self.policy_params, lr=config.lr, eps=1e-5, fused=True)
         self.q_scale = torch.ones((), device=encoder[0].device)
-        self.lowest = self.highest = torch.zeros_like(self.q_scale)  # TD target so far
+        self.lowest = self.highest = torch.zeros_like(self.q_scale)  # TD targets so far
 
     def __call__(self, batch: Batch, *, dropout: bool = True) -> dict[str, Tensor]:
-        """Take one step on `batch`; `dropout=False` leaves the Q heads' dropout off.
+        """Take one step on `batch`; `dropout=False` turns the Q heads' dropout off.
 
         Returns:
-            Scalar tensors by the names of INFO, on the model's device.
+            Scalar tensors by the names in INFO, on the model's device.
         """
         model, c = self.model, self.config
         model.train(dropout)
@@ -151,7 +150,7 @@ class Update:
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32
-        # Without the cache, whose copies of the weights would outlive a change of them.
+        # Without the cache: its copies of the weights would become outdated.
         return torch.autocast(self.q_scale.device.type, self.dtype, enabled, cache_enabled=False)
 
     def _update_scale(self, q: Tensor) -> None:
@@ -165,7 +164,7 @@ class Update:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(params, self.config.grad_clip_norm, foreach=True)
         optim.step()
-        # A fused step does not count as a change, and the planner renews its copies by that count.
+        # A fused step does not raise the version, which tells the planner to renew its copies.
         torch.autograd.graph.increment_version(params)
         return norm
 
@@ -174,27 +173,27 @@ class Update:
 def td_targets(
     model: WorldModel, batch: Batch, noise: Tensor, heads: Tensor, discount: float
 ) -> tuple[Tensor, Tensor]:
-    """Latents `[H, B, L]` of the observations arrived in, and TD targets `[H, B]` of the Q heads.
+    """Latents `[H, B, L]` of the next observations, and TD targets `[H, B]` of the Q heads.
 
     Args:
         model: the world model.
-        batch: what really happened.
-        noise: `[H, B, A]`, standard normal, of the policy's actions there.
-        heads: `[2]`, whose smaller value counts.
+        batch: recorded segments.
+        noise: `[H, B, A]`, standard normal, for the policy's actions.
+        heads: `[2]`, indices of Q heads; the smaller value counts.
         discount: per agent step.
     """
     next_z = model.encode(batch.obs[1:])
     action = model.pi(next_z, noise=noise).action
     value = model.value(next_z, action, target=True, heads=heads).amin(0)
-    # Divergence shall show in the losses, not as an index that two_hot cannot have.
+    # Divergence must show in the losses, not as an invalid index in two_hot.
     value = value.nan_to_num()
     return next_z, batch.reward + discount * (1 - batch.terminated) * value
 
 
 def judge_policy(model: WorldModel, zs: Tensor, noise: Tensor, heads: Tensor) -> tuple[Tensor, PolicyOutput]:
-    """The mean `[T, B]` of two Q heads of the policy prior's actions in `zs` `[T, B, L]`, and the prior.
+    """The mean `[T, B]` of two Q heads for the policy prior's actions in `zs` `[T, B, L]`, and the prior.
 
-    Gradients reach the policy alone, not the Q heads' parameters.
+    Gradients flow to the policy, not to the Q heads' parameters.
     """
     pi = model.pi(zs, noise=noise)
     logits = model.value_logits(zs, pi.action, detach=True, heads=heads)
@@ -208,10 +207,10 @@ def world_model_losses(
 
     Args:
         model: the world model.
-        batch: what really happened.
-        next_z: `[H, B, L]`, latents of the observations arrived in.
+        batch: recorded segments.
+        next_z: `[H, B, L]`, latents of the next observations.
         target: `[H, B]`, TD targets of the Q heads.
-        rho: a loss t steps ahead weighs rho^t.
+        rho: a loss t steps ahead has weight rho^t.
     """
     latents = [model.encode(batch.obs[0])]
     for action in batch.action:
@@ -238,9 +237,9 @@ def world_model_losses(
 
 
 def random_shift(images: Tensor) -> Tensor:
-    """Move each image `[..., C, S, S]` by up to SHIFT pixels either way, repeating its border.
+    """Move each image `[..., C, S, S]` by up to SHIFT pixels in x and y, repeating its border.
 
-    The frames stacked in one image move together.
+    The stacked frames of an image move together.
     """
     flat = images.flatten(0, -4)
     size, device = images.shape[-1], images.device
@@ -252,5 +251,5 @@ def random_shift(images: Tensor) -> Tensor:
 
 
 def _rho(rho: float, like: Tensor) -> Tensor:
-    """The weights 1, rho, rho^2, ... of the steps of `like` `[T, B]`."""
+    """The weights 1, rho, rho^2, ... `[T]` for the steps of `like` `[T, B]`."""
     return rho ** torch.arange(like.shape[0], device=like.device, dtype=like.dtype)

@@ -1,4 +1,4 @@
-"""What the teacher knows: the TD-MPC2 world model and its files."""
+"""The TD-MPC2 world model and its files."""
 
 from .checkpoint import fingerprint, load_world_model, save_world_model
 from .model import PolicyOutput, WorldModel

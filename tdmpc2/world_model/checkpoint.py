@@ -1,8 +1,8 @@
-"""World models on disk: the original's `.pt` files, and folders of ours.
+"""World models on disk: the original's `.pt` files, and our folders.
 
-A folder holds `model.safetensors` and `config.json`; other parts (training, correctors) add files and
-entries of their own. An original file is a state dict; its architecture is read off the tensors' shapes.
-Three namings were published:
+A folder holds `model.safetensors` and `config.json`; training and correctors add files and entries. An
+original file is a state dict; its architecture is read from the shapes of its tensors. Three formats were
+published:
 
     _dynamics.0.weight, .0.ln.weight      _Qs.params.0.weight    new: Q heads by name, [num_q, mlp_dim, ...]
     _dynamics.0.weight, .0.ln.weight      _Qs.params.0 ... 9     old: Q heads by number
@@ -30,7 +30,7 @@ from .model import WorldModel
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = "tdmpc2-world-model-1"
 T = TypeVar("T")
-# Entries of config.json that are read, where they are there.
+# Optional entries of config.json.
 ENTRIES = {
     "task": str,
     "discount": float,
@@ -43,8 +43,8 @@ ENTRIES = {
     "provenance": dict,
 }
 
-# The published 30-task set in its order, with each task's action dimensions; the 80-task set begins with
-# it and goes on with 50 tasks of Meta-World. Files in the old formats do not carry the masks.
+# The published 30-task set in its order, with each task's number of action dimensions; the 80-task set adds
+# 50 tasks of Meta-World. Files in the old formats have no action masks.
 MT30 = {
     "walker-stand": 6,
     "walker-walk": 6,
@@ -86,7 +86,7 @@ META_WORLD = """
     reach-wall shelf-place soccer stick-push stick-pull sweep-into sweep window-open window-close
     bin-picking box-close door-lock door-unlock hand-insert
 """.split()  # noqa: SIM905
-PUBLISHED = {30: MT30, 80: MT30 | {f"mw-{name}": 4 for name in META_WORLD}}  # by the number of tasks
+PUBLISHED = {30: MT30, 80: MT30 | {f"mw-{name}": 4 for name in META_WORLD}}  # by number of tasks
 
 # The published names of our modules.
 PARTS = {
@@ -98,15 +98,15 @@ PARTS = {
     "_Qs.params": "q",
     "_target_Qs_params": "target_q",
 }
-# The order in which the old formats number the parameters of a three-layer MLP.
+# The order of the parameters of a three-layer MLP in the old formats.
 NUMBERED = [
     f"{i}.{name}"
     for i, names in enumerate([["weight", "bias", "ln.weight", "ln.bias"]] * 2 + [["weight", "bias"]])
     for name in names
 ]
 UNSAID = ("vmin", "vmax", "simnorm_dim")
-WRAPPERS = ("model", "state_dict")  # keys that a state dict may lie under
-# What compiling, parallel training and users' own modules put in front of a published name.
+WRAPPERS = ("model", "state_dict")  # keys that may contain the state dict
+# Prefixes of published names, from compiling, parallel training and users' own modules.
 IN_FRONT = re.compile(
     r"^(?:\w+\.)*?(?=(?:_encoder|_dynamics|_reward|_termination|_pi|_Qs|_target_Qs|_target_Qs_params"
     r"|_task_emb|_action_masks|log_std_min|log_std_dif)(?:\.|$))"
@@ -114,7 +114,7 @@ IN_FRONT = re.compile(
 
 
 def our_name(name: str) -> str | None:
-    """Our name of a parameter of an original file; None for an entry that carries nothing we need."""
+    """Our name of a parameter of an original file; None if we do not need the entry."""
     if name == "_task_emb.weight":
         return "task_emb"
     if numbered := re.fullmatch(r"(_Qs|_target_Qs)\.params\.(\d)", name):
@@ -130,10 +130,10 @@ def our_name(name: str) -> str | None:
 
 
 def fused_name(name: str) -> str:
-    """The old format's name of a parameter that the oldest one has as a Linear's or a LayerNorm's.
+    """The old format's name of a parameter in the oldest format.
 
-    There a hidden layer is a Linear, a LayerNorm and an activation, so every third layer is a Linear. The
-    encoder has one more in front, and the last norm of the dynamics stands outside: `_dynamics.1`.
+    In the oldest format a hidden layer is a Linear, a LayerNorm and an activation, so every third layer is a
+    Linear. The encoder has one more layer in front, and the last norm of the dynamics is `_dynamics.1`.
     """
     found = re.fullmatch(r"(_encoder\.state|_dynamics\.0|_dynamics|_reward|_pi)\.(\d+)\.(weight|bias)", name)
     if found is None:
@@ -155,20 +155,21 @@ def load_world_model(
     vmax: float | None = None,
     simnorm_dim: int | None = None,
 ) -> WorldModel:
-    """Load an original checkpoint file or a folder of ours, in evaluation mode.
+    """Load an original checkpoint file or our folder, in evaluation mode.
+
+    An original file does not contain `vmin`, `vmax` and `simnorm_dim`; None means the published value.
 
     Args:
         path: the file or folder.
         device: to compute on.
-        vmin: first bin of rewards and values, in symlog units, which an original file does not say. None for
-            the published -10.
-        vmax: last bin, likewise. None for the published 10.
-        simnorm_dim: entries per simplex of the latent, likewise. None for the published 8.
+        vmin: first bin of rewards and values, in symlog units; None: -10.
+        vmax: last bin, in symlog units; None: 10.
+        simnorm_dim: entries per simplex of the latent; None: 8.
 
     Raises:
-        CheckpointError: the file is missing, damaged, foreign, or a pickle that carries code.
-        FileError: it may not be read.
-        ConfigError: there is no such device here, or a folder says something else than `vmin`, ...
+        CheckpointError: the file is missing, damaged, foreign, or a pickle that contains code.
+        FileError: the file cannot be read.
+        ConfigError: there is no such device, or a folder has other values of `vmin`, `vmax`, `simnorm_dim`.
     """
     check_device(device)
     path = Path(path)
@@ -181,15 +182,15 @@ def load_world_model(
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raise ConfigError for a device that cannot be used here."""
+    """Raise ConfigError if this machine cannot use the device."""
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device={device}: cannot be used here; try device=cpu") from e
+        raise ConfigError(f"device={device}: this machine cannot use it; try device=cpu") from e
 
 
 def save_world_model(folder: str | Path, model: WorldModel, **entries: Any) -> None:
-    """Write `model` as a folder of ours; `entries` (JSON values) join its config.json."""
+    """Write `model` as a folder; `entries` (JSON values) are added to its config.json."""
     folder = Path(folder)
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": FORMAT})
     config = {"format": FORMAT, "world_model": asdict(model.config), "weights": fingerprint(model)}
@@ -197,13 +198,11 @@ def save_world_model(folder: str | Path, model: WorldModel, **entries: Any) -> N
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: a folder's config.json, nothing in an original file.
-
-    The types of `ENTRIES` are checked.
+    """A folder's config.json, with checked types of `ENTRIES`; {} for an original file.
 
     Raises:
-        CheckpointError: it is missing, damaged, or not ours.
-        FileError: it may not be read.
+        CheckpointError: the file is missing, damaged, or has another format.
+        FileError: the file cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -215,9 +214,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = read_json(path)
         found = config["format"]
     except (DataError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path} is damaged: restore it from where it came") from e
+        raise CheckpointError(f"{path} is damaged: download it or make it again") from e
     if found != FORMAT:
-        raise CheckpointError(f"{path} has format {found!r}, this package reads {FORMAT!r}")
+        raise CheckpointError(f"{path} has format {found!r}, but this package reads {FORMAT!r}")
     try:
         for name, hint in ENTRIES.items():
             if name in config:
@@ -225,12 +224,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         check_range("discount", config.get("discount", 1), 0, 1)
         ComputeConfig(config.get("precision", ComputeConfig.precision))
     except ConfigError as e:
-        raise CheckpointError(f"{path}: {e}; restore it from where it came") from e
+        raise CheckpointError(f"{path}: {e}; download it or make it again") from e
     return config
 
 
 def saved_as(cls: type[T], settings: Any, path: str | Path) -> T:
-    """A config as a folder of ours has it; CheckpointError where it does not fit."""
+    """A config from a folder; CheckpointError if it does not fit this version."""
     try:
         return from_json(cls, settings)
     except ConfigError as e:
@@ -238,20 +237,20 @@ def saved_as(cls: type[T], settings: Any, path: str | Path) -> T:
 
 
 def spelling(task: str) -> str:
-    """One of the spellings of a task's name: dm_control's and TD-MPC2's differ."""
+    """A normalised spelling of a task's name: dm_control's and TD-MPC2's differ."""
     return task.lower().replace("_", "-").replace("ball-in-cup", "cup").replace("point-mass", "pointmass")
 
 
 def published_task_index(task: str, num_tasks: int) -> int:
-    """Index of a task in a published multi-task model; any spelling of its name will do.
+    """Index of a task, in any spelling, in a published multi-task model.
 
     Raises:
-        CheckpointError: the model is none of the published ones, or was not trained on the task.
+        CheckpointError: the model is not a published one, or was not trained on the task.
     """
     if num_tasks not in PUBLISHED:
         raise CheckpointError(
-            f"a multi-task checkpoint of {num_tasks} tasks does not say which of them is {task}: only the "
-            "published 30- and 80-task models are known by name, for others give the task's index"
+            f"a multi-task checkpoint of {num_tasks} tasks does not name {task}: give the task's index; "
+            "names work only for the published 30- and 80-task models"
         )
     names = list(PUBLISHED[num_tasks])
     if spelling(task) not in names:
@@ -262,9 +261,9 @@ def published_task_index(task: str, num_tasks: int) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 (16 hex digits) of the weights: names a network whatever file it came in.
+    """SHA-256 (16 hex digits) of the weights, independent of the file format.
 
-    With other bins or simplices than the published ones, the same weights are another network.
+    Bins and simplices count too if they are not the published ones.
     """
     digest = hashlib.sha256()
     if isinstance(model, WorldModel):
@@ -278,16 +277,15 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give a module that was made on the meta device its tensors, all of which are checked.
+    """Check the tensors in `state`, and give them to a module made on the meta device.
 
     Args:
-        module: of float32.
+        module: float32.
         state: as `module.state_dict()`.
-        path: where they come from.
+        path: their file.
 
     Raises:
-        CheckpointError: a tensor is missing or unknown, or has another shape, another dtype, or values that
-            are not finite.
+        CheckpointError: a tensor is missing or unknown, has another shape or dtype, or is not finite.
     """
     expected = {name: f"{tuple(t.shape)}" for name, t in module.state_dict().items()}
     found = {name: f"{tuple(t.shape)}" for name, t in state.items()}
@@ -295,13 +293,13 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         if expected.get(name) != found.get(name):
             raise CheckpointError(
                 f"{path} is damaged or incomplete: {name} should have shape "
-                f"{expected.get(name, 'none (unknown)')} and has {found.get(name, 'none (missing)')}"
+                f"{expected.get(name, 'none (unknown)')}, but has {found.get(name, 'none (missing)')}"
             )
         if state[name].dtype != torch.float32:
-            raise CheckpointError(f"{path} is damaged: {name} is of {state[name].dtype}, not torch.float32")
+            raise CheckpointError(f"{path} is damaged: {name} is {state[name].dtype}, not torch.float32")
         if not torch.stack(state[name].aminmax()).isfinite().all():
-            raise CheckpointError(f"{path} is damaged: {name} holds values that are not finite")
-    # Copies, so that no tensor is a part of a larger piece of memory.
+            raise CheckpointError(f"{path} is damaged: {name} has values that are not finite")
+    # Copies: a view would keep a larger block of memory alive.
     module.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
 
 
@@ -310,14 +308,14 @@ def _load_folder(folder: Path, given: Mapping[str, Any]) -> WorldModel:
     config = saved_as(WorldModelConfig, saved.get("world_model"), folder / CONFIG)
     for name, value in given.items():
         if value != getattr(config, name):
-            raise ConfigError(f"{name}={value}: {folder} says itself that it is {getattr(config, name)}")
-    path, again = folder / WEIGHTS, "restore it from where it came"
-    # Files that earlier versions wrote have no header.
+            raise ConfigError(f"{name}={value}: {folder} has {name}={getattr(config, name)}")
+    path, again = folder / WEIGHTS, "download it or make it again"
+    # Files of earlier versions have no header.
     state, _ = read_tensors(path, FORMAT, again, CheckpointError, bare=True)
     model = _empty(config)
     fill(model, state, path)
     if "weights" in saved and saved["weights"] != fingerprint(model):
-        raise CheckpointError(f"{path} is of another model than {CONFIG} beside it: restore both")
+        raise CheckpointError(f"{path} is of another model than {CONFIG} beside it: download both again")
     return model
 
 
@@ -332,11 +330,11 @@ def _load_original(path: Path, given: Mapping[str, Any]) -> WorldModel:
         raise CheckpointError(f"{path} is not a TD-MPC2 checkpoint: it holds a {type(content).__name__}")
     original: dict[str, Any] = {}
     for name, value in content.items():
-        # Tensors on the meta device only describe an uninitialised copy.
+        # Tensors on the meta device have no values.
         if isinstance(name, str) and not (isinstance(value, Tensor) and value.is_meta):
             plain = IN_FRONT.sub("", name.replace("_orig_mod.", ""))
             if plain in original:
-                raise CheckpointError(f"{path} holds more than one model: {plain} is there twice")
+                raise CheckpointError(f"{path} holds more than one model: it has {plain} twice")
             original[plain] = value
     oldest = "_dynamics.0.0.weight" in original
     state: dict[str, Tensor] = {}
@@ -346,7 +344,7 @@ def _load_original(path: Path, given: Mapping[str, Any]) -> WorldModel:
     if sum(t.numel() * t.element_size() for t in state.values()) > path.stat().st_size:
         raise CheckpointError(f"{path} is refused: its tensors claim to be larger than the file")
     state = {name: t.float() for name, t in state.items()}
-    if not any(name.startswith("target_q.") for name in state):  # acting needs none
+    if not any(name.startswith("target_q.") for name in state):  # not needed to act
         state |= {f"target_{name}": t for name, t in state.items() if name.startswith("q.")}
     try:
         config = _read_architecture(original, state, given)
@@ -354,7 +352,7 @@ def _load_original(path: Path, given: Mapping[str, Any]) -> WorldModel:
         raise CheckpointError(f"{path} cannot be used: {e}") from e
     except (LookupError, ValueError, TypeError, RuntimeError, OverflowError) as e:
         raise CheckpointError(
-            f"{path} is not a TD-MPC2 checkpoint: cannot read the architecture off its tensors ({_line(e)})"
+            f"{path} is not a TD-MPC2 checkpoint: its tensors do not fit the architecture ({_line(e)})"
         ) from e
     model = _empty(config)
     fill(model, state, path)
@@ -362,7 +360,7 @@ def _load_original(path: Path, given: Mapping[str, Any]) -> WorldModel:
 
 
 def _read_pickle(path: Path) -> Any:
-    """What torch.save wrote, its checksums verified; no code in it is run."""
+    """The content of a torch.save file, with verified checksums; runs no code."""
     with open_file(path) as file:
         size = path.stat().st_size
         try:
@@ -376,15 +374,15 @@ def _read_pickle(path: Path) -> Any:
                         f"{path} is damaged: the checksum of {damaged} is wrong; download it again"
                     )
             file.seek(0)
-            with warnings.catch_warnings(action="ignore"):  # of formats that PyTorch will give up
+            with warnings.catch_warnings(action="ignore"):  # about deprecated formats
                 return torch.load(file, map_location="cpu", weights_only=True)
         except TDMPC2Error:
             raise
         except Exception as e:
             if "Weights only load failed" in str(e) or "Unsupported" in str(e):
                 raise CheckpointError(
-                    f"{path} is refused: it is not a plain file of tensors but a pickle that carries code or "
-                    "foreign objects; save its state dict with torch.save and load that"
+                    f"{path} is refused: it is a pickle that contains code or foreign objects; save only its "
+                    "state dict with torch.save"
                 ) from e
             raise CheckpointError(
                 f"{path} cannot be read ({_line(e)}): it is truncated or no PyTorch file; download it again"
@@ -392,22 +390,22 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _checked(value: Tensor, name: str, path: Path) -> Tensor:
-    """A tensor of an original file, if it is one of plain numbers."""
+    """A tensor of an original file; raises CheckpointError unless it is dense and of floats."""
     dense = value.layout is torch.strided and not value.is_nested and not value.is_quantized
     if not (dense and value.is_floating_point()):
-        raise CheckpointError(f"{path} is refused: {name} is no dense tensor of floats")
+        raise CheckpointError(f"{path} is refused: {name} is not a dense tensor of floats")
     return value.detach()
 
 
 def _read_architecture(
     original: Mapping[str, Any], state: Mapping[str, Tensor], given: Mapping[str, Any]
 ) -> WorldModelConfig:
-    """The architecture that has these tensors; an error that says why where none has.
+    """The architecture with these tensors; raises an error with the reason if there is none.
 
     Args:
         original: entries by their published names.
         state: tensors by our names.
-        given: settings that a file does not show.
+        given: settings that the file does not contain.
     """
     num_q, mlp_dim, za_dim = state["q.0.weight"].shape
     num_bins = state["q.2.weight"].shape[1]
@@ -422,7 +420,7 @@ def _read_architecture(
         masks = original.get("_action_masks")
         if masks is not None:
             if not isinstance(masks, Tensor) or masks.shape != (num_tasks, action_dim):
-                raise ValueError(f"_action_masks are not of shape {(num_tasks, action_dim)}")
+                raise ValueError(f"_action_masks must have shape {(num_tasks, action_dim)}")
             action_dims = tuple(int(n) for n in masks.sum(-1))
         elif num_tasks in PUBLISHED:
             action_dims = tuple(PUBLISHED[num_tasks].values())
@@ -456,22 +454,22 @@ def _empty(config: WorldModelConfig) -> WorldModel:
 
 
 def _instead(path: Path) -> str:
-    """What to give instead of `path`, a file of ours or a folder without `CONFIG`."""
+    """An error message that says what to give instead of `path`, our file or a folder without `CONFIG`."""
     folder = path if path.is_dir() else path.parent
     if path != folder and (folder / CONFIG).exists():
-        return f"{path} is a part of a folder: give that, {folder}"
+        return f"{path} is part of a folder: give {folder}"
     if (folder / "teacher").is_dir():
         return f"{path} belongs to a training run: give its teacher, {folder / 'teacher'}"
     if (folder / "train_config.json").exists():
-        return f"{path} belongs to a training run without a teacher: its first evaluation will make one"
+        return f"{path} belongs to a training run without a teacher: its first evaluation saves one"
     if (folder / "settings.json").exists() and (folder / "data").is_dir():
-        return f"{path} belongs to an unfinished run of `tdmpc2 accelerate`: start that again"
+        return f"{path} belongs to an unfinished run of `tdmpc2 accelerate`: run it again"
     if (folder / "corrector.safetensors").exists():
-        return f"{path} is a corrector: give the teacher that it belongs to, or the agent"
+        return f"{path} is a corrector: give its teacher or its agent"
     if path == folder and (found := sorted(folder.glob(f"*/{CONFIG}"))):
-        return f"{path} holds no {CONFIG}, but folders that do: give one of them, e.g. {found[0].parent}"
+        return f"{path} has no {CONFIG}, but subfolders with one: give one of them, e.g. {found[0].parent}"
     if path == folder:
-        return f"{path} holds no {CONFIG}: it is not a folder written by this package"
+        return f"{path} has no {CONFIG}: this package did not write it"
     return (
         f"{path} alone is no checkpoint: give an original .pt file, or a folder with {CONFIG} and {WEIGHTS}"
     )

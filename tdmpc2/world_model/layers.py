@@ -1,11 +1,11 @@
-"""The bricks of the world model: linear layers with an optional leading axis of heads, Mish, SimNorm.
+"""The layers of the world model: linear layers with an optional axis of heads, Mish, SimNorm.
 
-An MLP here is `hidden layers of (linear, LayerNorm, Mish)` and a last layer that is either plain or
-(linear, LayerNorm, SimNorm). With `heads=h` every parameter has a leading axis `h` and the output
-`[..., out]` becomes `[h, ..., out]`: an ensemble is one batched matrix product, not a loop.
+An MLP has hidden layers (linear, LayerNorm, Mish) and a last layer, which is either linear or (linear,
+LayerNorm, SimNorm). With `heads=h` every parameter has a leading axis `h`, and the output `[..., out]`
+becomes `[h, ..., out]`: an ensemble is one batched matrix product, not a loop.
 
-Under `torch.autocast` the products of hidden layers are rounded, and nothing else: norms, activations and
-what a plain last layer says of rewards and values stay float32.
+`torch.autocast` rounds only the products of hidden layers; norms, activations and linear last layers stay
+float32.
 """
 
 import math
@@ -25,7 +25,7 @@ class Mish(nn.Module):
 
 
 def mish(x: Tensor) -> Tensor:
-    """Mish; where it is compiled, by one exponential and one division, several times faster."""
+    """Mish; compiled, it uses one exponential and one division and is several times faster."""
     if not torch.compiler.is_compiling():
         return F.mish(x)
     e = x.clamp(max=20.0).exp()  # beyond 20, Mish is `x` in float32
@@ -34,14 +34,14 @@ def mish(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("tdmpc2::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """What to multiply `x` by: 0 with probability `p`, else 1 / (1 - p), for every entry on its own.
+    """The factors of dropout for `x`: 0 with probability `p`, else 1 / (1 - p), independently per entry.
 
-    The distances from one zero to the next are geometrically distributed, and few where `p` is small:
-    drawing them is much faster than drawing every entry.
+    The distances between zeros have a geometric distribution. For small `p` there are few zeros, so sampling
+    distances is much faster than sampling every entry.
     """
     enough = int(x.numel() * p + 10 * math.sqrt(x.numel() * p) + 10)  # ten standard deviations above
     zeros = torch.empty(enough, dtype=torch.double, device=x.device).geometric_(p).cumsum(0).long() - 1
-    # One entry more takes all that lie beyond the end: their number need not be known.
+    # An extra entry takes all zeros past the end, however many.
     mask = torch.full((x.numel() + 1,), 1 / (1 - p), device=x.device)
     mask[zeros.clamp(max=x.numel())] = 0
     return mask[:-1].view(x.shape)
@@ -60,7 +60,7 @@ class SimNorm(nn.Module):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        # A softmax over the last axis, of eight, is not vectorised; over the last but one it is.
+        # A softmax over a last axis of size eight is not vectorised; over the second to last it is.
         groups = x.unflatten(-1, (-1, self.dim)).transpose(-1, -2).contiguous()
         return groups.softmax(-2).transpose(-1, -2).flatten(-2)
 
@@ -75,7 +75,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(*lead, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:  # under autocast a product is not
+        if x.dtype != torch.float32:  # a product under autocast is not
             x = x.float()
         if self.weight.dim() == 1:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
@@ -137,9 +137,9 @@ def mlp(
     heads: int | None = None,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Hidden NormedLinear layers with Mish, then a Linear, or with `last` a NormedLinear with it.
+    """Hidden NormedLinear layers with Mish, then a Linear, or a NormedLinear with the activation `last`.
 
-    Dropout acts on the first layer alone.
+    Only the first layer has dropout.
     """
     dims = [in_dim, *hidden]
     layers: list[nn.Module] = [

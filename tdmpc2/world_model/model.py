@@ -1,7 +1,7 @@
 """The TD-MPC2 world model: encoder, latent dynamics, reward, termination, policy prior and Q heads.
 
-Everything works on any leading batch axes; scalars come without a trailing axis. Multi-task models take
-`task`, a LongTensor that broadcasts against those axes; single-task models take none.
+All functions accept any leading batch axes; scalars have no trailing axis. Multi-task models take `task`, a
+LongTensor that broadcasts against the batch axes; single-task models take None.
 """
 
 import math
@@ -20,9 +20,9 @@ EMBEDDING_MAX_NORM = 1.0
 
 
 class PolicyOutput(NamedTuple):
-    """What the policy prior says of a batch of latents."""
+    """Output of the policy prior for a batch of latents."""
 
-    action: Tensor  # [..., A], squashed sample (the mean where no noise was given)
+    action: Tensor  # [..., A], squashed sample (the mean if no noise was given)
     mean: Tensor  # [..., A], squashed
     log_std: Tensor  # [..., A], before squashing
     entropy: Tensor  # [...]
@@ -30,7 +30,7 @@ class PolicyOutput(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """TD-MPC2's implicit world model (paper, section 3.1), architecture given by `config`."""
+    """TD-MPC2's implicit world model (paper, section 3.1) with the architecture `config`."""
 
     action_masks: Tensor
 
@@ -39,7 +39,7 @@ class WorldModel(nn.Module):
         self.config = c = config
         if c.num_tasks:
             self.task_emb = nn.Parameter(torch.empty(c.num_tasks, c.task_dim).uniform_(-0.02, 0.02))
-            # No weight, so no checkpoint brings it: it is there also in a model made on the meta device.
+            # Not a weight, so no checkpoint has it: computed also for a model on the meta device.
             masks = torch.zeros(c.num_tasks, c.action_dim, dtype=torch.float32, device="cpu")
             for i, dim in enumerate(c.action_dims):
                 masks[i, :dim] = 1.0
@@ -63,7 +63,7 @@ class WorldModel(nn.Module):
         self.target_q = deepcopy(self.q).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "WorldModel":
-        """Training mode turns dropout on; the target heads never drop out."""
+        """Set training mode, with dropout; the target heads never have dropout."""
         super().train(mode)
         self.target_q.train(False)
         return self
@@ -88,11 +88,11 @@ class WorldModel(nn.Module):
         return two_hot_inv(self.reward_logits(z, action, task), self.config)
 
     def termination_logits(self, z: Tensor, task: Tensor | None = None) -> Tensor:
-        """Logits `[...]` of the episode having ended on arrival in `z`; episodic models only."""
+        """Logits `[...]` that the episode has ended in `z`; episodic models only."""
         return self.termination_head(self._with_task(z, task)).squeeze(-1)
 
     def termination(self, z: Tensor, task: Tensor | None = None) -> Tensor:
-        """Probability `[...]` that the episode has ended on arrival in `z`."""
+        """Probability `[...]` that the episode has ended in `z`."""
         return self.termination_logits(z, task).sigmoid()
 
     def value_logits(
@@ -105,9 +105,9 @@ class WorldModel(nn.Module):
         detach: bool = False,
         heads: Tensor | None = None,
     ) -> Tensor:
-        """Logits `[heads, ..., num_bins]` of the Q heads, of all or of those that `heads` names.
+        """Logits `[heads, ..., num_bins]` of the Q heads with indices `heads`; None: all.
 
-        `detach` stops gradients at the heads' parameters, not at `z` and `action`.
+        `detach` stops gradients to the heads' parameters, not to `z` and `action`.
         """
         x = torch.cat([self._with_task(z, task), action], -1)
         q = self.target_q if target else self.q
@@ -135,7 +135,7 @@ class WorldModel(nn.Module):
         return two_hot_inv(logits, self.config)
 
     def pi(self, z: Tensor, task: Tensor | None = None, noise: Tensor | None = None) -> PolicyOutput:
-        """Policy prior: a squashed Gaussian; `noise` `[..., A]` is standard normal, None its mean."""
+        """Policy prior: a squashed Gaussian; `noise` `[..., A]` is standard normal, None: the mean."""
         c = self.config
         mean, log_std = self.policy(self._with_task(z, task)).chunk(2, -1)
         log_std = c.log_std_min + 0.5 * (c.log_std_max - c.log_std_min) * (log_std.tanh() + 1)
@@ -148,18 +148,18 @@ class WorldModel(nn.Module):
         gaussian = (-0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
         action = (mean + eps * log_std.exp()).tanh()
         log_prob = gaussian - (F.relu(1 - action.square()) + 1e-6).log().sum(-1)
-        # The published scale of the entropy bonus: the Gaussian's own log-probability times the number
-        # of action dimensions, over the squashed one.
+        # The published scale of the entropy bonus: the Gaussian's log-probability times the number of action
+        # dimensions, divided by the squashed log-probability.
         scaled_entropy = -log_prob * (gaussian * dims / (log_prob + 1e-8))
         return PolicyOutput(action, mean.tanh(), log_std, -log_prob, scaled_entropy)
 
     def prior(self, z: Tensor, task: Tensor | None = None) -> Tensor:
-        """The mean action `[..., A]` of the policy prior, `pi(z, task).mean`, and nothing else."""
+        """The mean action `[..., A]` of the policy prior: `pi(z, task).mean` alone."""
         mean = self.policy(self._with_task(z, task))[..., : self.config.action_dim]
         return (mean * self.action_masks[task] if self.config.num_tasks else mean).tanh()
 
     def task_embedding(self, task: Tensor) -> Tensor:
-        """Embeddings `[..., task_dim]` of tasks `[...]`, their norm limited to 1; multi-task models only."""
+        """Embeddings `[..., task_dim]` of tasks `[...]` with norm at most 1; multi-task models only."""
         emb = self.task_emb[task]
         norm = emb.detach().norm(dim=-1, keepdim=True)
         return emb * torch.where(norm > EMBEDDING_MAX_NORM, EMBEDDING_MAX_NORM / (norm + 1e-7), 1.0)
@@ -169,5 +169,5 @@ class WorldModel(nn.Module):
         if not self.config.num_tasks:
             return x
         if task is None:
-            raise ValueError("a multi-task world model needs `task`, the index of the task")
+            raise ValueError("a multi-task world model needs the task's index, `task`")
         return torch.cat([x, self.task_embedding(task).expand(*x.shape[:-1], -1)], -1)

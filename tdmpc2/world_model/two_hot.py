@@ -1,7 +1,7 @@
-"""Discrete regression: a scalar is a distribution over `num_bins` bins spaced evenly in symlog units.
+"""Discrete regression: a scalar as a distribution over `num_bins` bins, spaced evenly in symlog units.
 
-Worked example with bins at symlog -1, 0, 1: the scalar whose symlog is 0.25 is the two-hot vector
-(0, 0.75, 0.25), and its inverse is symexp(0 * 0.75 + 1 * 0.25).
+Example with bins at symlog -1, 0, 1: a scalar with symlog 0.25 has the two-hot vector (0, 0.75, 0.25). The
+inverse is symexp(0 * 0.75 + 1 * 0.25).
 """
 
 import torch
@@ -19,13 +19,13 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def support(config: WorldModelConfig) -> tuple[float, float]:
-    """The least and the greatest scalar that the bins can stand for."""
+    """The least and the greatest scalar that the bins can represent."""
     low, high = symexp(torch.tensor([config.vmin, config.vmax], dtype=torch.float64)).tolist()
     return low, high
 
 
 def two_hot(x: Tensor, config: WorldModelConfig) -> Tensor:
-    """Scalars `[...]` to distributions `[..., num_bins]`; values outside the support are clamped."""
+    """Distributions `[..., num_bins]` of scalars `[...]`; values outside the support are clamped."""
     width = (config.vmax - config.vmin) / (config.num_bins - 1)
     position = (symlog(x).clamp(config.vmin, config.vmax) - config.vmin) / width
     low = position.floor().clamp(max=config.num_bins - 2)
@@ -36,7 +36,7 @@ def two_hot(x: Tensor, config: WorldModelConfig) -> Tensor:
 
 
 def two_hot_inv(logits: Tensor, config: WorldModelConfig) -> Tensor:
-    """Logits `[..., num_bins]` to the scalars `[...]` that they stand for."""
+    """Scalars `[...]` from logits `[..., num_bins]`."""
     bins = torch.linspace(config.vmin, config.vmax, config.num_bins, device=logits.device, dtype=logits.dtype)
     return symexp((logits.softmax(-1) * bins).sum(-1))
 
