@@ -393,6 +393,7 @@ def choose(
         return pd.DataFrame(rows)
 
     monkeypatch.setattr(choosing, "calibration_summary", summary)
+    monkeypatch.setattr(choosing, "execute", lambda *_: None)
     monkeypatch.setattr(choosing, "returns_of_random_actions", lambda *_: np.full(2, random))
     monkeypatch.setattr(dmc, "EPISODE_STEPS", 2)
     teacher = open_teacher("walker-walk", str(TEACHER), SMALL_BUDGET)
@@ -558,6 +559,7 @@ def test_perturbed(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(perturbed, "STRENGTHS", {"obs_noise": (0.0, 3.0)})
     folder = as_walker(finished, tmp_path / "agent")
     config = perturbed.PerturbedConfig(
+        workers=1,
         agent=str(folder),
         kinds=("obs_noise",),
         planner=BudgetOverride(compile=False),
@@ -593,6 +595,8 @@ def test_mistakes_of_perturb(finished: Path, workdir: Path, monkeypatch: pytest.
     one_line(script("perturb", workdir, "agent=done", "evaluation.num_envs=0"), "evaluation.num_envs=0")
     monkeypatch.syspath_prepend(workdir)
     import_module("short_task:Short-v0")
-    calibrated = perturbed.PerturbedConfig(agent=str(finished), evaluation=EpisodesConfig(seed=10_001))
+    calibrated = perturbed.PerturbedConfig(
+        agent=str(finished), workers=1, evaluation=EpisodesConfig(seed=10_001)
+    )
     with pytest.raises(ConfigError, match="calibrated on episodes with these seeds"):
         perturbed.evaluate_perturbed(calibrated, SILENT)

@@ -22,6 +22,7 @@ from tdmpc2.corrector import build_corrector, load_corrector, save_corrector
 from tdmpc2.distillation.dataset import read_shard
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation import evaluate as evaluation
+from tdmpc2.evaluation import runs
 from tdmpc2.files import in_use, read_json
 from tdmpc2.progress import SILENT
 from tdmpc2.teacher import open_teacher
@@ -36,7 +37,7 @@ BUDGET = (
 TEACHING = (TASK, f"checkpoint={TEACHER}", *BUDGET)
 SMALL = (
     *("evaluation.episodes=2", "evaluation.calibration_episodes=2", "evaluation.latency_steps=3"),
-    *("evaluation.label_episodes=0", "evaluation.num_envs=2"),
+    *("evaluation.label_episodes=0", "evaluation.num_envs=2", "workers=1"),
 )
 TRAINING = (
     *("distillation.updates=2", "distillation.batch_size=4", "distillation.rollout_steps=4"),
@@ -79,11 +80,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         choose_at_once(patch)
-        start(patch, collect, *TEACHING, "episodes=3", "num_envs=2", "out=data/teacher")
+        start(patch, collect, *TEACHING, "episodes=3", "num_envs=2", "workers=1", "out=data/teacher")
         train = [f"checkpoint={TEACHER}", "data=data", "out=correctors", *TRAINING]
         start(patch, distill, *train, "distillation.architecture=two_tower")
         more = ["corrector=correctors/two_tower", "execution_horizon=3", "seed=3", "episodes=3"]
-        start(patch, collect, *TEACHING, *more, "out=data/round")
+        start(patch, collect, *TEACHING, *more, "workers=1", "out=data/round")
         start(patch, distill, *train, "distillation.architecture=two_tower", "distillation.loss=mse")
         start(patch, compare, *TEACHING, "correctors=correctors", "out=agent", *SMALL)
     return folder
@@ -92,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def choose_at_once(patch: pytest.MonkeyPatch) -> None:
     """Choose `MODE` whatever the episodes show; the report and exact latencies are tested elsewhere."""
     patch.setattr(evaluation, "choose", lambda *_: evaluation.Choice(MODE, "it is tested"))
-    patch.setattr(evaluation, "measure_latency", partial(evaluation.measure_latency, warm_up=0))
+    patch.setattr(runs, "measure_latency", partial(runs.measure_latency, warm_up=0))
     patch.setattr(evaluation, "write_report", lambda out, *_: out / "report.html")
 
 

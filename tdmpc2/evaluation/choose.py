@@ -17,6 +17,7 @@ from .runs import Subject, execute, kept, returns_of_random_actions, runs_of, wr
 
 CLEARLY_FASTER = 0.8  # of the baseline's mean time of an action, that a chosen mode takes at most
 ALIKE = 0.1  # relative difference of mean times that says nothing
+AT_ONCE = 4  # modes that run on the calibration seeds together, to keep several processes busy
 PUSH = ("push", 0.3)  # of the weight of all that moves: what a chosen mode must withstand
 
 
@@ -74,9 +75,14 @@ def choose(
     }
     best, least, lower = "", limit, -math.inf
     held: list[str] = []
-    for name in sorted(fastest, key=fastest.__getitem__):
+    ranked = sorted(fastest, key=fastest.__getitem__)
+    for i, name in enumerate(ranked):
         if fastest[name] >= (1 + ALIKE) * least:
             break
+        if i % AT_ONCE == 0:
+            ahead = {n: modes[n] for n in ranked[i : i + AT_ONCE] if fastest[n] < (1 + ALIKE) * least}
+            runs = runs_of(subject, ahead, config.calibration_seeds, config.num_envs, out / "modes")
+            execute(runs, "calibration", workers)
         tried[name] = modes[name]
         pair = {BASELINE: modes[BASELINE], name: modes[name]}
         summary = summary_of(subject, pair, "modes")
