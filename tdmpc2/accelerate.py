@@ -24,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from .checked import Checked, at_least
@@ -295,7 +294,7 @@ def evaluate_correctors(
     config: EvaluationConfig,
     workers: Workers,
     trained: str = "",
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: Mapping[str, Any] | None = None,
 ) -> Choice:
     """Evaluate the correctors in `folder` in every mode into `out`; returns the chosen mode.
 
@@ -330,5 +329,5 @@ def evaluate_correctors(
                 "prior_error": mean["prior"],
             }
         )
-    origin = Origin(validation, trained, settings)
+    origin = Origin(validation, trained, settings or {})
     return evaluate(Subject(teacher, networks), config, out, origin, workers)

@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start(patch, collect, *TEACHING, "episodes=3", "num_envs=2", "workers=1", "out=data/teacher")
         train = [f"checkpoint={TEACHER}", "data=data", "out=correctors", *TRAINING]
         start(patch, distill, *train, "distillation.architecture=two_tower")
-        more = ["corrector=correctors/two_tower", "execution_horizon=3", "seed=3", "episodes=3"]
+        more = ["corrector=correctors/two_tower", "execution_horizon=3", "seed=3", "episodes=3", "num_envs=3"]
         start(patch, collect, *TEACHING, *more, "workers=1", "out=data/round")
         start(patch, distill, *train, "distillation.architecture=two_tower", "distillation.loss=mse")
         start(patch, compare, *TEACHING, "correctors=correctors", "out=agent", *SMALL)
