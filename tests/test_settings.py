@@ -26,6 +26,8 @@ MAY_BE_ZERO = {  # whatever part they are of
     *("rounds", "label_episodes", "num_pi_trajs", "seed_steps", "vmin", "vmax"),
     *("enc_lr_scale", "rho", "temperature", "min_std", "weight_decay"),
     "model_size",  # which the trainer looks up and refuses by name
+    "workers",
+    "min_return_pushed",
 }
 
 
