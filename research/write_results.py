@@ -6,7 +6,8 @@ Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluatio
 large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote;
 `results/experiments` is of `research/experiments.py`, `results/paper` of `research/paper.py`,
 `results/rules` of `research/rules.py`, `results/bench.json` of `research/bench.py`,
-`results/precision` of `research/precision.py`, and `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
+`results/precision` of `research/precision.py`, and `evaluation.json` in `pretrained/TASK/evaluation` of
+`tdmpc2 evaluate`.
 
 A page takes a block of numbers by its marks, and any page can take any block:
 

@@ -42,7 +42,7 @@ from .errors import CheckpointError, ConfigError
 from .evaluation.choose import Choice, failure
 from .evaluation.config import EvaluationConfig, check_unseen, overlap
 from .evaluation.evaluate import Origin, evaluate
-from .evaluation.modes import ALONE, DISTILLED, HORIZONS, OPEN_LOOP_HORIZONS, families
+from .evaluation.modes import ALONE, DISTILLED, OPEN_LOOP_HORIZONS, families
 from .evaluation.runs import Subject, returns_of_random_actions
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
 from .progress import Progress
@@ -178,7 +178,7 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, workers: 
         correctors = train(out / "rounds" / str(r + 1), correctors, c.round_updates)
         behaviours = [
             SpeculationConfig(execution_horizon=horizon, corrector=n)
-            for horizon in HORIZONS[::-1]
+            for horizon in sorted(c.evaluation.horizons, reverse=True)
             for n in correctors
             if n != DISTILLED
         ]
@@ -210,7 +210,7 @@ def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers)
         start = time.perf_counter()
         agent.act(obs)
         times.append(time.perf_counter() - start)
-    compared = families(c.distillation.architectures)
+    compared = families(c.distillation.architectures, own.horizons)
     per_step = 1.5 + sum(1 / k for k in OPEN_LOOP_HORIZONS)  # the baseline, half of its budget, naive_K
     per_step += sum(1 / k for family in compared for k in family.horizons)
     collected = c.data.episodes + c.rounds * c.data.round_episodes

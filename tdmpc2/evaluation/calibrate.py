@@ -32,7 +32,8 @@ def calibrate(
     modes = simple_modes(planner.iterations)
     variants: dict[Family, dict[int, str]] = {}  # the steps ahead that are tried, and the names of their runs
     free: dict[str, SpeculationConfig] = {}
-    for family in families(list(subject.correctors)):
+    compared = families(list(subject.correctors), config.horizons)
+    for family in compared:
         if not (family.horizons or family.refined):  # nothing to calibrate
             continue
         mode = ALONE
@@ -45,7 +46,7 @@ def calibrate(
     execute(runs, "calibration", workers)
     write_csv(out / "free" / "episodes.csv", kept(runs).episodes)
     results = {name: run.kept() for name, run in runs.items()}
-    for family in families(list(subject.correctors)):
+    for family in compared:
         if family not in variants:
             modes[DISTILLED] = ALONE
             continue

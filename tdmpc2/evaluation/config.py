@@ -7,6 +7,7 @@ from pathlib import Path
 from ..checked import Checked, at_least
 from ..corrector import read_header
 from ..errors import ConfigError
+from .modes import HORIZONS
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EvaluationConfig(EpisodesConfig):
 
     calibration_episodes: int = 30  # per mode
     calibration_seed: int = 10_000
+    horizons: tuple[int, ...] = HORIZONS  # execution horizons with a corrector
     quantile: float = 0.9  # share of calibration plans whose mismatch stays below the thresholds
     label_episodes: int = 1  # per mode, of those that run at once: distance to the teacher is measured there
     latency_steps: int = 500  # per mode, from the first step of an episode on
@@ -43,6 +45,8 @@ class EvaluationConfig(EpisodesConfig):
         at_least(2, self, "calibration_episodes")  # a single one has no interval: no mode could be chosen
         at_least(1, self, "latency_steps")
         at_least(0, self, "calibration_seed")
+        if not self.horizons or min(self.horizons) < 2 or len(set(self.horizons)) < len(self.horizons):
+            raise ConfigError(f"horizons={list(self.horizons)}: give different numbers, at least 2")
         for name in ("quantile", "min_return", "min_return_pushed"):
             value = getattr(self, name)
             if not (0 < value <= 1 or (value == 0 and name == "min_return_pushed")):

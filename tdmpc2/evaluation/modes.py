@@ -9,6 +9,7 @@ distilled                  the distilled policy alone, without plans; also refin
 prior                      the policy prior alone, without plans
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,24 +33,29 @@ class Family(NamedTuple):
 
     corrector: str  # "": none
     refined: bool = False
+    horizons: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         return (self.corrector or "plan") + (REFINED if self.refined else "")
 
-    @property
-    def horizons(self) -> tuple[int, ...]:
-        if self.corrector == DISTILLED:
-            return ()
-        return HORIZONS if self.corrector else OPEN_LOOP_HORIZONS
-
     def mode_name(self, horizon: int) -> str:
         return f"{self.corrector or 'plan'}_{horizon}{REFINED if self.refined else ''}"
 
 
-def families(correctors: Sequence[str]) -> list[Family]:
-    """The families of modes with these correctors; the first has no corrector."""
-    return [Family(""), *(Family(name, refined) for name in correctors for refined in (False, True))]
+def families(correctors: Sequence[str], horizons: tuple[int, ...]) -> list[Family]:
+    """The families of modes with these correctors; the first has no corrector.
+
+    Args:
+        correctors: their names.
+        horizons: execution horizons of corrected modes.
+    """
+    corrected = [
+        Family(name, refined, () if name == DISTILLED else horizons)
+        for name in correctors
+        for refined in (False, True)
+    ]
+    return [Family("", horizons=OPEN_LOOP_HORIZONS), *corrected]
 
 
 def simple_modes(iterations: int) -> dict[str, SpeculationConfig]:
@@ -63,7 +69,8 @@ def simple_modes(iterations: int) -> dict[str, SpeculationConfig]:
     return {BASELINE: TEACHER, "half_budget": half, **naive}
 
 
-def mode_names() -> set[str]:
-    """The names of all modes, with every corrector."""
-    corrected = {f.mode_name(k) for f in families(tuple(ARCHITECTURES)) for k in f.horizons}
-    return {*simple_modes(1), *corrected, DISTILLED, DISTILLED + REFINED, "prior"}
+def is_mode(name: str) -> bool:
+    """Whether a mode can have this name."""
+    return re.fullmatch(rf"(plan|naive|{'|'.join(ARCHITECTURES)})_\d+({REFINED})?", name) is not None or (
+        name in (BASELINE, *SIMPLER)
+    )

@@ -25,7 +25,7 @@ from ..workers import Workers
 from ..world_model.checkpoint import saved_as
 from .config import EpisodesConfig, EvaluationConfig, check_unseen, overlap
 from .metrics import summarise
-from .modes import BASELINE, DISTILLED, REFINED, mode_names
+from .modes import BASELINE, DISTILLED, REFINED, is_mode
 from .runs import Run, Subject, claim, execute, kept, runs_of, write_csv
 
 STRENGTHS = {  # of each kind of perturbation, in the units of `envs.perturb.KINDS`
@@ -77,7 +77,7 @@ def evaluate_perturbed(config: PerturbedConfig, progress: Progress) -> pd.DataFr
         raise CheckpointError(f"{folder} is of an earlier version: make it again with `tdmpc2 accelerate`")
     # Names from a file become parts of paths: known names only.
     named = {about["chosen"], *about["modes"]}
-    if not (named <= mode_names() and set(about["correctors"]) <= set(ARCHITECTURES)):
+    if not (all(map(is_mode, named)) and set(about["correctors"]) <= set(ARCHITECTURES)):
         raise CheckpointError(f"{folder} names unknown modes or correctors: make it again")
     paths = {name: folder / "correctors" / name for name in about["correctors"]}
     check_unseen(seeds, paths.values())

@@ -21,7 +21,7 @@ from ..config import SpeculationConfig
 from ..files import atomic_write, read_json
 from ..progress import Table
 from .metrics import PLANS, holds_up, with_interval
-from .modes import HORIZONS, PAPER_HORIZONS, SIMPLER
+from .modes import PAPER_HORIZONS, SIMPLER
 
 COLUMNS = {
     "mode": "mode",
@@ -361,7 +361,8 @@ def _when(steps: pd.DataFrame, modes: Sequence[Mode], subject: str) -> str | Non
     if all(mode.color == GREY for mode in shown):
         return None
     n = steps["t"].max() + 1
-    width = min(max(HORIZONS), max(1, n // 4))  # at least the longest plan: else fixed horizons show as waves
+    longest = steps["k"].max() + 1
+    width = min(longest, max(1, n // 4))  # at least the longest plan: else fixed horizons show as waves
 
     def draw(axes: Axes) -> None:
         top = 0.0
