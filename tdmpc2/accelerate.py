@@ -20,15 +20,19 @@ their evaluation beside them.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from .agent import SpeculativeAgent
 from .checked import Checked, at_least
 from .config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
-from .corrector import ARCHITECTURES, FILE, BaseCorrector, load_corrector, read_header
+from .corrector import ARCHITECTURES, FILE, BaseCorrector, build_corrector, load_corrector, read_header
 from .distillation import (
     CorrectorTrainConfig,
     collect,
@@ -45,6 +49,7 @@ from .evaluation.evaluate import Origin, evaluate
 from .evaluation.modes import ALONE, DISTILLED, OPEN_LOOP_HORIZONS, families
 from .evaluation.runs import Subject, returns_of_random_actions
 from .files import atomic_write, difference, file_name, in_order, in_use, read_json, write_json
+from .planner import Plan
 from .progress import Progress
 from .provenance import provenance
 from .teacher import Teacher, open_teacher
@@ -201,25 +206,49 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, workers: 
 
 def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers) -> str:
     """How long the plans of a run take, in words. They take most of its time."""
-    c, own = config, config.evaluation
+    c, own, shape = config, config.evaluation, teacher.model.config
     with closing(teacher.env()) as env:
         obs, _ = env.reset(seed=0)
         steps = max_episode_steps(env)
-    agent, times = teacher.agent(), []
-    for _ in range(3):  # the first one may compile
-        start = time.perf_counter()
-        agent.act(obs)
-        times.append(time.perf_counter() - start)
+    modes: dict[str, tuple[SpeculationConfig, BaseCorrector | None]] = {"planner": (TEACHER, None)}
+    # A step is compiled for a batch of one only.
+    ahead = (0, 1, teacher.planner.horizon) if own.num_envs == 1 else (0,)
+    for name in c.distillation.architectures:
+        sizes = c.distillation.corrector(name, shape.latent_dim, shape.action_dim)
+        corrector = build_corrector(sizes).to(c.device)
+        mode = ALONE if name == DISTILLED else SpeculationConfig(2, corrector=name)
+        modes |= {f"{name}, {n} ahead": (replace(mode, refine_steps=n), corrector) for n in ahead}
+    units = {name: (teacher, *mode, obs) for name, mode in modes.items()}
+    seconds = dict(workers.map("compiling", _seconds_of_a_step, units, task=c.task))["planner"]
     compared = families(c.distillation.architectures, own.horizons)
     per_step = 1.5 + sum(1 / k for k in OPEN_LOOP_HORIZONS)  # the baseline, half of its budget, naive_K
     per_step += sum(1 / k for family in compared for k in family.horizons)
     collected = c.data.episodes + c.rounds * c.data.round_episodes
     plans = steps * (collected + own.episodes * per_step + 2 * own.calibration_episodes)
-    minutes = plans * min(times) / workers.number / 60
     return (
-        f"{c.task}: about {plans:,.0f} plans of {1e3 * min(times):.0f} ms, so this takes at least "
-        f"{minutes:.0f} minutes with workers={workers.number}"
+        f"{c.task}: about {plans:,.0f} plans of {1e3 * seconds:.0f} ms, so this takes at least "
+        f"{plans * seconds / workers.number / 60:.0f} minutes with workers={workers.number}"
     )
+
+
+def _seconds_of_a_step(
+    teacher: Teacher,
+    mode: SpeculationConfig,
+    corrector: BaseCorrector | None,
+    obs: np.ndarray,
+    advance: Callable[[float], None],
+) -> float:
+    """The least of three; the first one compiles what is not kept yet. Only the teacher plans in it."""
+    agent = SpeculativeAgent(teacher.agent(), mode, corrector)
+    nothing = torch.zeros(1, teacher.planner.horizon, teacher.model.config.action_dim, device=agent.teacher.device)
+    plan = None if corrector is None else Plan(nothing, nothing, nothing, nothing[:, 0, 0])
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        agent.act(obs, plan)
+        times.append(time.perf_counter() - start)
+        advance(1)
+    return min(times)
 
 
 def check_room_for_agent(out: Path, checkpoint: str) -> None:

@@ -59,6 +59,19 @@ class CorrectorTrainConfig(Checked):
         """Those that are trained."""
         return list(ARCHITECTURES) if self.architecture == "all" else [self.architecture]
 
+    def corrector(self, architecture: str, latent_dim: int, action_dim: int) -> CorrectorConfig:
+        """The sizes of a corrector."""
+        return CorrectorConfig(
+            latent_dim=latent_dim,
+            action_dim=action_dim,
+            architecture=architecture,
+            width=self.width,
+            window=self.window,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            max_k=self.rollout_steps + 1,  # a larger k uses the last embedding
+        )
+
     def check_ranges(self) -> None:
         at_least(1, self, "updates", "batch_size", "rollout_steps", "validate_every", "patience")
         at_least(3, self, "held_out_every")
@@ -68,7 +81,7 @@ class CorrectorTrainConfig(Checked):
         if self.loss not in LOSSES:
             raise ConfigError(f"loss={self.loss!r}: choose one of {', '.join(LOSSES)}")
         for name in self.architectures:
-            build_corrector(_architecture(self, name, latent_dim=8, action_dim=1))
+            build_corrector(self.corrector(name, latent_dim=8, action_dim=1))
 
 
 class Errors(NamedTuple):
@@ -85,21 +98,6 @@ class Errors(NamedTuple):
 class Trained(NamedTuple):
     corrector: BaseCorrector  # in evaluation mode
     errors: Errors  # on the test episodes
-
-
-def _architecture(
-    config: CorrectorTrainConfig, name: str, latent_dim: int, action_dim: int
-) -> CorrectorConfig:
-    return CorrectorConfig(
-        latent_dim=latent_dim,
-        action_dim=action_dim,
-        architecture=name,
-        width=config.width,
-        window=config.window,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        max_k=config.rollout_steps + 1,  # a larger k uses the last embedding
-    )
 
 
 def train_corrector(
@@ -173,7 +171,7 @@ def _train(
     horizon, action_dim = data.plan.shape[1:]
     starts, validation, test = split_starts(data, c.held_out_every)
     torch.manual_seed(c.seed)  # of the weights
-    corrector = build_corrector(_architecture(c, name, data.latent.shape[1], action_dim)).to(device)
+    corrector = build_corrector(c.corrector(name, data.latent.shape[1], action_dim)).to(device)
     if initial is not None:
         corrector.load_state_dict(initial.state_dict())
     judge = _Judge(model, data, validation, steps, corrector)
