@@ -215,7 +215,7 @@ def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers)
     ahead = (0, 1, teacher.planner.horizon) if own.num_envs == 1 else (0,)
     for name in c.distillation.architectures:
         sizes = c.distillation.corrector(name, shape.latent_dim, shape.action_dim)
-        corrector = build_corrector(sizes).to(c.device)
+        corrector = build_corrector(sizes).to(c.device).eval()
         mode = ALONE if name == DISTILLED else SpeculationConfig(2, corrector=name)
         modes |= {f"{name}, {n} ahead": (replace(mode, refine_steps=n), corrector) for n in ahead}
     units = {name: (teacher, *mode, obs) for name, mode in modes.items()}
