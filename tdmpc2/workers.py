@@ -1,8 +1,8 @@
 """Units of work in several processes: the episodes of a mode, a shard of data.
 
 Episodes do not depend on each other, so a process for each core, with one thread each, uses a machine better
-than one process with many threads. A unit is a function of its arguments that leaves whole files: where it
-runs makes no difference.
+than one process with many threads. A unit is a function of its arguments that leaves whole files. It always
+computes with one thread, because several threads round sums differently. Where it runs makes no difference.
 """
 
 import os
@@ -31,7 +31,7 @@ POLL = 0.5  # seconds between two looks at another process
 class Workers:
     """Where units of work run, and who shows how far they are."""
 
-    number: int = 1  # processes with one thread each; 1: this process, with all its threads
+    number: int = 1  # processes with one thread each; 1: this process
     progress: Progress = SILENT
 
     @classmethod
@@ -85,7 +85,20 @@ def _in_turn(
     number: int, function: Callable[..., Result], units: Mapping[str, tuple], task: str, stage: Stage
 ) -> Iterator[tuple[str, Result]]:
     for name, arguments in units.items():
-        yield name, function(*arguments, stage.advance)
+        with one_thread():
+            result = function(*arguments, stage.advance)
+        yield name, result
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile PyTorch computes with one thread in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_processes(
