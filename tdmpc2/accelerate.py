@@ -200,8 +200,14 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, workers: 
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         progress.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
     save_agent(out, teacher, out / "evaluation", out / "correctors")
-    progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')
+    progress.print(how_to_watch(out, c.task))
     return out
+
+
+def how_to_watch(out: Path, task: str) -> str:
+    """What a user can do with the agent in `out`; only a task on the command line imports its module."""
+    given = f" task={task}" if ":" in task else ""
+    return f'Watch it: `tdmpc2 play {out}{given}`. In Python: tdmpc2.load_agent("{out}").'
 
 
 def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers) -> str:

@@ -154,6 +154,16 @@ def test_info_on_foreign_values(monkeypatch, capsys, teacher: Path, damage: dict
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_info_without_a_return_ratio(monkeypatch, capsys, teacher: Path) -> None:
+    write_json(teacher / "config.json", read_json(teacher / "config.json") | {"mode": "naive_3"})
+    (teacher / "evaluation").mkdir()
+    table = "mode,return_mean,return_ratio,planner_calls\nnaive_3,-12.34,,0.35\n"
+    (teacher / "evaluation/summary.csv").write_text(table)
+    write_json(teacher / "evaluation/chosen.json", {"why": "it is fast"})
+    tdmpc2(monkeypatch, "info", teacher)
+    assert "evaluated         return -12.3; 35.0% planner calls\n" in capsys.readouterr().out
+
+
 def test_an_option_of_hydra_is_no_path(monkeypatch, capsys, teacher: Path) -> None:
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "info", "hydra.verbose=false", teacher)
@@ -205,6 +215,7 @@ def test_play_writes_films(monkeypatch, capsys, tmp_path: Path, teacher: Path) -
 @pytest.mark.parametrize("frame", [None, [1, 2], np.zeros((4, 4), np.uint8)])
 def test_play_needs_pictures(monkeypatch, capsys, tmp_path: Path, teacher: Path, frame: object) -> None:
     monkeypatch.setattr(Seen, "render", lambda self: frame)
+    monkeypatch.setattr(play.SpeculativeAgent, "act", lambda *_: pytest.fail("it compiled and acted first"))
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "play", teacher, f"out={tmp_path / 'a.gif'}", "planner.compile=false")
     assert "renders no pictures" in capsys.readouterr().err
