@@ -231,9 +231,11 @@ def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers)
     per_step += sum(1 / k for family in compared for k in family.horizons)
     collected = c.data.episodes + c.rounds * c.data.round_episodes
     plans = steps * (collected + own.episodes * per_step + 2 * own.calibration_episodes)
+    minutes = plans * seconds / workers.number / 60
+    least = f"at least {minutes:.0f} minutes" if minutes >= 2 else "a few minutes"
     return (
-        f"{c.task}: about {plans:,.0f} plans of {1e3 * seconds:.0f} ms, so this takes at least "
-        f"{plans * seconds / workers.number / 60:.0f} minutes with workers={workers.number}"
+        f"{c.task}: about {plans:,.0f} plans of {1e3 * seconds:.0f} ms, so this takes {least} with "
+        f"workers={workers.number}"
     )
 
 
