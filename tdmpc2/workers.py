@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
+import gymnasium
 import joblib
 import torch
+from gymnasium.envs.registration import EnvSpec
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from .envs import import_module
@@ -66,7 +68,7 @@ class Workers:
             name: of the stage that is shown.
             function: of a module; it calls `advance(n)` after every `n` steps.
             units: their arguments by name.
-            task: whose module a process has to import.
+            task: a process imports its module; without a module, it gets the registration from here.
             total: steps of all units; None: not known.
 
         Raises:
@@ -104,9 +106,10 @@ def one_thread() -> Iterator[None]:
 def _in_processes(
     number: int, function: Callable[..., Result], units: Mapping[str, tuple], task: str, stage: Stage
 ) -> Iterator[tuple[str, Result]]:
+    registered = gymnasium.registry.get(task)
     with tempfile.NamedTemporaryFile(prefix="tdmpc2-steps-") as steps, _followed(steps.name, stage):
         jobs = (
-            joblib.delayed(_unit)(function, name, arguments, task, steps.name, os.getpid())
+            joblib.delayed(_unit)(function, name, arguments, task, registered, steps.name, os.getpid())
             for name, arguments in units.items()
         )
         processes = joblib.Parallel(
@@ -125,6 +128,7 @@ def _unit(
     name: str,
     arguments: tuple[Any, ...],
     task: str,
+    registered: EnvSpec | None,
     steps: str,
     parent: int,
 ) -> tuple[str, Result]:
@@ -133,6 +137,8 @@ def _unit(
     _ends_with(parent)
     if ":" in task:
         import_module(task)
+    if registered is not None:
+        gymnasium.registry.setdefault(registered.id, registered)
     with open(steps, "ab", buffering=0) as file:
         return name, function(*arguments, lambda n: file.write(b"." * int(n)))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from rich.console import Console
@@ -85,6 +86,13 @@ def test_shards_are_the_same_wherever_they_are_collected(
         collect(teacher, tmp_path / str(number), episodes=2, num_envs=1, workers=Workers(number))
     here, elsewhere = (sorted((tmp_path / n).glob("shard-*")) for n in "12")
     assert [p.read_bytes() for p in here] == [p.read_bytes() for p in elsewhere] and len(here) == 2
+
+
+def test_a_task_that_was_registered_here_is_known_elsewhere(short_task: str, tmp_path: Path) -> None:
+    entry_point = sys.modules[short_task.partition(":")[0]].Short
+    gym.register("OnlyHere-v0", entry_point=entry_point, max_episode_steps=8)
+    teacher = open_teacher("OnlyHere-v0", str(TEACHER), SMALL_BUDGET)
+    assert len(collect(teacher, tmp_path / "data", episodes=2, num_envs=1, workers=Workers(2))) == 2
 
 
 def test_a_gpu_serves_one_process() -> None:
