@@ -1,21 +1,20 @@
 """The main job: a TD-MPC2 checkpoint and a task in, an accelerated agent and the evidence for it out.
 
-    OUT/settings.json       what was asked for; a run goes on only with the same, or with more rounds
+    OUT/settings.json       the settings; a run continues only with the same ones, or with more rounds
     OUT/data/               shards: the teacher's own episodes, then those of each round
     OUT/rounds/N/           correctors trained on what there was before round N
     OUT/correctors/         the final ones; in each of these folders provenance.json says where it was made
     OUT/evaluation/         raw results, summary and report
     OUT/config.json, model.safetensors     the agent that `tdmpc2.load_agent(OUT)` opens
 
-Correctors fail by leaving the states that they were trained on. So data is collected in rounds: under the
-current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011),
-and training goes on from the correctors that there are: a little before each round, for much more data is to
-come, and to the end after the last one.
-Some of their actions are replaced by random ones, so that correctors learn to recover.
-A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice, if need
-be on another device: collect and train on a GPU, and measure where the agent will act. So does one that is
-asked for more rounds: what were its final correctors are those before the next round, and keep
-their evaluation beside them.
+Correctors fail by leaving the states that they were trained on. So data is collected in rounds: agents with
+the current correctors act, the teacher labels every state, and training continues on all data (DAgger, Ross
+et al. 2011). It is short before a round, because more data follows, and complete after the last round. Some
+actions are replaced by random ones, so that correctors learn to recover.
+
+A killed run continues where it stopped: each step leaves whole files and is not repeated. It may continue on
+another device: collect and train on a GPU, and measure where the agent will act. A run may also continue with
+more rounds: its final correctors start the next round, and keep their evaluation beside them.
 """
 
 import shutil
@@ -108,15 +107,15 @@ def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
     """Collect, train both correctors, calibrate, choose, evaluate, report; returns the agent's folder.
 
     Raises:
-        ConfigError: a setting cannot be, seeds overlap, another process is at work in the folder, or it holds
-            a run with other settings.
-        CheckpointError, DataError, TaskError: what was given cannot be used.
+        ConfigError: a setting is invalid, seeds overlap, another process uses the folder, or it holds a run
+            with other settings.
+        CheckpointError, DataError, TaskError: the checkpoint, the data or the task cannot be used.
         FileError: the folder cannot be written.
     """
     out = Path(config.out or f"accelerated/{file_name(config.task)}")
     check_room_for_agent(out, config.checkpoint)
     teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
-    teacher.agent()  # refuses a planning budget or precision that cannot be
+    teacher.agent()  # refuses an invalid planning budget or precision
     workers = Workers.of(config.workers, config.device, progress)
     with in_use(out):
         return _accelerate(config, teacher, out, workers)
