@@ -247,7 +247,9 @@ def _seconds_of_a_step(
 ) -> float:
     """The least of three; the first one compiles what is not kept yet. Only the teacher plans in it."""
     agent = SpeculativeAgent(teacher.agent(), mode, corrector)
-    nothing = torch.zeros(1, teacher.planner.horizon, teacher.model.config.action_dim, device=agent.teacher.device)
+    nothing = torch.zeros(
+        1, teacher.planner.horizon, teacher.model.config.action_dim, device=agent.teacher.device
+    )
     plan = None if corrector is None else Plan(nothing, nothing, nothing, nothing[:, 0, 0])
     times = []
     for _ in range(3):
