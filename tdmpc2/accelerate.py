@@ -1,21 +1,20 @@
 """The main job: a TD-MPC2 checkpoint and a task in, an accelerated agent and the evidence for it out.
 
-    OUT/settings.json       what was asked for; a run goes on only with the same, or with more rounds
+    OUT/settings.json       the settings; a run continues only with the same ones, or with more rounds
     OUT/data/               shards: the teacher's own episodes, then those of each round
     OUT/rounds/N/           correctors trained on what there was before round N
     OUT/correctors/         the final ones; in each of these folders provenance.json says where it was made
     OUT/evaluation/         raw results, summary and report
     OUT/config.json, model.safetensors     the agent that `tdmpc2.load_agent(OUT)` opens
 
-Correctors fail by leaving the states that they were trained on. So data is collected in rounds: under the
-current correctors, every state labelled by the teacher, added to what there is (DAgger, Ross et al. 2011),
-and training goes on from the correctors that there are: a little before each round, for much more data is to
-come, and to the end after the last one.
-Some of their actions are replaced by random ones, so that correctors learn to recover.
-A run that is killed goes on where it stopped, for each step leaves whole files and is not done twice, if need
-be on another device: collect and train on a GPU, and measure where the agent will act. So does one that is
-asked for more rounds: what were its final correctors are those before the next round, and keep
-their evaluation beside them.
+Correctors fail by leaving the states that they were trained on. So data is collected in rounds: agents with
+the current correctors act, the teacher labels every state, and training continues on all data (DAgger, Ross
+et al. 2011). It is short before a round, because more data follows, and complete after the last round. Some
+actions are replaced by random ones, so that correctors learn to recover.
+
+A killed run continues where it stopped: each step leaves whole files and is not repeated. It may continue on
+another device: collect and train on a GPU, and measure where the agent will act. A run may also continue with
+more rounds: its final correctors start the next round, and keep their evaluation beside them.
 """
 
 import shutil
@@ -108,15 +107,15 @@ def accelerate(config: AccelerateConfig, progress: Progress) -> Path:
     """Collect, train both correctors, calibrate, choose, evaluate, report; returns the agent's folder.
 
     Raises:
-        ConfigError: a setting cannot be, seeds overlap, another process is at work in the folder, or it holds
-            a run with other settings.
-        CheckpointError, DataError, TaskError: what was given cannot be used.
+        ConfigError: a setting is invalid, seeds overlap, another process uses the folder, or it holds a run
+            with other settings.
+        CheckpointError, DataError, TaskError: the checkpoint, the data or the task cannot be used.
         FileError: the folder cannot be written.
     """
     out = Path(config.out or f"accelerated/{file_name(config.task)}")
     check_room_for_agent(out, config.checkpoint)
     teacher = open_teacher(config.task, config.checkpoint, config.planner, config.model, config.device)
-    teacher.agent()  # refuses a planning budget or precision that cannot be
+    teacher.agent()  # refuses an invalid planning budget or precision
     workers = Workers.of(config.workers, config.device, progress)
     with in_use(out):
         return _accelerate(config, teacher, out, workers)
@@ -200,8 +199,14 @@ def _accelerate(config: AccelerateConfig, teacher: Teacher, out: Path, workers: 
         rounds = 2 * c.rounds or AccelerateConfig.rounds
         progress.print(f"correctors of more data may hold it: the same command with rounds={rounds}")
     save_agent(out, teacher, out / "evaluation", out / "correctors")
-    progress.print(f'Watch it with `tdmpc2 play {out}`; in Python it is tdmpc2.load_agent("{out}").')
+    progress.print(how_to_watch(out, c.task))
     return out
+
+
+def how_to_watch(out: Path, task: str) -> str:
+    """What a user can do with the agent in `out`; only a task on the command line imports its module."""
+    given = f" task={task}" if ":" in task else ""
+    return f'Watch it: `tdmpc2 play {out}{given}`. In Python: tdmpc2.load_agent("{out}").'
 
 
 def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers) -> str:
@@ -225,9 +230,11 @@ def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers)
     per_step += sum(1 / k for family in compared for k in family.horizons)
     collected = c.data.episodes + c.rounds * c.data.round_episodes
     plans = steps * (collected + own.episodes * per_step + 2 * own.calibration_episodes)
+    minutes = plans * seconds / workers.number / 60
+    least = f"at least {minutes:.0f} minutes" if minutes >= 2 else "a few minutes"
     return (
-        f"{c.task}: about {plans:,.0f} plans of {1e3 * seconds:.0f} ms, so this takes at least "
-        f"{plans * seconds / workers.number / 60:.0f} minutes with workers={workers.number}"
+        f"{c.task}: about {plans:,.0f} plans of {1e3 * seconds:.0f} ms, so this takes {least} with "
+        f"workers={workers.number}"
     )
 
 
@@ -240,7 +247,9 @@ def _seconds_of_a_step(
 ) -> float:
     """The least of three; the first one compiles what is not kept yet. Only the teacher plans in it."""
     agent = SpeculativeAgent(teacher.agent(), mode, corrector)
-    nothing = torch.zeros(1, teacher.planner.horizon, teacher.model.config.action_dim, device=agent.teacher.device)
+    nothing = torch.zeros(
+        1, teacher.planner.horizon, teacher.model.config.action_dim, device=agent.teacher.device
+    )
     plan = None if corrector is None else Plan(nothing, nothing, nothing, nothing[:, 0, 0])
     times = []
     for _ in range(3):

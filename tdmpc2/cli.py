@@ -39,7 +39,7 @@ from enum import Enum
 from functools import cache
 from itertools import groupby
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, get_origin
 
 import hydra
 import torch
@@ -213,6 +213,8 @@ def _for_hydra(config_type: type[Config], argument: str, sweep: bool) -> str:
         items = [match[1] for match in ITEM.finditer(value + ",")] if sweep else [value]
         own = [item if item == "null" and setting.kind is not str else _quoted(item) for item in items]
         return f"{name}={','.join(own)}"
+    if get_origin(setting.kind) is tuple and value and "[" not in value:
+        raise ConfigError(f"{argument}: a list has brackets, as in {name}=[{value}]")
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException as e:
@@ -242,9 +244,10 @@ def _check_names(config_type: type[Config], arguments: Sequence[str]) -> None:
         elif before in ("--cfg", "-c", "--info", "-i", "--package", "-p"):
             continue  # the value of a Hydra option
         elif not equals:
+            example = f"checkpoint={argument}" if "checkpoint" in names and os.path.exists(argument) else ""
             raise ConfigError(
-                f"{argument!r} is not a setting: write key=value, e.g. {names[0]}=..., "
-                "and quotes around a value with spaces"
+                f"{argument!r} is not key=value: write settings without spaces, e.g. "
+                f"{example or f'{names[0]}=...'}, and quotes around a value with spaces"
             )
         elif name not in names and not name.startswith(("hydra.", "hydra/", "+hydra.")):
             near = " or ".join(_nearest(name, names))

@@ -251,11 +251,6 @@ def read_tensors(
     return tensors, about
 
 
-def read_about(path: str | Path, kind: str, again: str, error: type[TDMPC2Error]) -> dict[str, Any]:
-    """The header of a file of tensors, unchecked; arguments and errors as in `read_tensors`."""
-    return _header(read_bytes(path), path, kind, again, error)
-
-
 def _header(
     raw: bytes, path: str | Path, kind: str, again: str, error: type[TDMPC2Error], bare: bool = False
 ) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Units of work in several processes: the episodes of a mode, a shard of data.
 
 Episodes do not depend on each other, so a process for each core, with one thread each, uses a machine better
-than one process with many threads. A unit is a function of its arguments that leaves whole files: where it
-runs makes no difference.
+than one process with many threads. A unit is a function of its arguments that leaves whole files. It always
+computes with one thread, because several threads round sums differently. Where it runs makes no difference.
 """
 
 import os
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
+import gymnasium
 import joblib
 import torch
+from gymnasium.envs.registration import EnvSpec
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from .envs import import_module
@@ -31,7 +33,7 @@ POLL = 0.5  # seconds between two looks at another process
 class Workers:
     """Where units of work run, and who shows how far they are."""
 
-    number: int = 1  # processes with one thread each; 1: this process, with all its threads
+    number: int = 1  # processes with one thread each; 1: this process
     progress: Progress = SILENT
 
     @classmethod
@@ -66,7 +68,7 @@ class Workers:
             name: of the stage that is shown.
             function: of a module; it calls `advance(n)` after every `n` steps.
             units: their arguments by name.
-            task: whose module a process has to import.
+            task: a process imports its module; without a module, it gets the registration from here.
             total: steps of all units; None: not known.
 
         Raises:
@@ -85,15 +87,29 @@ def _in_turn(
     number: int, function: Callable[..., Result], units: Mapping[str, tuple], task: str, stage: Stage
 ) -> Iterator[tuple[str, Result]]:
     for name, arguments in units.items():
-        yield name, function(*arguments, stage.advance)
+        with one_thread():
+            result = function(*arguments, stage.advance)
+        yield name, result
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Meanwhile PyTorch computes with one thread in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_processes(
     number: int, function: Callable[..., Result], units: Mapping[str, tuple], task: str, stage: Stage
 ) -> Iterator[tuple[str, Result]]:
+    registered = gymnasium.registry.get(task)
     with tempfile.NamedTemporaryFile(prefix="tdmpc2-steps-") as steps, _followed(steps.name, stage):
         jobs = (
-            joblib.delayed(_unit)(function, name, arguments, task, steps.name, os.getpid())
+            joblib.delayed(_unit)(function, name, arguments, task, registered, steps.name, os.getpid())
             for name, arguments in units.items()
         )
         processes = joblib.Parallel(
@@ -112,6 +128,7 @@ def _unit(
     name: str,
     arguments: tuple[Any, ...],
     task: str,
+    registered: EnvSpec | None,
     steps: str,
     parent: int,
 ) -> tuple[str, Result]:
@@ -120,6 +137,8 @@ def _unit(
     _ends_with(parent)
     if ":" in task:
         import_module(task)
+    if registered is not None:
+        gymnasium.registry.setdefault(registered.id, registered)
     with open(steps, "ab", buffering=0) as file:
         return name, function(*arguments, lambda n: file.write(b"." * int(n)))
 

@@ -100,6 +100,7 @@ def finished(workdir: Path) -> Path:
     assert "two_tower_6: " in result.stdout, "a mode that ends leaves a line where no terminal is"
     rows = {line.split()[0] for line in result.stdout.splitlines() if "[" in line}
     assert set(MODES) <= rows, "the table in the terminal shows all modes"
+    assert "`tdmpc2 play done task=short_task:Short-v0`" in result.stdout, "the module is imported by task="
     return workdir / "done"
 
 

@@ -16,6 +16,7 @@ from tdmpc2.commands import play
 from tdmpc2.config import EAGER, PlannerConfig
 from tdmpc2.envs import list_tasks
 from tdmpc2.files import read_json, write_json
+from tdmpc2.version import __version__
 from tdmpc2.world_model import load_world_model, save_world_model
 
 TEACHER = Path(__file__).parent / "fixtures/official/state_small.pt"
@@ -66,7 +67,7 @@ def tdmpc2(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 def test_help_names_every_verb(monkeypatch, capsys) -> None:
-    for arguments in ([], ["--help"]):
+    for arguments in ([], ["--help"], ["help"]):
         tdmpc2(monkeypatch, *arguments)
         out = capsys.readouterr().out
         assert [verb for verb in commands.VERBS if f"\n  {verb} " not in out] == []
@@ -87,6 +88,17 @@ def test_a_wrong_verb_is_named(monkeypatch, capsys) -> None:
         tdmpc2(monkeypatch, "acelerate", "task=a")
     assert e.value.code == 1
     assert capsys.readouterr().err == "error: 'acelerate' is not a verb; did you mean accelerate?\n"
+
+
+def test_version(monkeypatch, capsys) -> None:
+    tdmpc2(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_a_bare_path_is_shown_as_a_setting(monkeypatch, capsys, teacher: Path) -> None:
+    with pytest.raises(SystemExit):
+        tdmpc2(monkeypatch, "evaluate", teacher)
+    assert f"e.g. checkpoint={teacher}," in capsys.readouterr().err
 
 
 def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> None:
@@ -142,10 +154,20 @@ def test_info_on_foreign_values(monkeypatch, capsys, teacher: Path, damage: dict
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_info_without_a_return_ratio(monkeypatch, capsys, teacher: Path) -> None:
+    write_json(teacher / "config.json", read_json(teacher / "config.json") | {"mode": "naive_3"})
+    (teacher / "evaluation").mkdir()
+    table = "mode,return_mean,return_ratio,planner_calls\nnaive_3,-12.34,,0.35\n"
+    (teacher / "evaluation/summary.csv").write_text(table)
+    write_json(teacher / "evaluation/chosen.json", {"why": "it is fast"})
+    tdmpc2(monkeypatch, "info", teacher)
+    assert "evaluated         return -12.3; 35.0% planner calls\n" in capsys.readouterr().out
+
+
 def test_an_option_of_hydra_is_no_path(monkeypatch, capsys, teacher: Path) -> None:
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "info", "hydra.verbose=false", teacher)
-    assert "is not a setting" in capsys.readouterr().err
+    assert "is not key=value" in capsys.readouterr().err
     tdmpc2(monkeypatch, "info", "hydra.verbose=false", f"agent={teacher}")
     assert "Seen-v0" in capsys.readouterr().out
 
@@ -193,6 +215,7 @@ def test_play_writes_films(monkeypatch, capsys, tmp_path: Path, teacher: Path) -
 @pytest.mark.parametrize("frame", [None, [1, 2], np.zeros((4, 4), np.uint8)])
 def test_play_needs_pictures(monkeypatch, capsys, tmp_path: Path, teacher: Path, frame: object) -> None:
     monkeypatch.setattr(Seen, "render", lambda self: frame)
+    monkeypatch.setattr(play.SpeculativeAgent, "act", lambda *_: pytest.fail("it compiled and acted first"))
     with pytest.raises(SystemExit):
         tdmpc2(monkeypatch, "play", teacher, f"out={tmp_path / 'a.gif'}", "planner.compile=false")
     assert "renders no pictures" in capsys.readouterr().err

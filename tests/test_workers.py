@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
+import torch
 from rich.console import Console
 from stand_ins import ENVIRONMENT
 
@@ -28,7 +30,8 @@ SMALL_BUDGET = BudgetOverride(num_samples=8, iterations=1, num_elites=4, num_pi_
 def count(name: str, until: int, parent: int, advance: Callable[[float], None]) -> str:
     for _ in range(until):
         advance(1)
-    return f"{name} in {'this one' if os.getpid() == parent else 'another process'}"
+    where = "this one" if os.getpid() == parent else "another process"
+    return f"{name} in {where}, {torch.get_num_threads()} thread"
 
 
 def fail(kind: str, advance: Callable[[float], None]) -> None:
@@ -37,14 +40,22 @@ def fail(kind: str, advance: Callable[[float], None]) -> None:
     raise ConfigError("no such thing")
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("number", [1, 2])
-def test_every_unit_is_done_and_its_steps_are_counted(number: int) -> None:
+def test_every_unit_is_done_and_its_steps_are_counted(number: int, two_threads: None) -> None:
     units = {name: (name, steps, os.getpid()) for name, steps in (("a", 3), ("b", 4), ("c", 5))}
     shown = Console(file=StringIO(), width=200)
     with Progress(shown) as progress:
         done = dict(Workers(number, progress).map("counting", count, units, task="walker-walk"))
     where = "this one" if number == 1 else "another process"
-    assert done == {name: f"{name} in {where}" for name in units}
+    assert done == {name: f"{name} in {where}, 1 thread" for name in units}
+    assert torch.get_num_threads() == 2, "only units are restricted"
     assert "counting: 12 of 12 steps, 3 of 3" in shown.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -67,12 +78,21 @@ def short_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "workers_task:Workers-v0"
 
 
-def test_shards_are_the_same_wherever_they_are_collected(short_task: str, tmp_path: Path) -> None:
+def test_shards_are_the_same_wherever_they_are_collected(
+    short_task: str, tmp_path: Path, two_threads: None
+) -> None:
     teacher = open_teacher(short_task, str(TEACHER), SMALL_BUDGET)
     for number in (1, 2):
         collect(teacher, tmp_path / str(number), episodes=2, num_envs=1, workers=Workers(number))
     here, elsewhere = (sorted((tmp_path / n).glob("shard-*")) for n in "12")
     assert [p.read_bytes() for p in here] == [p.read_bytes() for p in elsewhere] and len(here) == 2
+
+
+def test_a_task_that_was_registered_here_is_known_elsewhere(short_task: str, tmp_path: Path) -> None:
+    entry_point = sys.modules[short_task.partition(":")[0]].Short
+    gym.register("OnlyHere-v0", entry_point=entry_point, max_episode_steps=8)
+    teacher = open_teacher("OnlyHere-v0", str(TEACHER), SMALL_BUDGET)
+    assert len(collect(teacher, tmp_path / "data", episodes=2, num_envs=1, workers=Workers(2))) == 2
 
 
 def test_a_gpu_serves_one_process() -> None:

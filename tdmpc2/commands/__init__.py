@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 from ..checked import types
 from ..cli import fail, run
+from ..version import __version__
 
 VERBS = {
     "accelerate": "accelerate a checkpoint: collect data, train correctors, compare modes, save the agent",
@@ -23,13 +24,19 @@ VERBS = {
     "perturb": "evaluate an accelerated agent in perturbed worlds",
     "tasks": "list the built-in tasks",
 }
-HELP = "usage: tdmpc2 VERB key=value ...\n\n{verbs}\n\n`tdmpc2 VERB --help` lists the settings of a verb."
+HELP = (
+    "usage: tdmpc2 VERB key=value ...\n\n{verbs}\n\n`tdmpc2 VERB --help` lists the settings of a verb, "
+    "`tdmpc2 --version` prints the version."
+)
 
 
 def main() -> None:
     """The console command."""
     verb, *arguments = sys.argv[1:] or ["--help"]
-    if verb in ("-h", "--help"):
+    if verb == "--version":
+        print(__version__)
+        return
+    if verb in ("-h", "--help", "help"):
         print(HELP.format(verbs="\n".join(f"  {name:12}{what}" for name, what in VERBS.items())))
         return
     if verb not in VERBS:

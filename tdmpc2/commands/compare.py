@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..accelerate import check_room_for_agent, evaluate_correctors, save_agent
+from ..accelerate import check_room_for_agent, evaluate_correctors, how_to_watch, save_agent
 from ..checked import Checked, at_least
 from ..config import BudgetOverride, ModelOverride
 from ..evaluation.config import EvaluationConfig
@@ -48,4 +48,4 @@ def main(settings: Settings) -> None:
         workers = Workers.of(s.workers, s.device, progress)
         evaluate_correctors(teacher, correctors, out / "evaluation", s.evaluation, workers)
         save_agent(out, teacher, out / "evaluation", correctors)
-        progress.print(f'Watch it: `tdmpc2 play {out}`. In Python: tdmpc2.load_agent("{out}").')
+        progress.print(how_to_watch(out, s.task))

@@ -1,5 +1,6 @@
 """Describe a checkpoint, without acting: tdmpc2 info FOLDER_OR_FILE."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +67,9 @@ def _evaluation(folder: Path, mode: str) -> Iterator[tuple[str, str]]:
         if mode in summary.index:
             numbers = ("return_mean", "return_ratio", "planner_calls")
             mean, ratio, calls = (float(summary.loc[mode, name]) for name in numbers)
-            kept = f"return {mean:.1f}, {ratio:.3f} times replanning at every step"
-            yield "evaluated", f"{kept}; {calls:.1%} planner calls"
+            # There is no ratio if the return of replanning is not positive.
+            kept = "" if math.isnan(ratio) else f", {ratio:.3f} times replanning at every step"
+            yield "evaluated", f"return {mean:.1f}{kept}; {calls:.1%} planner calls"
     except (KeyError, TypeError, ValueError) as e:  # pandas' errors are ValueErrors
         raise DataError(f"{folder} is damaged or of another version: make the agent again") from e
     yield "chosen because", why

@@ -118,6 +118,7 @@ def _play(
     name = "replanning at every step" if mode == TEACHER else mode.in_words()
     with closing(teacher.env()) as env, progress.add(name, settings.steps, unit="steps") as stage:
         obs, _ = env.reset(seed=settings.seed)
+        _picture(env)  # refuses an environment without pictures before the agent compiles
         agent.reset()
         for _ in range(settings.steps):
             obs, reward, terminated, truncated, _ = env.step(agent.act(obs))

@@ -1,13 +1,12 @@
 """Collecting corrector data: agents act, the teacher plans at every state, shards come out.
 
-A shard is a batch of `num_envs` episodes and a pure function of the teacher, its budget, the
-shard's seeds and the behaviours: a run that was killed goes on with the first shard that is missing
-and leaves the same files as one that was not.
+A shard is a batch of `num_envs` episodes. It is a pure function of the teacher, its budget, the seeds and the
+behaviours. A killed run continues with the missing shards, and leaves the same files as an uninterrupted run.
 
 Each state costs one planner call: that plan is the label, warm-started by the last label's mean,
 and also what an agent executes when a replan is due. Replanning at every step, the default, gives
-the teacher's own episodes; other behaviours go where a speculative agent goes. Bursts of random actions
-take an agent to where a push would: how to come back is in the labels too.
+the teacher's own episodes; other behaviours visit the states of a speculative agent. Bursts of random actions
+act like pushes: the labels then show how to recover.
 """
 
 from collections.abc import Callable, Mapping, Sequence

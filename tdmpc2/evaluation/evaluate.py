@@ -11,7 +11,7 @@
     OUT/chosen.json                      the mode that was chosen
     OUT/commits.json                     of the code that wrote any of it
 
-A run that is killed goes on with the modes that are missing.
+A killed run continues with the missing modes.
 """
 
 from collections.abc import Mapping, Sequence

@@ -61,7 +61,7 @@ class Run:
     seeds: Sequence[int]
     num_envs: int  # episodes run as one batch
     folder: Path
-    label_episodes: int = 0  # the first so many of a batch measure the distance to the teacher's action
+    label_episodes: int = 0  # of the first batch, that measure the distance to the teacher's action
 
     def is_kept(self) -> bool:
         """Whether the folder holds the results; ConfigError where it holds those of another mode."""
