@@ -113,7 +113,10 @@ def _in_processes(
             for name, arguments in units.items()
         )
         processes = joblib.Parallel(
-            n_jobs=min(number, len(units)), batch_size=1, return_as="generator_unordered"
+            n_jobs=min(number, len(units)),
+            batch_size=1,
+            pre_dispatch="n_jobs",  # each unit holds a copy of the teacher
+            return_as="generator_unordered",
         )
         try:
             yield from processes(jobs)

@@ -107,16 +107,20 @@ def test_processes_end_with_the_one_that_started_them(how: int, short_task: str,
     command = [sys.executable, "-m", "tdmpc2", "collect", f"task={short_task}", f"checkpoint={TEACHER}"]
     command += ["out=.", "workers=2", "planner.num_samples=8", "planner.compile=false"]
     command += ["planner.num_elites=4", "planner.num_pi_trajs=4", "episodes=100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    said = tmp_path / "stderr"
+    with said.open("w") as err, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err) as started:
         while not (children := workers_of(started.pid)) or not list(tmp_path.glob("shard-*")):
-            assert started.poll() is None, started.communicate()
+            assert started.poll() is None, said.read_text()
             time.sleep(0.1)
         started.send_signal(how)
-        _, err = started.communicate(timeout=60)
-    assert "Traceback" not in err
+        started.wait(60)
+    assert "Traceback" not in said.read_text()
     deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}/stat").exists() for pid in children):
-        assert time.monotonic() < deadline, "a process outlives the one that it works for"
+    while left := [pid for pid in children if Path(f"/proc/{pid}/stat").exists()]:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(int(pid), signal.SIGKILL)
+            pytest.fail("a process outlives the one that it works for")
         time.sleep(0.1)
 
 
