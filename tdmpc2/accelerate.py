@@ -217,7 +217,7 @@ def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers)
         steps = max_episode_steps(env)
     modes: dict[str, tuple[SpeculationConfig, BaseCorrector | None]] = {"planner": (TEACHER, None)}
     # A step is compiled for a batch of one only.
-    ahead = (0, 1, teacher.planner.horizon) if own.num_envs == 1 else (0,)
+    ahead = (teacher.planner.horizon, 1, 0) if own.num_envs == 1 else (0,)
     for name in c.distillation.architectures:
         sizes = c.distillation.corrector(name, shape.latent_dim, shape.action_dim)
         corrector = build_corrector(sizes).to(c.device).eval()

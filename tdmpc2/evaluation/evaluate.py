@@ -30,7 +30,7 @@ from .config import EvaluationConfig
 from .metrics import by_step_in_plan, summarise
 from .modes import BASELINE
 from .report import in_terminal, verdict, write_report
-from .runs import Subject, claim, execute, kept, latency_of, runs_of, write_csv
+from .runs import Run, Subject, claim, execute, kept, latency_of, runs_of, write_csv
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def evaluate(
         progress.print(f"{e}; the mode is chosen without pushes")
     # What does not depend on the choice runs at once, which keeps all processes busy.
     held_out = runs_of(subject, modes, config.seeds, config.num_envs, out / "modes", config.label_episodes)
-    at_once = dict(held_out)
+    at_once: dict[str, Run] = {}
     own = {BASELINE: modes[BASELINE]}
     for name, world in {"modes": subject, "pushed": pushed}.items():
         if world is not None:
             runs = runs_of(world, own, config.calibration_seeds, config.num_envs, calibration / name)
             at_once[f"{BASELINE} in calibration/{name}"] = runs[BASELINE]
-    execute(at_once, "all modes", workers)
+    execute({**at_once, **held_out}, "all modes", workers)  # the longest first
     choice = choose(subject, pushed, modes, latency, config, calibration, workers)
     about = {"mode": choice.mode, "why": choice.why, "speculation": asdict(modes[choice.mode])}
     write_json(out / "chosen.json", about)
