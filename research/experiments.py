@@ -40,7 +40,7 @@ from tdmpc2.evaluation.choose import PUSH
 from tdmpc2.evaluation.config import EvaluationConfig
 from tdmpc2.evaluation.modes import ALONE, BASELINE, DISTILLED, PRIOR
 from tdmpc2.evaluation.rollout import Rollout, rollout
-from tdmpc2.files import atomic_write, in_order, read_json, write_json
+from tdmpc2.files import atomic_write, difference, in_order, read_json, write_json
 from tdmpc2.monitor import Monitor, calibrate_thresholds
 from tdmpc2.planner import Plan
 from tdmpc2.provenance import provenance
@@ -286,7 +286,8 @@ def main(config: ExperimentConfig) -> None:
         "commit": made_by["commit"],
         "as_it_is": AS_IT_IS,
     }
-    if running_about.exists() and {**read_json(running_about), **claim} != read_json(running_about):
+    begun = read_json(running_about) if running_about.exists() else None
+    if begun is not None and difference({name: begun.get(name) for name in claim}, claim):
         raise ConfigError(
             f"{running} was begun with another agent, other settings or other code: delete both files"
         )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from rich.console import Console
 
 from ..agent import Kind, SpeculativeAgent
@@ -43,6 +43,7 @@ SIZE = 288  # pixels, of the picture
 MARGIN, LINE, BAND, CURVES = 8, 14, 12, 44  # pixels
 INK, PAPER = "#202124", "#ffffff"
 MISMATCH, REWARD = "#d1495b", "#e0a030"
+GIF_COLOURS = 64
 GIF_FPS = 25  # at most; browsers slow down faster GIFs
 
 
@@ -196,12 +197,27 @@ def _draw(image: Image.Image, show: Show, t: int, left: int) -> None:
 def _write_gif(shows: Sequence[Show], path: Path) -> None:
     """Write all frames as a GIF that repeats."""
     every = max(1, round(shows[0].fps / GIF_FPS))
-    frames = [frame.quantize(64, dither=Image.Dither.NONE) for frame in _frames(shows, every)]
+    pictures = list(_frames(shows, every))
+    palette = _palette(pictures[len(pictures) // 2])
+    frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     duration = round(1000 * every / shows[0].fps)
     with atomic_write(path) as tmp:
         frames[0].save(
             tmp, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True
         )
+
+
+def _palette(picture: Image.Image) -> Image.Image:
+    """A palette of `GIF_COLOURS`, for all frames: those of the timeline, and the most frequent of a picture.
+
+    With a palette of its own, a frame would lose the timeline's colours, which cover few pixels.
+    """
+    own = [ImageColor.getrgb(colour) for colour in (*COLOURS.values(), MISMATCH, REWARD, INK, PAPER)]
+    frequent = GIF_COLOURS - len(own)
+    colours = picture.quantize(frequent, dither=Image.Dither.NONE).getpalette() or []
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*colours[: 3 * frequent], *(x for colour in own for x in colour)])
+    return palette
 
 
 def _write_mp4(shows: Sequence[Show], path: Path) -> None:
