@@ -99,6 +99,7 @@ def main(settings: Settings) -> None:
         "correctors": correctors(found, table),
         "perturbed": perturbed(perturbations),
         "when_not": when_not(table, found, perturbations),
+        "agents": shipped_agents(Path(settings.pretrained)),
         "teachers": teachers(Path(settings.pretrained)),
         "speed": speed(results),
         "experiments": (all_experiments(measured) if len(measured) > 1 else "")
@@ -432,6 +433,32 @@ def line(cells: list[str]) -> str:
 
 def interval(row: Any) -> str:
     return with_interval(row.return_ratio, row.return_ratio_low, row.return_ratio_high)
+
+
+def shipped_agents(folder: Path) -> str:
+    """A table of the accelerated agents in `pretrained/`, in Markdown."""
+    lines = header(
+        ["agent", "mode", "episodes", "return ratio [95 %]", "planner calls", "ms a step", "baseline"]
+    )
+    made = {}
+    for path in sorted(folder.glob("*/evaluation/chosen.json")):
+        task, mode = path.parents[1].name, read_json(path)["mode"]
+        about = read_json(path.with_name("provenance.json"))
+        summary = pd.read_csv(path.with_name("summary.csv")).set_index("mode")
+        own = summary.loc[mode]
+        ratio = f"{own['return_ratio']:.3f} [{own['return_ratio_low']:.3f}, {own['return_ratio_high']:.3f}]"
+        times = [f"{summary.loc[m, 'act_ms_mean']:.2f}" for m in (mode, "baseline")]
+        cells = [
+            task,
+            f"`{mode}`",
+            f"{about['evaluation']['episodes']}",
+            ratio,
+            f"{own['planner_calls']:.1%}",
+        ]
+        lines.append(line([*cells, *times]))
+        made[about["command"]] = f"commit {about['commit']}, {about['machine']}"
+    commands = [f"- `{command}`, {where}" for command, where in made.items()]
+    return "\n".join([*lines, "", "Made by", "", *commands, ""])
 
 
 def teachers(folder: Path) -> str:
