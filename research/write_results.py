@@ -437,9 +437,8 @@ def interval(row: Any) -> str:
 
 def shipped_agents(folder: Path) -> str:
     """A table of the accelerated agents in `pretrained/`, in Markdown."""
-    lines = header(
-        ["agent", "mode", "episodes", "return ratio [95 %]", "planner calls", "ms a step", "baseline"]
-    )
+    columns = ["agent", "mode", "episodes", "return ratio [95 %]", "planner calls", "ms a step", "baseline"]
+    lines = header(columns, words=2)
     made = {}
     for path in sorted(folder.glob("*/evaluation/chosen.json")):
         task, mode = path.parents[1].name, read_json(path)["mode"]
@@ -447,15 +446,9 @@ def shipped_agents(folder: Path) -> str:
         summary = pd.read_csv(path.with_name("summary.csv")).set_index("mode")
         own = summary.loc[mode]
         ratio = f"{own['return_ratio']:.3f} [{own['return_ratio_low']:.3f}, {own['return_ratio_high']:.3f}]"
-        times = [f"{summary.loc[m, 'act_ms_mean']:.2f}" for m in (mode, "baseline")]
-        cells = [
-            task,
-            f"`{mode}`",
-            f"{about['evaluation']['episodes']}",
-            ratio,
-            f"{own['planner_calls']:.1%}",
-        ]
-        lines.append(line([*cells, *times]))
+        times = [f"{summary.loc[m, 'act_ms_mean']:.2f}" for m in (mode, BASELINE)]
+        calls = f"{100 * own['planner_calls']:.1f} %"
+        lines.append(line([task, f"`{mode}`", f"{own['episodes']:.0f}", ratio, calls, *times]))
         made[about["command"]] = f"commit {about['commit']}, {about['machine']}"
     commands = [f"- `{command}`, {where}" for command, where in made.items()]
     return "\n".join([*lines, "", "Made by", "", *commands, ""])
