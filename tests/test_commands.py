@@ -97,8 +97,13 @@ def test_version(monkeypatch, capsys) -> None:
 
 def test_a_bare_path_is_shown_as_a_setting(monkeypatch, capsys, teacher: Path) -> None:
     with pytest.raises(SystemExit):
-        tdmpc2(monkeypatch, "evaluate", teacher)
+        tdmpc2(monkeypatch, "distill", teacher)
     assert f"e.g. checkpoint={teacher}," in capsys.readouterr().err
+
+
+def test_evaluate_takes_a_bare_path(monkeypatch, capsys, teacher: Path) -> None:
+    tdmpc2(monkeypatch, "evaluate", teacher, "episodes=1", "planner.compile=false")
+    assert "mode: baseline" in capsys.readouterr().out
 
 
 def test_info_says_what_a_checkpoint_is(monkeypatch, capsys, teacher: Path) -> None:

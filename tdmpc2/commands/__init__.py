@@ -24,6 +24,8 @@ VERBS = {
     "perturb": "evaluate an accelerated agent in perturbed worlds",
     "tasks": "list the built-in tasks",
 }
+# The setting that a bare path means.
+BY_PATH = {"play": "agent", "info": "agent", "perturb": "agent", "evaluate": "checkpoint"}
 HELP = (
     "usage: tdmpc2 VERB key=value ...\n\n{verbs}\n\n`tdmpc2 VERB --help` lists the settings of a verb, "
     "`tdmpc2 --version` prints the version."
@@ -45,8 +47,8 @@ def main() -> None:
         fail(f"error: {verb!r} is not a verb; {hint}")
     module = importlib.import_module(f".{verb}", __name__)
     names = [*types(module.Settings)]
-    if arguments and names[0] == "agent" and not _is_setting(arguments[0], names):
-        arguments[0] = f"agent={arguments[0]}"  # a bare path
+    if arguments and verb in BY_PATH and not _is_setting(arguments[0], names):
+        arguments[0] = f"{BY_PATH[verb]}={arguments[0]}"
     sys.argv = [f"tdmpc2 {verb}", *arguments]
     run(module.Settings, module.main)
 

@@ -31,7 +31,7 @@ class Settings(Checked):
     """Which agent to evaluate, and on how many episodes."""
 
     task: str | None = None  # None: the checkpoint's own
-    checkpoint: str  # a teacher (an original .pt file or our folder) or an accelerated agent
+    checkpoint: str  # an original .pt file, a teacher or an accelerated agent; `checkpoint=` may be left out
     episodes: int = 10  # run as one batch
     seed: int = 1000  # of the first episode; later episodes count up
     device: str = "cpu"
