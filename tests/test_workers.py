@@ -113,7 +113,10 @@ def test_processes_end_with_the_one_that_started_them(how: int, short_task: str,
             assert started.poll() is None, said.read_text()
             time.sleep(0.1)
         started.send_signal(how)
-        started.wait(60)
+        try:
+            started.wait(60)
+        finally:
+            started.kill()
     assert "Traceback" not in said.read_text()
     deadline = time.monotonic() + 20
     while left := [pid for pid in children if Path(f"/proc/{pid}/stat").exists()]:
