@@ -8,11 +8,11 @@ BIN := .venv/bin
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/.installed  ## the main job on a shipped teacher, in a small form
 	$(BIN)/tdmpc2 accelerate task=cartpole-swingup checkpoint=pretrained/cartpole-swingup out=accelerated/demo \
-		planner.num_samples=64 planner.num_elites=16 planner.iterations=3 rounds=1 round_updates=40 data.episodes=3 \
-		data.round_episodes=2 distillation.architecture=two_tower distillation.updates=90 \
+		planner.num_samples=64 planner.num_elites=16 planner.iterations=3 rounds=1 round_updates=30 data.episodes=3 \
+		data.round_episodes=2 distillation.architecture=two_tower distillation.updates=70 \
 		evaluation.num_envs=1 evaluation.horizons=[6,24] evaluation.calibration_episodes=2 evaluation.episodes=2 \
-		evaluation.label_episodes=0 evaluation.latency_steps=25 evaluation.min_return_pushed=0
-	-@$(BIN)/tdmpc2 play accelerated/demo steps=100 out=accelerated/demo/play.gif
+		evaluation.label_episodes=0 evaluation.latency_steps=20 evaluation.min_return_pushed=0
+	-@$(BIN)/tdmpc2 play accelerated/demo steps=50 out=accelerated/demo/play.gif
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
