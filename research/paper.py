@@ -12,16 +12,16 @@ correctors and modes that are missing.
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from calibrated import Calibrated
 from rich.console import Console
 
 from tdmpc2 import cli
-from tdmpc2.checked import Checked, at_least
+from tdmpc2.checked import at_least
 from tdmpc2.config import BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import BaseCorrector, load_corrector
 from tdmpc2.distillation import CorrectorTrainConfig, load_shards, train_corrector
 from tdmpc2.distillation.losses import LOSSES
-from tdmpc2.errors import ConfigError
-from tdmpc2.evaluation.config import EpisodesConfig, EvaluationConfig, check_unseen, overlap
+from tdmpc2.evaluation.config import EpisodesConfig, EvaluationConfig, check_unseen
 from tdmpc2.evaluation.metrics import summarise
 from tdmpc2.evaluation.modes import PAPER_HORIZONS, Family, simple_modes
 from tdmpc2.evaluation.runs import Subject, claim, execute, kept, runs_of, write_csv
@@ -38,7 +38,7 @@ FREE_ON_RESUME = ("checkpoint", "data", "device", "workers", "planner.compile", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperConfig(Checked):
+class PaperConfig(Calibrated):
     """Whose data the correctors are trained on, and how much is evaluated."""
 
     task: str
@@ -47,8 +47,6 @@ class PaperConfig(Checked):
     device: str = "cpu"
     workers: int = 0  # processes with one thread each; 0: one per core, on a GPU one in all
     updates: int = 1_400  # of each corrector: as many as `tdmpc2 accelerate` makes in all its rounds
-    calibration_seed: int = 10_000
-    calibration_episodes: int = 20
     runs: str = "runs/paper"  # for what is not published
     out: str = "results/paper"
     planner: BudgetOverride = field(default_factory=BudgetOverride)
@@ -56,16 +54,8 @@ class PaperConfig(Checked):
     evaluation: EpisodesConfig = field(default_factory=lambda: EpisodesConfig(num_envs=20))
 
     def check_ranges(self) -> None:
-        at_least(1, self, "updates", "calibration_episodes")
-        at_least(0, self, "calibration_seed")
-        if overlap(self.calibration_seeds, self.evaluation.seeds):
-            raise ConfigError(
-                f"evaluation.seed={self.evaluation.seed}: evaluation seeds overlap the calibration seeds"
-            )
-
-    @property
-    def calibration_seeds(self) -> range:
-        return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
+        super().check_ranges()
+        at_least(1, self, "updates")
 
 
 def main(config: PaperConfig) -> None:

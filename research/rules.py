@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
+from calibrated import Calibrated
 from rich.console import Console
 
 from tdmpc2 import cli
-from tdmpc2.checked import Checked, at_least
+from tdmpc2.checked import at_least
 from tdmpc2.config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
 from tdmpc2.corrector import load_corrector
-from tdmpc2.errors import ConfigError, TaskError
-from tdmpc2.evaluation.config import EpisodesConfig, check_unseen, overlap
+from tdmpc2.errors import TaskError
+from tdmpc2.evaluation.config import EpisodesConfig, check_unseen
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.evaluation.runs import Subject, write_csv
 from tdmpc2.files import write_json
@@ -37,7 +38,7 @@ WORLDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RulesConfig(Checked):
+class RulesConfig(Calibrated):
     """Which corrector the rules are compared on."""
 
     task: str
@@ -46,24 +47,14 @@ class RulesConfig(Checked):
     device: str = "cpu"
     architecture: str = "two_tower"
     execution_horizon: int = 24
-    calibration_seed: int = 10_000
-    calibration_episodes: int = 20
     out: str = "results/rules"
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
     evaluation: EpisodesConfig = field(default_factory=lambda: EpisodesConfig(seed=40_000, num_envs=20))
 
     def check_ranges(self) -> None:
-        at_least(1, self, "execution_horizon", "calibration_episodes")
-        at_least(0, self, "calibration_seed")
-        if overlap(self.calibration_seeds, self.evaluation.seeds):
-            raise ConfigError(
-                f"evaluation.seed={self.evaluation.seed}: evaluation seeds overlap the calibration seeds"
-            )
-
-    @property
-    def calibration_seeds(self) -> range:
-        return range(self.calibration_seed, self.calibration_seed + self.calibration_episodes)
+        super().check_ranges()
+        at_least(1, self, "execution_horizon")
 
 
 def rules(free: SpeculationConfig, steps: pd.DataFrame) -> dict[str, SpeculationConfig]:

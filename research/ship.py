@@ -23,7 +23,7 @@ EVIDENCE = ("summary.csv", "chosen.json", "provenance.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """Which agent takes the place of which teacher."""
+    """The agent, and the teacher that it replaces."""
 
     agent: str  # a folder that `tdmpc2 accelerate` finished
     teacher: str  # the folder of its teacher

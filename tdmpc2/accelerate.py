@@ -210,7 +210,7 @@ def how_to_watch(out: Path, task: str) -> str:
 
 
 def _expected_time(config: AccelerateConfig, teacher: Teacher, workers: Workers) -> str:
-    """How long the plans of a run take, in words. They take most of its time."""
+    """Compile what the run needs, and say how long its plans take. They take most of its time."""
     c, own, shape = config, config.evaluation, teacher.model.config
     with closing(teacher.env()) as env:
         obs, _ = env.reset(seed=0)
@@ -245,7 +245,7 @@ def _seconds_of_a_step(
     obs: np.ndarray,
     advance: Callable[[float], None],
 ) -> float:
-    """The least of three; the first one compiles what is not kept yet. Only the teacher plans in it."""
+    """The shortest of three steps; the first one may compile. With a corrector, the planner is not called."""
     agent = SpeculativeAgent(teacher.agent(), mode, corrector)
     nothing = torch.zeros(
         1, teacher.planner.horizon, teacher.model.config.action_dim, device=agent.teacher.device

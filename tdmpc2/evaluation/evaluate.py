@@ -86,11 +86,11 @@ def evaluate(
     # What does not depend on the choice runs at once, which keeps all processes busy.
     held_out = runs_of(subject, modes, config.seeds, config.num_envs, out / "modes", config.label_episodes)
     at_once: dict[str, Run] = {}
-    own = {BASELINE: modes[BASELINE]}
     for name, world in {"modes": subject, "pushed": pushed}.items():
         if world is not None:
-            runs = runs_of(world, own, config.calibration_seeds, config.num_envs, calibration / name)
-            at_once[f"{BASELINE} in calibration/{name}"] = runs[BASELINE]
+            folder = calibration / name / BASELINE
+            own = Run(world, modes[BASELINE], config.calibration_seeds, config.num_envs, folder)
+            at_once[f"{BASELINE} in calibration/{name}"] = own
     execute({**at_once, **held_out}, "all modes", workers)  # the longest first
     choice = choose(subject, pushed, modes, latency, config, calibration, workers)
     about = {"mode": choice.mode, "why": choice.why, "speculation": asdict(modes[choice.mode])}
