@@ -115,11 +115,13 @@ class RelativeMismatch(Monitor):
     """Mismatch in units of how far the real latent has just moved."""
 
     before: Tensor | None = None
+    latest: Tensor | None = None
 
     def measure(self, now: PlanState, step: PlanStep) -> Tensor:
-        mismatch, before = super().measure(now, step), self.before
-        self.before = now.z
-        return mismatch if before is None else mismatch / ((now.z - before).norm(dim=-1) + 1e-3)
+        if self.latest is None or not torch.equal(now.z, self.latest):  # an agent may ask twice in a step
+            self.before, self.latest = self.latest, now.z
+        mismatch = super().measure(now, step)
+        return mismatch if self.before is None else mismatch / ((now.z - self.before).norm(dim=-1) + 1e-3)
 
 
 class ActionGap(Monitor):

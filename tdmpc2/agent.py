@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from .config import EAGER, ComputeConfig, PlannerConfig, SpeculationConfig
+from .control import Arrival, Control, ControlStep
 from .corrector import BaseCorrector
 from .errors import ConfigError, ObservationError
-from .inference import AheadOfTime, Compiled, forks_have_one_thread
+from .inference import AheadOfTime, Compiled, forks_have_one_thread, threads
 from .inputs import Array, like, read_mask, read_observation
 from .monitor import Monitor
 from .planner import NoiseSource, Plan, Planner, warm_start
-from .step import PlanState, PlanStep, Step
+from .step import PlanState, PlanStep
 from .world_model.model import WorldModel
 
 
@@ -51,6 +52,10 @@ class StepInfo(NamedTuple):
     k: Tensor  # [B] long, step in plan; for a fallback, the step that was not executed
     mismatch: Tensor  # [B], NaN where a replan was due
     correction: Tensor  # [B], norm of executed minus planned action
+    asked: Tensor  # [B] bool, a plan was asked for
+    arrived: Tensor  # [B] bool, a plan came to its first step, or is late
+    taken: Tensor  # [B] bool, it was taken
+    age: Tensor  # [B] long, steps since it was asked for
 
     @property
     def kinds(self) -> list[Kind]:
@@ -76,7 +81,7 @@ class TDMPC2:
         num_envs: rows of the batch.
         seed: of the planner's noise.
         task: index of the task, for a multi-task model.
-        compute: precision and compilation of planning; encoding is always float32 and not compiled.
+        compute: precision and compilation of planning; encoding is always float32 and not compiled here.
     """
 
     def __init__(
@@ -121,8 +126,8 @@ class TDMPC2:
         if not self._has_acted:
             return None
         nothing = torch.zeros(self.num_envs, dtype=torch.float32, device=self.device)
-        kind, none = nothing.long(), torch.full_like(nothing, torch.nan)
-        return StepInfo(kind=kind, k=kind, mismatch=none, correction=nothing)
+        kind, none, yes = nothing.long(), torch.full_like(nothing, torch.nan), nothing == 0
+        return StepInfo(kind, kind, none, nothing, asked=yes, arrived=yes, taken=yes, age=kind)
 
     @torch.inference_mode(False)
     def reset(self, mask: object = None) -> None:
@@ -158,12 +163,14 @@ class TDMPC2:
     @torch.no_grad()
     def encode(self, obs: object) -> Tensor:
         """Latents `[B, L]` of observations `[B, *obs_shape]` or `[*obs_shape]`, checked as in `act`."""
-        x = read_observation(obs, self.model.config, self.num_envs, self.device)
+        x = self.read(obs)
         z = self.model.encode(x, self.task)
-        if not z.isfinite().all():
-            fault = "is too large" if x.isfinite().all() else "holds NaN or infinity"
-            raise ObservationError(f"observation {fault}: check the environment")
+        check_latent(z, x)
         return z
+
+    def read(self, obs: object) -> Tensor:
+        """Observations `[B, *obs_shape]` as the encoder takes them; checked, but for NaN."""
+        return read_observation(obs, self.model.config, self.num_envs, self.device)
 
     @torch.no_grad()
     def plan(
@@ -222,22 +229,27 @@ class SpeculativeAgent:
             self.monitor = (monitor or Monitor(config.threshold)).to(device)
             self.step = PlanStep(model, corrector, config, self.plan_length, planner.config, planner.discount)
             z = torch.zeros(n, model.config.latent_dim, dtype=torch.float32, device=device)
+            plan = z.new_zeros(n, horizon, model.config.action_dim)
             self._now = PlanState(
                 z=z,
                 z_pred=z,
-                plan=z.new_zeros(n, horizon, model.config.action_dim),
+                plan=plan,
                 k=torch.full((n,), config.execution_horizon, device=device),
                 history=None if corrector is None else corrector.no_history(n),
                 task=teacher.task,
             )
-        self._run: Callable[..., Step] = self.step
+            self._nothing = Arrival(torch.zeros(n, dtype=torch.bool, device=device), plan)
+        control = ControlStep(self.step, self.monitor)
+        self._run: Callable[..., Control] = control
         if planner.compute.compile and corrector is not None and n == 1:
             # Without a corrector there is little to gain. In a larger batch, planning takes most of the time.
             if device.type == "cpu":
-                self._run = AheadOfTime(self.step, Step._make, what="the corrector")
+                self._run = AheadOfTime(control, Control._make, what="the control step")
             else:
-                self._run = Compiled(self.step, what="the corrector", device=device)
-        self._last: tuple[Tensor, Tensor, Tensor, Tensor, Step] | None = None  # for `info`
+                self._run = Compiled(control, what="the control step", device=device)
+        # More threads than one gain little for one row, and wait for each other on a busy machine.
+        self._threads = 1 if n == 1 and device.type == "cpu" else None
+        self._last: tuple[Tensor, Tensor, Tensor, Control] | None = None  # for `info`
 
     def __repr__(self) -> str:
         return f"SpeculativeAgent({self.config.in_words()}; {self.teacher})"
@@ -275,46 +287,63 @@ class SpeculativeAgent:
         Raises:
             ObservationError: as in `TDMPC2.act`.
         """
-        now = self._now._replace(z=self.teacher.encode(obs))
+        x, now, arrival = self.teacher.read(obs), self._now, self._nothing
         due = now.k >= self.config.execution_horizon
-        measured, given_up = self.monitor(now, self.step)
-        replan = due | given_up
-        k = now.k
-        if replan.any():
-            now = self._replanned(now, replan, plan, eval_mode)
-        step = self._run(now, replan)
-        self._now = now._replace(z_pred=step.z_pred, k=now.k + 1, history=step.history)
-        self._last = (due, replan, k, measured, step)
-        return like(step.action, obs, self.teacher.model.config)  # type: ignore[return-value]
+        if due.any():
+            z = self.teacher.encode(obs) if self.plan_length else now.z
+            arrival = self._with_plans(arrival, due, z, plan, eval_mode)
+        done = first = self._control(x, now, arrival)
+        if first.given_up.any():
+            arrival = self._with_plans(arrival, first.given_up, first.z, plan, eval_mode)
+            done = self._control(x, now, arrival)
+        self._now = done.then(now)
+        self._last = (due, now.k, first.measured, done)
+        return like(done.action, obs, self.teacher.model.config)  # type: ignore[return-value]
 
     @property
     def info(self) -> StepInfo | None:
         """What happened in the last `act`; None before the first `act`."""
         if self._last is None:
             return None
-        due, replan, k, measured, step = self._last
+        due, k, measured, done = self._last
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
         # An agent without plans cannot fall back: it makes none.
         first, again = (Kind.PLANNED, Kind.FALLBACK) if self.plan_length else (Kind.PRIOR, Kind.PRIOR)
+        planned = done.taken & (self.plan_length > 0)
         return StepInfo(
-            kind=torch.where(due, first, torch.where(replan, again, later)),
+            kind=torch.where(due, first, torch.where(done.taken, again, later)),
             k=torch.where(due, 0, k),
             mismatch=measured.masked_fill(due, torch.nan),
-            correction=(step.action - step.planned).norm(dim=-1),
+            correction=(done.action - done.planned).norm(dim=-1),
+            asked=planned,
+            arrived=planned,
+            taken=planned,
+            age=torch.zeros_like(k),
         )
 
-    def _replanned(self, now: PlanState, replan: Tensor, plan: Plan | None, eval_mode: bool) -> PlanState:
-        """`now` with the rows `replan` `[B]` bool at step 0 of a new plan."""
-        if self.plan_length:
-            rows = replan.nonzero().squeeze(1)
-            if plan is None:
-                plan = self.teacher.plan(now.z[rows], rows, now.k[rows], eval_mode=eval_mode)
-            else:
-                plan = Plan(*(x[rows] for x in plan))
-            drawn = (now.k[rows] <= 1) | (not eval_mode)
-            now.plan[rows] = self.followed(plan, drawn)
-        z_pred = torch.where(replan[:, None], now.z, now.z_pred)
-        return now._replace(z_pred=z_pred, k=now.k.masked_fill(replan, 0))
+    def _control(self, x: Tensor, now: PlanState, arrival: Arrival) -> Control:
+        """One control step for observations `x`, checked."""
+        with threads(self._threads):
+            done = self._run(x, now, arrival)
+        check_latent(done.z, x)
+        return done
+
+    def _with_plans(
+        self, arrival: Arrival, rows: Tensor, z: Tensor, plan: Plan | None, eval_mode: bool
+    ) -> Arrival:
+        """`arrival`, and new plans for `rows` `[B]` bool from their latents in `z` `[B, L]`."""
+        here = arrival.here | rows
+        if not self.plan_length:
+            return arrival._replace(here=here)
+        index = rows.nonzero().squeeze(1)
+        k = self._now.k[index]
+        if plan is None:
+            made = self.teacher.plan(z[index], index, k, eval_mode=eval_mode)
+        else:
+            made = Plan(*(x[index] for x in plan))
+        drawn = (k <= 1) | (not eval_mode)
+        plans = arrival.plan.index_copy(0, index, self.followed(made, drawn))
+        return arrival._replace(here=here, plan=plans)
 
     def followed(self, plan: Plan, drawn: Tensor) -> Tensor:
         """The actions `[R, H, A]` to execute of new plans: the mean plans.
@@ -324,3 +353,10 @@ class SpeculativeAgent:
         """
         first = torch.where(drawn[:, None], plan.actions[:, 0], plan.mean[:, 0])
         return torch.cat([first[:, None], plan.mean[:, 1:]], 1)
+
+
+def check_latent(z: Tensor, x: Tensor) -> None:
+    """Raise ObservationError if latents `z` of observations `x` are not finite."""
+    if not z.isfinite().all():
+        fault = "is too large" if x.isfinite().all() else "holds NaN or infinity"
+        raise ObservationError(f"observation {fault}: check the environment")

@@ -32,6 +32,8 @@ class Monitor(nn.Module):
     def __init__(self, threshold: tuple[float, ...] | None = None):
         super().__init__()
         numbers = torch.tensor(threshold or (math.inf,), dtype=torch.float32, device="cpu")
+        # At least 64, so that a compiled library serves every number of thresholds.
+        numbers = torch.cat([numbers, numbers[-1:].expand(max(64 - len(numbers), 0))])
         self.register_buffer("thresholds", numbers, persistent=False)
 
     def forward(self, now: PlanState, step: PlanStep) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .config import PlannerConfig, SpeculationConfig
 from .corrector import BaseCorrector, History
@@ -20,6 +21,10 @@ class PlanState(NamedTuple):
     k: Tensor  # [B] long, step in plan
     history: History | None  # earlier steps; None without a corrector
     task: Tensor | None  # [B] long, task indices; None for a single-task model
+
+    def rows(self, index: Tensor) -> "PlanState":
+        """The state of the rows `index` `[R]`."""
+        return tree_map(lambda x: None if x is None else x[index], self)  # type: ignore[no-any-return]
 
 
 class Step(NamedTuple):

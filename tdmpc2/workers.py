@@ -23,6 +23,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from .envs import import_module
 from .errors import ConfigError
+from .inference import threads
 from .progress import SILENT, Progress, Stage
 
 Result = TypeVar("Result")
@@ -87,20 +88,9 @@ def _in_turn(
     number: int, function: Callable[..., Result], units: Mapping[str, tuple], task: str, stage: Stage
 ) -> Iterator[tuple[str, Result]]:
     for name, arguments in units.items():
-        with one_thread():
+        with threads(1):
             result = function(*arguments, stage.advance)
         yield name, result
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Meanwhile PyTorch computes with one thread in this process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _in_processes(

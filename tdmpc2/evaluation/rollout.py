@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 
 from ..agent import TDMPC2, Kind, SpeculativeAgent
-from .metrics import PLANS
 
 # A label costs a plan: of so many steps, the first so many are labelled.
 LABEL_EVERY, LABEL_RUN = 50, 12
@@ -84,6 +83,7 @@ def _rollout(
     before = np.full((n, *envs[0].action_space.shape), np.nan)  # type: ignore[misc]  # actions of the last step
     steps: list[tuple] = []
     terminated_seeds: set[int] = set()
+    calls = dict.fromkeys(seeds, 0)  # of the planner
     while running.any():
         action = agent.act(obs)
         info = agent.info
@@ -99,7 +99,8 @@ def _rollout(
         clock += 1
         change = np.linalg.norm(action - before, axis=-1)
         before[:] = action
-        kind, k, mismatch, delta = (x.tolist() for x in info)
+        kind, k, mismatch, delta = (x.tolist() for x in info[:4])
+        asked = info.asked.tolist()
         ended = np.zeros(n, dtype=bool)
         for i in np.flatnonzero(running):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action[i])
@@ -109,6 +110,7 @@ def _rollout(
             happened = (name, k[i], mismatch[i], delta[i], change[i], float(reward), distance[i])
             steps.append((row_seed[i], t[i], *happened))
             t[i] += 1
+            calls[row_seed[i]] += asked[i]
             if terminated:
                 terminated_seeds.add(row_seed[i])
             if terminated or truncated:
@@ -129,21 +131,21 @@ def _rollout(
     order = {seed: i for i, seed in enumerate(seeds)}
     table = table.sort_values(by=["seed", "t"], key=lambda c: c.map(order) if c.name == "seed" else c)
     table = table.reset_index(drop=True)
-    return Rollout(_episodes(table, seeds, terminated_seeds), table)
+    return Rollout(_episodes(table, terminated_seeds, calls), table)
 
 
-def _episodes(steps: pd.DataFrame, seeds: Sequence[int], terminated: set[int]) -> pd.DataFrame:
+def _episodes(steps: pd.DataFrame, terminated: set[int], calls: dict[int, int]) -> pd.DataFrame:
     kind, by_seed = steps["kind"], steps.groupby("seed")
     table = pd.DataFrame(
         {
             "return": by_seed["reward"].sum(),
             "length": by_seed.size(),
             "terminated": by_seed.size().index.isin(terminated),
-            "planner_calls": kind.isin(PLANS).groupby(steps["seed"]).sum(),
+            "planner_calls": pd.Series(calls),
             "fallbacks": (kind == "fallback").groupby(steps["seed"]).sum(),
         }
     )
-    return table.loc[list(seeds)].reset_index()
+    return table.loc[list(calls)].rename_axis("seed").reset_index()
 
 
 def random_returns(env_of: Callable[[], gym.Env], seeds: Sequence[int]) -> np.ndarray:

