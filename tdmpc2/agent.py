@@ -228,21 +228,13 @@ class SpeculativeAgent:
         with torch.inference_mode(False):  # as in `TDMPC2`
             self.monitor = (monitor or Monitor(config.threshold)).to(device)
             self.step = PlanStep(model, corrector, config, self.plan_length, planner.config, planner.discount)
-            z = torch.zeros(n, model.config.latent_dim, dtype=torch.float32, device=device)
-            plan = z.new_zeros(n, horizon, model.config.action_dim)
-            self._now = PlanState(
-                z=z,
-                z_pred=z,
-                plan=plan,
-                k=torch.full((n,), config.execution_horizon, device=device),
-                history=None if corrector is None else corrector.no_history(n),
-                task=teacher.task,
-            )
-            self._nothing = Arrival(torch.zeros(n, dtype=torch.bool, device=device), plan)
+            self._now = self.start()
+            self._nothing = Arrival(torch.zeros(n, dtype=torch.bool, device=device), self._now.plan)
         control = ControlStep(self.step, self.monitor)
         self._run: Callable[..., Control] = control
-        if planner.compute.compile and corrector is not None and n == 1:
-            # Without a corrector there is little to gain. In a larger batch, planning takes most of the time.
+        # Without a corrector there is little to gain. In a larger batch, planning takes most of the time.
+        self.is_compiled = planner.compute.compile and corrector is not None and n == 1
+        if self.is_compiled:
             if device.type == "cpu":
                 self._run = AheadOfTime(control, Control._make, what="the control step")
             else:
@@ -257,6 +249,19 @@ class SpeculativeAgent:
     @property
     def num_envs(self) -> int:
         return self.teacher.num_envs
+
+    def start(self) -> PlanState:
+        """The state before the first observation: a plan is due in all rows."""
+        model, n, device = self.teacher.model, self.num_envs, self.teacher.device
+        z = torch.zeros(n, model.config.latent_dim, dtype=torch.float32, device=device)
+        return PlanState(
+            z=z,
+            z_pred=z,
+            plan=z.new_zeros(n, self.teacher.planner.config.horizon, model.config.action_dim),
+            k=torch.full((n,), self.config.execution_horizon, device=device),
+            history=None if self.corrector is None else self.corrector.no_history(n),
+            task=self.teacher.task,
+        )
 
     @torch.inference_mode(False)
     def reset(self, mask: object = None) -> None:

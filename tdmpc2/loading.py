@@ -9,12 +9,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
 from .agent import TDMPC2, SpeculativeAgent
+from .background import in_background
 from .config import (
     COMPILED,
     TEACHER,
@@ -26,7 +28,7 @@ from .config import (
     published_budget,
 )
 from .corrector import ARCHITECTURES, BaseCorrector, load_corrector
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .world_model.checkpoint import (
     fingerprint,
     load_world_model,
@@ -113,6 +115,7 @@ def load_agent(
     seed: int = 0,
     task: int | str | None = None,
     compute: ComputeConfig | None = None,
+    background: bool = False,
     **unsaid: Unpack[Unsaid],
 ) -> TDMPC2 | SpeculativeAgent:
     """The agent of a checkpoint: speculative if the folder names a mode, else the teacher.
@@ -131,6 +134,8 @@ def load_agent(
         task: of a multi-task model: the name of a published task, or an index; None: the folder's own.
         compute: precision of planning, and whether to compile; None: compiled, in the precision of the
             folder's evaluation, or float32.
+        background: plan in another process, so that no action waits for a plan but an episode's first; see
+            `BackgroundAgent`.
         unsaid: `vmin`, `vmax` and `simnorm_dim` of an original file, see `load_world_model`.
 
     Raises:
@@ -139,7 +144,8 @@ def load_agent(
         ConfigError: a setting is invalid.
     """
     checkpoint = open_checkpoint(path, device, **unsaid)
-    teacher = TDMPC2(
+    make_teacher = partial(
+        TDMPC2,
         checkpoint.model,
         checkpoint.planner,
         discount=checkpoint.discount,
@@ -148,6 +154,13 @@ def load_agent(
         task=checkpoint.task_index(task),
         compute=compute or checkpoint.compute,
     )
-    if "speculation" not in checkpoint.saved:
-        return teacher
-    return SpeculativeAgent(teacher, *read_mode(path, checkpoint.model))
+    mode, corrector = read_mode(path, checkpoint.model)
+    if not background:
+        teacher = make_teacher()
+        return teacher if mode is TEACHER else SpeculativeAgent(teacher, mode, corrector)
+    if mode is TEACHER:
+        raise ConfigError(
+            f"background=True: {path} is a teacher, which needs a plan at every step: "
+            "make an agent of it with tdmpc2 accelerate"
+        )
+    return in_background(make_teacher, mode, corrector)

@@ -24,7 +24,7 @@ from ..inputs import Array, like, read_mask
 from ..monitor import Monitor
 from ..planner import Plan
 from ..step import PlanState
-from .plans import Answer, Request, plan_ahead
+from .plans import Answer, LaterPlanner, Request
 
 REMEMBERED = 8  # plans whose longest time sets the lead
 
@@ -49,18 +49,18 @@ class Simulated:
     """Plans at once. An agent with a fixed `delay` takes the plan that many steps later.
 
     Args:
-        planning: plans; another agent than the one that acts.
+        agent: plans; another one than that which acts.
     """
 
-    def __init__(self, planning: SpeculativeAgent):
-        self.planning = planning
+    def __init__(self, agent: SpeculativeAgent):
+        self._plan = LaterPlanner(agent)
         self._made: list[Answer] = []
 
     def is_free(self) -> bool:
         return True
 
     def ask(self, request: Request) -> None:
-        self._made.append(plan_ahead(self.planning, request))
+        self._made.append(self._plan(request))
 
     def answers(self, *, wait: bool = False) -> list[Answer]:
         made, self._made = self._made, []
@@ -152,6 +152,8 @@ class BackgroundAgent(SpeculativeAgent):
     def prepare(self, obs: Array) -> None:
         """Plan for the first step of episodes, and wait for it, so that the first `act` need not.
 
+        Also compile what is not compiled yet.
+
         Args:
             obs: as in `act`; the robot should not move until then.
 
@@ -162,6 +164,7 @@ class BackgroundAgent(SpeculativeAgent):
         rows = [i for i, row in enumerate(self._rows) if row.t == 0 and row.ready is None]
         if not rows:
             return
+        self._control(self.teacher.read(obs), self._now, self._nothing)
         self._take(self.source.answers(wait=True))
         if self.source.is_free():
             now = self._now._replace(z=z)

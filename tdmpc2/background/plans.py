@@ -1,12 +1,14 @@
 """A plan for later: predict where the agent will be, and plan from there."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..agent import SpeculativeAgent
-from ..step import PlanState
+from ..inference import AheadOfTime
+from ..step import PlanState, Step
 
 
 class Request(NamedTuple):
@@ -29,29 +31,42 @@ class Answer(NamedTuple):
     latents: Tensor  # [R, H, L], predicted before each of their actions
 
 
-@torch.no_grad()
-def plan_ahead(agent: SpeculativeAgent, request: Request) -> Answer:
-    """Plan from the latents predicted for `request.lead` steps later.
+class LaterPlanner:
+    """Plans from the latents predicted for some steps later.
 
     Until then the agent will execute steps of its plan, correct and refine them. So this does the same with
     the predicted latents.
 
     Args:
-        agent: plans; its own state is used only for warm starts.
-        request: see `Request`.
+        agent: plans, for a copy of itself that acts. Its own state is used only for warm starts.
     """
-    model, now = agent.teacher.model, request.now
-    z = now.z
-    nobody = torch.zeros_like(now.k, dtype=torch.bool)
-    action = request.action
-    for j in range(request.lead):
-        if j:
-            step = agent.step(now._replace(z=z), nobody)
-            now = now._replace(z_pred=step.z_pred, k=now.k + 1, history=step.history)
-            action = step.action
-        z = model.next(z, action, now.task)
-    mean = agent.teacher.plan(z, request.rows, request.executed).mean
-    latents = [z]
-    for planned in mean[:, :-1].unbind(1):
-        latents.append(model.next(latents[-1], planned, now.task))
-    return Answer(request.number, request.rows, mean, torch.stack(latents, 1))
+
+    def __init__(self, agent: SpeculativeAgent):
+        self.agent = agent
+        self._run: Callable[..., Step] = agent.step
+        if agent.is_compiled:
+            self._run = AheadOfTime(agent.step, Step._make, what="the step of a plan")
+
+    @torch.no_grad()
+    def __call__(self, request: Request) -> Answer:
+        """The plans that are asked for."""
+        model, now, action, z = self.agent.teacher.model, request.now, request.action, request.now.z
+        nobody = torch.zeros_like(now.k, dtype=torch.bool)
+        for j in range(request.lead):
+            if j:
+                step = self._run(now._replace(z=z), nobody)
+                now = now._replace(z_pred=step.z_pred, k=now.k + 1, history=step.history)
+                action = step.action
+            z = model.next(z, action, now.task)
+        mean = self.agent.teacher.plan(z, request.rows, request.executed).mean
+        latents = [z]
+        for planned in mean[:, :-1].unbind(1):
+            latents.append(model.next(latents[-1], planned, now.task))
+        return Answer(request.number, request.rows, mean, torch.stack(latents, 1))
+
+    def warm_up(self) -> None:
+        """Plan once, two steps ahead, to compile what is not compiled yet."""
+        now, n = self.agent.start(), self.agent.num_envs
+        rows = torch.arange(n, device=now.z.device)
+        self(Request(0, rows, 2, torch.zeros_like(now.plan[:, 0]), now, rows))
+        self.agent.reset()

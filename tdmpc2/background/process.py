@@ -1,0 +1,172 @@
+"""Planning in a process of its own.
+
+A thread would share Python's interpreter lock and PyTorch's compute threads with the agent that acts. A process
+shares neither. It ends with the process that started it, also if that is killed.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+import joblib
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..agent import SpeculativeAgent
+from ..inference.compiled import say
+from .plans import Answer, LaterPlanner, Request
+
+PATIENCE = 10.0  # seconds without an answer, at least, after which a process counts as stuck
+SLOWER = 20.0  # times the first plan's time, likewise
+POLL = 0.05  # seconds between two looks while waiting
+STARTS = 3  # processes in a row that may end before their first plan
+
+
+class PlannerProcess:
+    """Plans in another process.
+
+    A process that dies or is stuck is replaced, and its request is lost; one line on stderr says so.
+
+    Args:
+        make: makes the agent that plans; called in the other process.
+    """
+
+    def __init__(self, make: Callable[[], SpeculativeAgent]):
+        # A file without a name: nobody else can read or change what the process executes.
+        self._work = tempfile.TemporaryFile(prefix="tdmpc2-planner-")
+        self._work.write(cloudpickle.dumps(make))
+        self._work.flush()
+        self._failed = 0  # starts in a row
+        self._start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process that plans."""
+        return self._process.pid
+
+    def is_free(self) -> bool:
+        return self._is_ready and not self._is_busy
+
+    def ask(self, request: Request) -> None:
+        self._is_busy, self._since = True, time.monotonic()
+        try:
+            self._connection.send(tree_map(_to_numpy, request))
+        except OSError:
+            self._replace()
+
+    def answers(self, *, wait: bool = False) -> list[Answer]:
+        if self._owner != os.getpid():  # in a fork, that has no process of its own yet
+            self._start()
+        made: list[Answer] = []
+        while True:
+            try:
+                while self._connection.poll(POLL if wait and not self.is_free() else 0):
+                    self._read(self._connection.recv(), made)
+            except (EOFError, OSError):
+                self._replace()
+            if self._is_ready and self._is_busy and time.monotonic() - self._since > self._patience:
+                self._replace()
+            if not wait or self.is_free() or self._failed == STARTS:
+                return made
+
+    def close(self) -> None:
+        self._end()
+
+    def _read(self, message: Any, made: list[Answer]) -> None:
+        if isinstance(message, Answer):
+            made.append(tree_map(_to_torch, message))
+            self._is_busy = False
+        else:  # seconds that the first plan took
+            self._is_ready, self._failed = True, 0
+            self._patience = max(PATIENCE, SLOWER * message)
+
+    def _start(self) -> None:
+        self._owner, self._is_ready, self._is_busy, self._since = os.getpid(), False, False, 0.0
+        self._connection, other = multiprocessing.Pipe()
+        passed = other.fileno(), self._work.fileno()
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve{(*passed, self._owner)}"],
+                pass_fds=passed,
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+                    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait do not spin
+                },
+            )
+        self._end = weakref.finalize(self, _end, self._owner, self._connection, self._process)
+
+    def _replace(self) -> None:
+        """Start another process in place of one that is dead or stuck."""
+        code = self._process.poll()
+        how = "does not answer" if code is None else f"has ended ({_in_words(code)})"
+        self._failed = 0 if self._is_ready else self._failed + 1
+        self._end()
+        self._is_ready = self._is_busy = False
+        if self._failed == STARTS:
+            say(f"the planner's process {how} at each start: no plan is made any more")
+        else:
+            say(f"the planner's process {how}: another one starts, until then no plan is made")
+            self._start()
+
+
+def serve(connection: int, work: int, parent: int) -> None:
+    """Plan as long as the process `parent` is there.
+
+    Args:
+        connection: file descriptor of the connection to it.
+        work: file descriptor of what `PlannerProcess` wrote.
+        parent: its process id.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    torch.set_num_threads(max(joblib.cpu_count() - 1, 1))  # one core is for acting
+    with os.fdopen(work, "rb") as file:
+        file.seek(0)
+        planner = LaterPlanner(pickle.load(file)())
+    planner.warm_up()
+    start = time.monotonic()
+    planner.warm_up()
+    with Connection(connection) as other:
+        try:
+            other.send(time.monotonic() - start)
+            while True:
+                while not other.poll(1.0):
+                    if os.getppid() != parent:  # a fork of it may still hold the connection
+                        return
+                request = tree_map(_to_torch, other.recv())
+                other.send(tree_map(_to_numpy, planner(request)))
+        except (EOFError, OSError):
+            return
+
+
+def _end(owner: int, connection: Connection, process: "subprocess.Popen[bytes]") -> None:
+    """End a process that plans, if this process started it."""
+    connection.close()
+    if os.getpid() == owner:
+        process.kill()
+        process.wait()
+
+
+def _in_words(code: int) -> str:
+    return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def _to_numpy(x: Any) -> Any:
+    return x.numpy() if isinstance(x, Tensor) else x
+
+
+def _to_torch(x: Any) -> Any:
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
