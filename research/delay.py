@@ -2,9 +2,9 @@
 
     python research/delay.py task=walker-walk agent=accelerated/walker-walk
 
-A plan that is asked for at step t comes at step t + d, in every mode. So nothing here depends on the speed of
-a machine. All modes run the same episodes. Writes `results/delay/TASK.csv`, a row an episode, and `TASK.json`,
-where the numbers come from. A run that was stopped goes on.
+A plan that is asked for at step t comes at step t + d, in every mode. So nothing here depends on the speed
+of a machine. All modes run the same episodes. Writes `results/delay/TASK.csv`, a row an episode, and
+`TASK.json`, where the numbers come from. A run that was stopped goes on.
 
 teacher, holds    TD-MPC2 plans one plan after another, and holds its last action until the next plan is there
 teacher, goes on  the same; until then it executes the actions of the last plan that were meant for now
@@ -74,7 +74,8 @@ class LateTeacher:
     Args:
         teacher: plans.
         delay: at least 1.
-        holds: hold the last action; otherwise go on with the last plan, and hold its last action past its end.
+        holds: hold the last action; otherwise go on with the last plan, and hold its last action past its
+            end.
     """
 
     def __init__(self, teacher: TDMPC2, delay: int, *, holds: bool):

@@ -186,7 +186,7 @@ def test_what_new_tensors_are_by_default_does_not_matter(
         agent = tdmpc2.load_agent(path, compute=EAGER)
         actions = acted(agent, obs)
         agent.reset([True])
-        assert all(x.dtype in (torch.float32, torch.long) for x in agent.info)
+        assert all(x.dtype in (torch.float32, torch.long, torch.bool) for x in agent.info)
     assert actions.dtype == np.float32
     np.testing.assert_array_equal(actions, expected)
 
@@ -407,13 +407,16 @@ def test_both_agents_have_one_interface() -> None:
     info = AGENTS["teacher"]
     teacher = info()
     teacher.act(OBS)
-    assert repr(teacher.info) == "kind=PLANNED, k=0, mismatch=nan, correction=0"
+    news = "asked=1, arrived=1, taken=1, age=0"
+    assert repr(teacher.info) == f"kind=PLANNED, k=0, mismatch=nan, correction=0, {news}"
 
 
 def test_info_reads_in_words() -> None:
     one = torch.ones(1)
-    info = StepInfo(one.long(), 2 * one.long(), one / 3, one / 7)
-    assert str(info) == "kind=CORRECTED, k=2, mismatch=0.3333, correction=0.1429"
+    yes = one > 0
+    info = StepInfo(one.long(), 2 * one.long(), one / 3, one / 7, yes, yes, ~yes, 4 * one.long())
+    news = "asked=1, arrived=1, taken=0, age=4"
+    assert str(info) == f"kind=CORRECTED, k=2, mismatch=0.3333, correction=0.1429, {news}"
     assert info.kinds == [Kind.CORRECTED]
     rows = StepInfo(*(torch.cat([x, torch.zeros_like(x)]) for x in info))
     assert "kind=[CORRECTED, PLANNED], k=[2, 0], mismatch=[0.3333, 0]" in repr(rows)

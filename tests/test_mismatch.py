@@ -59,7 +59,8 @@ def test_another_rule_is_a_monitor_that_measures_something_else() -> None:
 
     class Third(Monitor):
         def measure(self, now: PlanState, step: PlanStep) -> torch.Tensor:
-            seen.append(now)
+            if not seen or not torch.equal(seen[-1].z, now.z):  # asked again after a fallback
+                seen.append(now)
             assert step.planned(now).shape == (2, 6)
             return (now.k == 2).float()
 

@@ -1,15 +1,15 @@
 """An agent that acts while its next plan is made.
 
 A plan is asked for `lead` steps before it is due, or when the monitor gives the present one up. It is made for
-the latent that the model predicts for its first step. Meanwhile the agent goes on with the plan that it has,
-corrected and refined; past that plan's end, the policy prior extends it. When the new plan's first step has
-come, the agent takes it if the monitor finds the predicted latent near enough to the real one. Otherwise it
-asks again.
+the latent that the model predicts for its first step. Meanwhile the agent goes on with the plan that it
+has, corrected and refined; past that plan's end, the policy prior extends it. When the new plan's first step
+has come, the agent takes it if the monitor finds the predicted latent near enough to the real one. Otherwise
+it asks again.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -91,7 +91,7 @@ class Row:
     forced: bool = False  # it was asked for because of a mismatch
     again: bool = False  # it was of no use
     ready: tuple[Tensor, Tensor] | None = None  # it waits for its start: plan [H, A], latents [H, L]
-    news: News = News()
+    news: News = field(default_factory=News)
 
 
 class BackgroundAgent(SpeculativeAgent):

@@ -1,7 +1,7 @@
 """Planning in a process of its own.
 
-A thread would share Python's interpreter lock and PyTorch's compute threads with the agent that acts. A process
-shares neither. It ends with the process that started it, also if that is killed.
+A thread would share Python's interpreter lock and PyTorch's compute threads with the agent that acts. A
+process shares neither. It ends with the process that started it, also if that is killed.
 """
 
 import multiprocessing
@@ -45,7 +45,7 @@ class PlannerProcess:
 
     def __init__(self, make: Callable[[], SpeculativeAgent]):
         # A file without a name: nobody else can read or change what the process executes.
-        self._work = tempfile.TemporaryFile(prefix="tdmpc2-planner-")
+        self._work = tempfile.TemporaryFile(prefix="tdmpc2-planner-")  # noqa: SIM115
         self._work.write(cloudpickle.dumps(make))
         self._work.flush()
         self._failed = 0  # starts in a row
