@@ -41,6 +41,7 @@ from tdmpc2.provenance import provenance
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.workers import Workers
 
+MAY_CHANGE = ("delays", "modes", "workers")  # between two runs, of which the second goes on
 HOLDS, GOES_ON = "teacher, holds", "teacher, goes on"
 
 
@@ -163,11 +164,10 @@ def main(config: DelayConfig) -> None:
     )
     out, parts = Path(config.out) / teacher.task, Path(config.out) / "parts" / teacher.task
     about = json.loads(json.dumps(asdict(config)))
-    if (parts / "config.json").exists() and read_json(parts / "config.json") != about:
-        raise ConfigError(
-            f"{parts} holds parts of a run with other settings: delete it or choose another out="
-        )
-    write_json(parts / "config.json", about)
+    same = {name: value for name, value in about.items() if name not in MAY_CHANGE}
+    if (parts / "config.json").exists() and read_json(parts / "config.json") != same:
+        raise ConfigError(f"{parts} holds parts of another run: delete it or choose another out=")
+    write_json(parts / "config.json", same)
     files = {key: parts / f"{key[0]}_{key[1]}.csv".replace(", ", "_") for key in arms(teacher, config)}
     missing = {
         f"{mode}, {delay} late": (config, mode, delay, path)

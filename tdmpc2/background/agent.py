@@ -38,6 +38,9 @@ class Source(Protocol):
     def ask(self, request: Request) -> None:
         """Begin to plan."""
 
+    def is_planning(self) -> bool:
+        """Whether a request is under way that has no answer yet."""
+
     def answers(self, *, wait: bool = False) -> list[Answer]:
         """Plans made since the last call; `wait`: until it is free."""
 
@@ -58,6 +61,9 @@ class Simulated:
 
     def is_free(self) -> bool:
         return True
+
+    def is_planning(self) -> bool:
+        return False
 
     def ask(self, request: Request) -> None:
         self._made.append(self._plan(request))

@@ -59,6 +59,12 @@ class PlannerProcess:
     def is_free(self) -> bool:
         return self._is_ready and not self._is_busy
 
+    def is_planning(self) -> bool:
+        try:
+            return self._is_busy and not self._connection.poll()
+        except OSError:
+            return False
+
     def ask(self, request: Request) -> None:
         self._is_busy, self._since = True, time.monotonic()
         try:

@@ -3,10 +3,17 @@
 An accelerated agent acts in its mode; a teacher replans at every step. The result names the mode. The
 planning budget is saved in the checkpoint, else the published one; settings such as `planner.num_samples=`
 change it. With `out=FOLDER` the result goes to `episodes.csv` and `evaluation.json` in this folder.
+
+With `realtime=true` the world does not wait for the agent. The result is the return against the control
+frequency on this machine: of the teacher, of the teacher with half and a quarter of its iterations, of plans
+executed for three steps as they are, and of the agent, which plans in the background. `out=FOLDER` then gets
+`realtime.csv`, `realtime.json` and the figure `realtime.svg`. Run nothing else meanwhile.
 """
 
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import SpeculativeAgent
+from ..background import in_background
 from ..checked import Checked, at_least
-from ..config import TEACHER, BudgetOverride, ModelOverride
+from ..config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
+from ..errors import ConfigError
 from ..evaluation.modes import BASELINE
+from ..evaluation.realtime import FREQUENCIES, draw, realtime
 from ..evaluation.rollout import rollout
 from ..files import atomic_write, in_use, write_json
 from ..loading import read_mode
@@ -36,6 +46,8 @@ class Settings(Checked):
     seed: int = 1000  # of the first episode; later episodes count up
     device: str = "cpu"
     threads: int | None = None  # PyTorch's; None: its default
+    realtime: bool = False  # the world does not wait for the agent; return against control frequency
+    frequencies: tuple[float, ...] = FREQUENCIES  # agent steps per second, for realtime=true
     out: str = ""  # folder for the result; "": write nothing
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     model: ModelOverride = field(default_factory=ModelOverride)
@@ -43,11 +55,13 @@ class Settings(Checked):
     def check_ranges(self) -> None:
         at_least(1, self, "episodes", "threads")
         at_least(0, self, "seed")
+        if not self.frequencies or min(self.frequencies) <= 0:
+            raise ConfigError(f"frequencies={list(self.frequencies)}: give numbers above 0, in Hz")
 
 
 def main(settings: Settings) -> None:
     with in_use(settings.out) if settings.out else nullcontext():
-        evaluate(settings)
+        (evaluate_in_real_time if settings.realtime else evaluate)(settings)
 
 
 def evaluate(settings: Settings) -> None:
@@ -93,3 +107,60 @@ def evaluate(settings: Settings) -> None:
             "provenance": provenance(),
         }
         write_json(Path(settings.out) / "evaluation.json", result_json)
+
+
+def evaluate_in_real_time(settings: Settings) -> None:
+    """Run the episodes at each control frequency, print mean returns, and write them to `settings.out`."""
+    s = settings
+    if s.threads is not None:
+        torch.set_num_threads(s.threads)
+    teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
+    mode, corrector = read_mode(s.checkpoint, teacher.model)
+    make_teacher = partial(teacher.agent, 1, s.seed)
+
+    def planning(mode: SpeculationConfig) -> SpeculativeAgent:
+        return SpeculativeAgent(make_teacher(), mode)
+
+    iterations = teacher.planner.iterations
+    agents: dict[str, Callable[[], SpeculativeAgent]] = {
+        "teacher": partial(planning, TEACHER),
+        "half of its iterations": partial(planning, replace(TEACHER, iterations=max(iterations // 2, 1))),
+        "a quarter": partial(planning, replace(TEACHER, iterations=max(iterations // 4, 1))),
+        "naive_3": partial(planning, SpeculationConfig(execution_horizon=3)),
+    }
+    if mode != TEACHER:
+        name = read_config(s.checkpoint).get("mode", "speculative")
+        agents[f"{name}, planning in the background"] = partial(in_background, make_teacher, mode, corrector)
+    seeds = range(s.seed, s.seed + s.episodes)
+    console = Console()
+    total = len(agents) * len(s.frequencies) * s.episodes
+    with Progress(console) as progress, progress.add("evaluating", total, unit="episodes") as stage:
+        episodes = realtime(agents, teacher.env, seeds, s.frequencies, stage.advance)
+    means = episodes.groupby(["agent", "hz"], sort=False)[["return", "late"]].mean()
+    table = Table(title=f"{teacher.task}: return at a control frequency (share of late steps)")
+    table.add_column("Hz", justify="right")
+    for name in agents:
+        table.add_column(name, justify="right")
+    for hz in s.frequencies:
+        cells = [means.loc[(name, hz)] for name in agents]
+        table.add_row(f"{hz:g}", *(f"{c['return']:.0f} ({c['late']:.0%})" for c in cells))
+    console.print(table)
+    console.print(f"planning budget: {teacher.planner.in_words()}")
+    if s.out:
+        out = Path(s.out)
+        with atomic_write(out / "realtime.csv") as tmp:
+            episodes.to_csv(tmp, index=False)
+        with closing(teacher.env()) as env:
+            own_hz = env.metadata.get("render_fps")
+        with atomic_write(out / "realtime.svg") as tmp:
+            draw(episodes, teacher.task, own_hz).savefig(tmp, format="svg")
+        about = {
+            "settings": asdict(s),
+            "planner": asdict(teacher.planner),
+            "mode": asdict(mode),
+            "teacher": teacher.fingerprint,
+            "own_hz": own_hz,
+            "threads": torch.get_num_threads(),
+            "provenance": provenance(),
+        }
+        write_json(out / "realtime.json", about)
