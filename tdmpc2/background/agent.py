@@ -1,7 +1,7 @@
 """An agent that acts while its next plan is made.
 
-A plan is asked for `lead` steps before it is due, or when the monitor gives the present one up. It is made for
-the latent that the model predicts for its first step. Meanwhile the agent goes on with the plan that it
+A plan is asked for `lead` steps before it is due, or when the monitor gives the present one up. It is made
+for the latent that the model predicts for its first step. Meanwhile the agent goes on with the plan that it
 has, corrected and refined; past that plan's end, the policy prior extends it. When the new plan's first step
 has come, the agent takes it if the monitor finds the predicted latent near enough to the real one. Otherwise
 it asks again.
