@@ -44,7 +44,7 @@ from tdmpc2.config import (
 from tdmpc2.corrector import BaseCorrector, build_corrector, save_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.files import write_json
-from tdmpc2.inference import dtype_of
+from tdmpc2.inference import dtype_of, resolved
 from tdmpc2.planner import NoiseSource, Planner
 from tdmpc2.provenance import provenance
 from tdmpc2.training.trainer import TrainConfig, Trainer, TrainPlannerConfig
@@ -158,7 +158,7 @@ def start_up_record(size: int, architecture: str, device: str) -> Record:
         size=size,
         batch=1,
         device=device,
-        dtype=COMPILED.precision,
+        dtype=resolved(COMPILED, torch.device("cpu")).precision,
         seconds=float(np.median(times[1:])),
     )
 

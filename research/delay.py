@@ -185,7 +185,7 @@ def main(config: DelayConfig) -> None:
             **provenance(),
             "teacher": teacher.fingerprint,
             "planner": asdict(teacher.planner),
-            "precision": teacher.compute.precision,
+            "precision": teacher.precision,
             "config": about,
         },
     )

@@ -73,7 +73,7 @@ def compare(config: PaperConfig, workers: Workers) -> None:
         **asdict(config),
         "teacher": teacher.fingerprint,
         "budget": asdict(teacher.planner),
-        "precision": teacher.compute.precision,
+        "precision": teacher.precision,
         "episodes of the data": sorted(data.seed.unique().tolist()),
     }
     claim(runs, settings, FREE_ON_RESUME)
@@ -120,7 +120,7 @@ def compare(config: PaperConfig, workers: Workers) -> None:
         "config": asdict(config),
         "teacher": teacher.fingerprint,
         "planner": asdict(teacher.planner),
-        "precision": teacher.compute.precision,
+        "precision": teacher.precision,
         "modes": {name: asdict(mode) for name, mode in modes.items()},
     }
     write_json(out / "provenance.json", about)

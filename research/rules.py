@@ -102,7 +102,7 @@ def main(config: RulesConfig) -> None:
             **provenance(),
             "teacher": teacher.fingerprint,
             "planner": asdict(teacher.planner),
-            "precision": teacher.compute.precision,
+            "precision": teacher.precision,
             "config": asdict(config),
             "rules": {rule: asdict(m) for rule, m in compared.items()},
         },

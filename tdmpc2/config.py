@@ -122,14 +122,15 @@ class PlannerConfig(Checked):
         )
 
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class ComputeConfig(Checked):
     """Precision and compilation of the planner."""
 
-    precision: str = "float32"  # of matrix products in planning, or "bfloat16"
+    # Of matrix products in planning. "auto": bfloat16 where the processor or GPU computes in it, else float32.
+    precision: str = "float32"
     compile: bool = False  # takes tens of seconds, once per machine
 
     def check_ranges(self) -> None:
@@ -138,9 +139,9 @@ class ComputeConfig(Checked):
 
 
 EAGER = ComputeConfig()
-# The default of scripts and `load_agent`, unless the checkpoint names a precision. bfloat16 is faster on
-# processors that support it and slower on others; float32 gives the same results to within rounding.
-COMPILED = ComputeConfig(compile=True)
+# The default of commands and `load_agent`, unless the checkpoint names a precision. Results in float32 are the
+# same on all machines, to within rounding.
+COMPILED = ComputeConfig("auto", compile=True)
 
 
 class Unsaid(TypedDict, total=False):
@@ -175,7 +176,7 @@ class BudgetOverride(Checked):
     iterations: int | None = None  # None: the checkpoint's
     num_elites: int | None = None  # None: the checkpoint's
     num_pi_trajs: int | None = None  # samples that follow the policy prior; None: the checkpoint's
-    precision: str | None = None  # bfloat16 (faster on some CPUs) or float32; None: the checkpoint's
+    precision: str | None = None  # auto (bfloat16 where it is fast), float32, bfloat16; None: checkpoint's
     compile: bool = COMPILED.compile  # takes tens of seconds, once per machine
 
     def check_ranges(self) -> None:

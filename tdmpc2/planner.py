@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from .config import EAGER, ComputeConfig, PlannerConfig
 from .errors import ConfigError
-from .inference import AheadOfTime, Compiled, FastModel, FollowedWeights, Origin, Weights, dtype_of, origin
+from .inference import (
+    AheadOfTime,
+    Compiled,
+    FastModel,
+    FollowedWeights,
+    Origin,
+    Weights,
+    dtype_of,
+    origin,
+    resolved,
+)
 from .world_model.model import WorldModel
 
 
@@ -161,7 +171,7 @@ class Planner:
         compute: ComputeConfig = EAGER,
     ):
         self.model, self.config, self.discount, self.noise = model, config, discount, noise
-        self.compute = compute
+        self.compute = compute = resolved(compute, next(model.parameters()).device)
         alike = replace(config, iterations=1)
         self.iteration, self._run, self._weights = shared(model, alike, discount, compute)
 

@@ -11,6 +11,7 @@ from .envs import PadForModel, make_env, max_episode_steps
 from .envs.guard import closed_on_error
 from .envs.perturb import Perturbed
 from .errors import CheckpointError, ConfigError, TaskError
+from .inference import resolved
 from .loading import open_checkpoint
 from .world_model import WorldModel, fingerprint
 
@@ -27,6 +28,11 @@ class Teacher:
     task_index: int | None  # in a multi-task model
     compute: ComputeConfig  # precision and compilation
     perturbation: tuple[str, float] | None = None  # kind and strength
+
+    @property
+    def precision(self) -> str:
+        """Of planning, on this device."""
+        return resolved(self.compute, next(self.model.parameters()).device).precision
 
     def agent(self, num_envs: int = 1, seed: int = 0) -> TDMPC2:
         """An agent that replans at every step."""

@@ -270,3 +270,15 @@ def test_a_processor_without_bfloat16_is_said_once(
     for _ in range(2):
         assert compiled.dtype_of(ComputeConfig("bfloat16"), cpu) == torch.bfloat16
     assert capsys.readouterr().err.count("has no instructions for bfloat16") == (not has)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_automatic_precision_is_bfloat16_where_the_processor_has_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdmpc2.inference.compiled.computes_in_bfloat16", lambda: has)
+    planner = Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("auto"))
+    assert planner.compute.precision == ("bfloat16" if has else "float32")
+    assert planner.iteration.fast.dtype == (torch.bfloat16 if has else torch.float32)
+    pinned = Planner(random_model("plain"), BUDGET, 0.99, NoiseSource(0), ComputeConfig("float32"))
+    assert pinned.compute.precision == "float32"

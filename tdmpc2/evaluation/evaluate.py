@@ -66,7 +66,7 @@ def evaluate(
         "teacher": subject.teacher.fingerprint,
         "correctors": {name: fingerprint(c) for name, c in subject.correctors.items()},
         "planner": asdict(subject.teacher.planner),
-        "precision": subject.teacher.compute.precision,
+        "precision": subject.teacher.precision,
         "evaluation": asdict(config),
     }
     claim(out, settings)

@@ -1,7 +1,7 @@
 """Fast inference: the world model arranged for planning, and compilation."""
 
 from .ahead import AheadOfTime
-from .compiled import Compiled, dtype_of
+from .compiled import Compiled, dtype_of, resolved
 from .fast_model import FastModel, Origin, origin
 from .threads import forks_have_one_thread, threads
 from .weights import FollowedWeights, Weights
@@ -16,5 +16,6 @@ __all__ = [
     "dtype_of",
     "forks_have_one_thread",
     "origin",
+    "resolved",
     "threads",
 ]

@@ -5,6 +5,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,8 +24,16 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 PATIENCE = 4.0  # seconds of compiling before a message
 
 
+def resolved(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
+    """`compute` with the precision that "auto" means on `device`."""
+    if compute.precision != "auto":
+        return compute
+    fast = computes_in_bfloat16() if device.type == "cpu" else torch.cuda.is_bf16_supported(False)
+    return replace(compute, precision="bfloat16" if fast else "float32")
+
+
 def dtype_of(compute: ComputeConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; warns once if the processor computes very slowly in it."""
+    """The dtype of matrix products in a resolved precision; warns once if the processor is very slow in it."""
     if compute.precision == "bfloat16" and device.type == "cpu" and not computes_in_bfloat16():
         _say_slow()
     return getattr(torch, compute.precision)
