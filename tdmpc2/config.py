@@ -129,7 +129,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 class ComputeConfig(Checked):
     """Precision and compilation of the planner."""
 
-    # Of matrix products in planning. "auto": bfloat16 where the processor or GPU computes in it, else float32.
+    # Of matrix products in planning. "auto": bfloat16 where the processor or GPU computes in it, or float32.
     precision: str = "float32"
     compile: bool = False  # takes tens of seconds, once per machine
 
@@ -139,8 +139,8 @@ class ComputeConfig(Checked):
 
 
 EAGER = ComputeConfig()
-# The default of commands and `load_agent`, unless the checkpoint names a precision. Results in float32 are the
-# same on all machines, to within rounding.
+# The default of commands and `load_agent`, unless the checkpoint names a precision. Results in float32 are
+# the same on all machines, to within rounding.
 COMPILED = ComputeConfig("auto", compile=True)
 
 
