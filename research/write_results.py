@@ -3,11 +3,10 @@
     python research/write_results.py
 
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
-large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote;
-`results/experiments` is of `research/experiments.py`, `results/paper` of `research/paper.py`,
-`results/rules` of `research/rules.py`, `results/bench.json` of `research/bench.py`,
-`results/precision` of `research/precision.py`, and `evaluation.json` in `pretrained/TASK/evaluation` of
-`tdmpc2 evaluate`.
+large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote.
+`results/experiments`, `paper`, `rules`, `bench.json`, `precision`, `delay`, `soak.json`, `soak-thread.json`
+are of the program of that name in `research/`, `results/realtime` of `tdmpc2 evaluate realtime=true`, and
+`evaluation.json` in `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
 
 A page takes a block of numbers by its marks, and any page can take any block:
 
@@ -36,8 +35,10 @@ import numpy as np
 import pandas as pd
 
 from tdmpc2.cli import run
+from tdmpc2.config import PlannerConfig
 from tdmpc2.corrector import ARCHITECTURES
 from tdmpc2.errors import DataError
+from tdmpc2.evaluation import realtime
 from tdmpc2.evaluation.aggregate import (
     ALL,
     CHOSEN,
@@ -107,12 +108,18 @@ def main(settings: Settings) -> None:
         "published_modes": "".join(map(published_modes, published)),
         "rules": "".join(map(rules, compared_rules)),
         "rooms": rooms(ROOT / "tdmpc2"),
+        "delay": "".join(map(late_plans, sorted(results.glob("delay/*.csv")))),
+        "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=len))),
+        "realtime": real_time(sorted(p.parent for p in results.glob("realtime/*/realtime.csv"))),
     }
     pages = [Path(settings.readme), *sorted(docs.glob("*.md"))]
     for page in pages:
         with atomic_write(page) as tmp:
             tmp.write_text(filled(page.read_text(), blocks, page))
     draw(found, docs / "front.svg")
+    clocks = sorted(results.glob("realtime/*/realtime.csv"))
+    if clocks:
+        draw_real_time(clocks, docs / "realtime.svg")
     print(f"{len(tasks)} tasks written to {len(pages)} pages", file=sys.stderr)
 
 
@@ -673,6 +680,91 @@ def rules(path: Path) -> str:
         lines.append(line(cells))
     lines += ["", f"{len(own)} episodes a cell. {made_by(about)}", "", ""]
     return "\n".join(lines)
+
+
+def late_plans(path: Path) -> str:
+    """One task's return where plans come late, in Markdown: a row a mode, a column a delay."""
+    episodes, about = pd.read_csv(path), read_json(path.with_suffix(".json"))
+    by = {key: own["return"].to_numpy() for key, own in episodes.groupby(["mode", "delay"], sort=False)}
+    delays = sorted(episodes["delay"].unique())
+    lines = [f"## {path.stem}", "", *header(["mode", *(f"d = {delay}" for delay in delays)])]
+    for mode in dict.fromkeys(mode for mode, _ in by if mode != BASELINE):
+        ratios = [
+            with_interval(*paired_ratio(by[mode, d], by[BASELINE, 0])) if (mode, d) in by else ""
+            for d in delays
+        ]
+        lines.append(line([mode, *ratios]))
+    n = len(by[BASELINE, 0])
+    lines += ["", f"{n} paired episodes; the teacher without delay returns {by[BASELINE, 0].mean():.1f}."]
+    return "\n".join([*lines, made_by(about), "", ""])
+
+
+def soak(path: Path) -> str:
+    """The slowest steps of a long run, in Markdown."""
+    r = read_json(path)
+    where = "a thread" if r["config"]["thread"] else "a process"
+    planner = PlannerConfig(**r["planner"]).in_words()
+    lines = [f"Planning in {where}, {planner}:", ""]
+    columns = ["loop", "steps", "without a plan, median", "p50", "p99", "p99.9", "longest", "clock, p99.9"]
+    lines += header([*columns, "clock, longest"])
+    names = {
+        "sleeping": f"sleeps until the next tick of {r['config']['hz']:g} Hz",
+        "tight": "without a pause",
+        "busy": "sleeps; a busy process on each core",
+    }
+    for name, words in names.items():
+        own = r[name]
+        times = [own["without_plan_ms_median"], *(own["act_ms"][q] for q in ("p50", "p99", "p99.9", "p100"))]
+        times += [own["pause_ms"][q] for q in ("p99.9", "p100")]
+        lines.append(line([words, f"{own['steps']:,}", *(f"{ms:.2f} ms" for ms in times)]))
+    plans, memory = (
+        r["sleeping"]["plans"],
+        [sum(x) for x in r["sleeping"]["memory_mib"] + r["tight"]["memory_mib"]],
+    )
+    ratio = r["return_ratio_to_foreground"]
+    lines += [
+        "",
+        f"In the first loop {plans['asked']:,} plans were asked for and {plans['taken']:,} taken. Both "
+        f"processes together held {memory[0]:.0f} MiB at the start and {memory[-1]:.0f} MiB at the end. The "
+        f"return is {with_interval(ratio['ratio'], ratio['low'], ratio['high'])} of that of the same agent "
+        f"planning in the foreground, where the world waits. {made_by(r['provenance'])}",
+        "",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def real_time(folders: list[Path]) -> str:
+    """Returns at control frequencies, in Markdown."""
+    lines = ["![Return against control frequency](realtime.svg)", ""] if folders else []
+    for folder in folders:
+        episodes, about = pd.read_csv(folder / "realtime.csv"), read_json(folder / "realtime.json")
+        means = episodes.groupby(["agent", "hz"], sort=False)["return"].mean()
+        agents = list(dict.fromkeys(episodes["agent"]))
+        lines += [f"## {folder.name}", "", *header(["Hz", *agents])]
+        for hz in sorted(episodes["hz"].unique()):
+            lines.append(line([f"{hz:g}", *(f"{means[agent, hz]:.0f}" for agent in agents)]))
+        planner = PlannerConfig(**about["planner"]).in_words()
+        n = episodes["seed"].nunique()
+        lines += ["", f"Mean return of {n} episodes; {planner}; the task's own frequency is "]
+        lines[-1] += f"{about['own_hz']:g} Hz. {made_by(about['provenance'])}"
+        lines.append("")
+    return "\n".join([*lines, ""])
+
+
+def draw_real_time(paths: list[Path], path: Path) -> None:
+    """Return against control frequency, one panel a task, as `tdmpc2 evaluate realtime=true` draws it."""
+    figure, panels = plt.subplots(
+        1, len(paths), figsize=(1 + 4.4 * len(paths), 4.2), squeeze=False, layout="constrained"
+    )
+    for axes, source in zip(panels.flat, paths, strict=True):
+        about = read_json(source.with_suffix(".json"))
+        realtime.draw(axes, pd.read_csv(source), source.parent.name, about["own_hz"])
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    with atomic_write(path) as tmp:
+        figure.savefig(tmp, format="svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 def made_by(about: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -152,8 +153,10 @@ def evaluate_in_real_time(settings: Settings) -> None:
             episodes.to_csv(tmp, index=False)
         with closing(teacher.env()) as env:
             own_hz = env.metadata.get("render_fps")
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        draw(figure.subplots(), episodes, teacher.task, own_hz)
         with atomic_write(out / "realtime.svg") as tmp:
-            draw(episodes, teacher.task, own_hz).savefig(tmp, format="svg")
+            figure.savefig(tmp, format="svg")
         about = {
             "settings": asdict(s),
             "planner": asdict(teacher.planner),

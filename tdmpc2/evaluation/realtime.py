@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from ..agent import SpeculativeAgent
 from ..background import BackgroundAgent
@@ -92,24 +91,28 @@ def episode(agent: SpeculativeAgent, env: gym.Env, seed: int, period: float) -> 
     }
 
 
-def draw(episodes: pd.DataFrame, title: str, own_hz: float | None) -> Figure:
-    """Mean return against control frequency, a line an agent; `own_hz`: the task's own frequency."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for name, own in episodes.groupby("agent", sort=False):
-        by_hz = own.groupby("hz")["return"]
-        ours = name == episodes["agent"].iloc[-1]
-        mean = by_hz.mean()
-        axes.plot(mean.index, mean, marker="o", linewidth=3 if ours else 1.5, label=str(name))
+def draw(axes: Axes, episodes: pd.DataFrame, title: str, own_hz: float | None) -> None:
+    """Mean return against control frequency, a line an agent; the last agent's is thick.
+
+    Args:
+        axes: to draw on.
+        episodes: from `realtime`.
+        title: of the axes.
+        own_hz: the task's own frequency; None: not known.
+    """
+    agents = list(dict.fromkeys(episodes["agent"]))
+    for name in agents:
+        by_hz = episodes[episodes["agent"] == name].groupby("hz")["return"]
+        mean, width = by_hz.mean(), 3 if name == agents[-1] else 1.5
+        axes.plot(mean.index, mean, marker="o", linewidth=width, label=name)
         axes.fill_between(mean.index, by_hz.min(), by_hz.max(), alpha=0.15)
     if own_hz:
         axes.axvline(own_hz, color="0.5", linestyle=":", linewidth=1)
         axes.annotate("the task's own", (own_hz, 0.02), xycoords=("data", "axes fraction"), color="0.4")
-    axes.set_xscale("log")
     ticks = sorted(episodes["hz"].unique())
+    axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{hz:g}" for hz in ticks])
     axes.minorticks_off()
     axes.set(xlabel="control frequency, Hz", ylabel="return", title=title, ylim=(0, None))
     axes.legend(frameon=False)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure
+    axes.spines[["top", "right"]].set_visible(False)
