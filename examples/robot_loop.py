@@ -8,6 +8,7 @@
 import csv
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def control(agent: Agent, robot: Robot, rate: float, steps: int, log: Path) -> l
     period, faults = 1 / rate, 0  # seconds; broken observations in a row
     action = np.zeros(robot.env.action_space.shape or (), np.float32)
     happened: list[tuple[str, float, float]] = []
-    agent.reset()
+    begin(agent, robot)
     with open(log, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -101,18 +102,24 @@ def control(agent: Agent, robot: Robot, rate: float, steps: int, log: Path) -> l
             happened.append((kind, act_ms, late_ms))
             if ended:
                 robot.reset()
-                agent.reset()
+                begin(agent, robot)
+                deadline = time.perf_counter() + period
     return happened
+
+
+def begin(agent: Agent, robot: Robot) -> None:
+    """Begin an episode. The robot stands still until its first plan is there."""
+    agent.reset()
+    if isinstance(agent, tdmpc2.BackgroundAgent):
+        with suppress(ObservationError):  # a broken sensor: the first `act` waits instead
+            agent.prepare(robot.read())
 
 
 def main(
     rate: float = 50.0, steps: int = 500, log: Path = Path("robot_loop.csv"), compiled: bool = True
 ) -> None:
-    """Control the robot, and print how long each kind of step took.
-
-    Choose the rate by the slowest kind. A fallback plans, so it takes as long as a plan.
-    """
-    agent = tdmpc2.load_agent(FOLDER, compute=ComputeConfig(compile=compiled))
+    """Control the robot, and print how long each kind of step took."""
+    agent = tdmpc2.load_agent(FOLDER, compute=ComputeConfig(compile=compiled), background=True)
     robot = Robot(seed=0)
     # The first action loads or compiles. It must not fall into the loop.
     agent.act(np.zeros(robot.obs.shape, np.float32))

@@ -109,7 +109,7 @@ def main(settings: Settings) -> None:
         "rules": "".join(map(rules, compared_rules)),
         "rooms": rooms(ROOT / "tdmpc2"),
         "delay": "".join(map(late_plans, sorted(results.glob("delay/*.csv")))),
-        "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=len))),
+        "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=lambda path: path.stem))),
         "realtime": real_time(sorted(p.parent for p in results.glob("realtime/*/realtime.csv"))),
     }
     pages = [Path(settings.readme), *sorted(docs.glob("*.md"))]

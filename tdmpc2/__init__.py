@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .agent import TDMPC2, Kind, SpeculativeAgent, StepInfo
+from .background import BackgroundAgent
 from .errors import TDMPC2Error
 from .loading import load_agent
 from .version import __version__
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TDMPC2",
+    "BackgroundAgent",
     "Kind",
     "SpeculativeAgent",
     "StepInfo",
