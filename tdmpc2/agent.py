@@ -298,7 +298,7 @@ class SpeculativeAgent:
             z = self.teacher.encode(obs) if self.plan_length else now.z
             arrival = self._with_plans(arrival, due, z, plan, eval_mode)
         done = first = self._control(x, now, arrival)
-        if first.given_up.any():
+        if first.alarm:
             arrival = self._with_plans(arrival, first.given_up, first.z, plan, eval_mode)
             done = self._control(x, now, arrival)
         self._now = done.then(now)
@@ -330,7 +330,8 @@ class SpeculativeAgent:
         """One control step for observations `x`, checked."""
         with threads(self._threads):
             done = self._run(x, now, arrival)
-        check_latent(done.z, x)
+        if done.alarm:
+            check_latent(done.z, x)
         return done
 
     def _with_plans(

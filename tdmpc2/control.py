@@ -42,6 +42,7 @@ class Control(NamedTuple):
     taken: Tensor  # [B] bool, a new plan was taken
     measured: Tensor  # [B], the mismatch
     given_up: Tensor  # [B] bool, a new plan is needed
+    alarm: Tensor  # [] bool, a row is given up, or a latent is not finite
     steps: Tensor | None = None  # of the history with this step; None without a corrector
     valid: Tensor | None = None  # of the history with this step
 
@@ -106,6 +107,7 @@ class ControlStep(nn.Module):
             taken,
             measured,
             given_up,
+            given_up.any() | ~now.z.isfinite().all(),
             step.steps,
             step.valid,
         )
