@@ -31,9 +31,8 @@ def in_background(
         ConfigError: the teacher computes on a GPU.
     """
     teacher = make_teacher()
-    agent = SpeculativeAgent(teacher, mode, corrector)
-    if not agent.plan_length or delay == 0:
-        return agent
+    if mode.plan_length == 0 or delay == 0:
+        return SpeculativeAgent(teacher, mode, corrector)
     if teacher.device.type != "cpu":
         raise ConfigError("planning in the background works on CPUs only: load the agent with device=cpu")
 
