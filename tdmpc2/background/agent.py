@@ -89,7 +89,7 @@ class Row:
     asked: int = 0  # when the last plan was asked for
     start: int | None = None  # when that plan begins
     forced: bool = False  # because of a mismatch, a plan is needed, or has been asked for
-    again: bool = False  # the last plan was lost or came too late
+    again: bool = False  # there is no first plan, or the last one was lost or came too late
     ready: tuple[Tensor, Tensor] | None = None  # it waits for its start: plan [H, A], latents [H, L]
 
 
@@ -224,7 +224,7 @@ class BackgroundAgent(SpeculativeAgent):
         )
 
     def close(self) -> None:
-        """End planning in the background. The agent cannot act afterwards."""
+        """End planning in the background. Later actions come without new plans."""
         self.source.close()
 
     def _take(self, answers: Sequence[Answer]) -> None:
