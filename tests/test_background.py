@@ -674,7 +674,7 @@ def test_the_error_of_a_planner_that_cannot_start_is_printed(monkeypatch, capfd)
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, time
 from functools import partial
 import numpy as np
 from tdmpc2.agent import TDMPC2
@@ -692,7 +692,8 @@ budget = PlannerConfig(horizon=3, iterations=1, num_samples=8, num_elites=4, num
 mode = SpeculationConfig(execution_horizon=4, corrector="mine")
 agent = in_background(partial(TDMPC2, model, budget), mode, Mine(CorrectorConfig(16, 3)).eval())
 
-def act(plans=0):
+def act(plans):
+    signal.alarm(120)  # whatever becomes of the test
     while True:
         agent.act(np.zeros(5))
         plans -= bool(agent.info.taken and agent.info.age)
@@ -708,7 +709,7 @@ if not fork:
     if os.fork():  # the other holds whatever files this one has
         print(os.getpid(), mine, agent.source.pid, flush=True)
         act(plans=-1)
-    time.sleep(1000)
+    time.sleep(100)
 act(plans=-1)
 """
 
