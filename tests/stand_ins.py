@@ -63,14 +63,14 @@ class Silence:
     """A noise source without noise: every row then plans the same whoever is beside it."""
 
     def normal(self, *shape: int) -> Tensor:
-        pattern = torch.linspace(-1, 1, shape[-1] * shape[-2]).reshape(shape[-2:])
+        pattern = torch.linspace(-1, 1, shape[-1] * shape[-2], device="cpu").reshape(shape[-2:])
         return pattern.expand(shape)
 
     def gumbel(self, *shape: int) -> Tensor:
-        return torch.zeros(shape)
+        return torch.zeros(shape, device="cpu")
 
     def two_heads(self, num_q: int) -> Tensor:
-        return torch.arange(2)
+        return torch.arange(2, device="cpu")
 
 
 class Tracing:

@@ -21,19 +21,19 @@ def in_background(
     """An agent that plans in the background; one without plans is the usual agent.
 
     Args:
-        make_teacher: makes a teacher; the process that plans makes its own.
+        make_teacher: makes a teacher; the process that plans makes its own. Later changes of the model's
+            weights do not reach that process.
         mode: how plans are executed.
         corrector: corrects them.
         delay: None: plans are made in another process. A number: each is made at once, and taken so many
             steps later, for evaluations that do not depend on the machine.
 
     Raises:
-        ConfigError: the teacher computes on a GPU.
+        ConfigError: the teacher computes on a GPU, or the mode replans at every step.
     """
     teacher = make_teacher()
-    agent = SpeculativeAgent(teacher, mode, corrector)
-    if not agent.plan_length or delay == 0:
-        return agent
+    if mode.plan_length == 0 or delay == 0:
+        return SpeculativeAgent(teacher, mode, corrector)
     if teacher.device.type != "cpu":
         raise ConfigError("planning in the background works on CPUs only: load the agent with device=cpu")
 

@@ -9,7 +9,7 @@ it asks again.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -77,7 +77,7 @@ class Simulated:
 
 
 class News(NamedTuple):
-    """What became of a row's plans in one step."""
+    """What happened to a row's plans in one step."""
 
     fresh: bool = False  # the episode began
     asked: bool = False
@@ -94,10 +94,9 @@ class Row:
     number: int = 0  # of the request under way, or of the plan in `ready`; 0: none
     asked: int = 0  # when the last plan was asked for
     start: int | None = None  # when that plan begins
-    forced: bool = False  # it was asked for because of a mismatch
-    again: bool = False  # it was of no use
+    forced: bool = False  # because of a mismatch, a plan is needed, or has been asked for
+    again: bool = False  # there is no first plan, or the last one was lost or came too late
     ready: tuple[Tensor, Tensor] | None = None  # it waits for its start: plan [H, A], latents [H, L]
-    news: News = field(default_factory=News)
 
 
 class BackgroundAgent(SpeculativeAgent):
@@ -120,17 +119,21 @@ class BackgroundAgent(SpeculativeAgent):
         delay: int | None = None,
     ):
         super().__init__(teacher, config, corrector, monitor)
-        if not self.plan_length:
-            raise ConfigError("an agent without plans has nothing to plan in the background")
+        if not self.plan_length or config.execution_horizon == 1:
+            raise ConfigError(
+                "only an agent that executes several steps of each plan can plan in the background"
+            )
         self.source, self.delay = source, delay
         self._rows = [Row() for _ in range(teacher.num_envs)]
         self._took: deque[int] = deque(maxlen=REMEMBERED)  # steps that the last plans took
         self._number = 0  # of the last request
         self._horizon = teacher.planner.config.horizon
-        none = torch.zeros_like(self._now.k)
-        # A row that begins without a plan is at a plan's end.
-        self._nothing = self._nothing._replace(ahead=Ahead(self._now.z, none + self._horizon, none))
+        with torch.inference_mode(False):  # as in `TDMPC2`
+            none = torch.zeros_like(self._now.k)
+            # A row that begins without a plan is at a plan's end.
+            self._nothing = self._nothing._replace(ahead=Ahead(self._now.z, none + self._horizon, none))
         self._done: Control | None = None  # of the last `act`
+        self._news: list[News] = []  # of the last `act`, for each row
 
     def __repr__(self) -> str:
         return f"BackgroundAgent({self.config.in_words()}; {self.teacher})"
@@ -150,7 +153,7 @@ class BackgroundAgent(SpeculativeAgent):
         """
         super().reset(mask)
         index = read_mask(mask, self.num_envs, "cpu")
-        for i in torch.arange(self.num_envs)[index].tolist():
+        for i in torch.arange(self.num_envs, device="cpu")[index].tolist():
             self._rows[i] = Row()
 
     @torch.inference_mode(False)
@@ -166,15 +169,14 @@ class BackgroundAgent(SpeculativeAgent):
         Raises:
             ObservationError: as in `act`.
         """
-        z = self.teacher.encode(obs)
         rows = [i for i, row in enumerate(self._rows) if row.t == 0 and row.ready is None]
         if not rows:
             return
-        self._control(self.teacher.read(obs), self._now, self._nothing)
+        z = self._control(self.teacher.read(obs), self._now, self._nothing).z
         self._take(self.source.answers(wait=True))
         if self.source.is_free():
             now = self._now._replace(z=z)
-            self._ask(rows, now, torch.zeros_like(now.plan[:, 0]), lead=0, forced=[False] * self.num_envs)
+            self._ask(rows, now, torch.zeros_like(now.plan[:, 0]), lead=0)
             self._take(self.source.answers(wait=True))
 
     @torch.inference_mode(False)
@@ -199,8 +201,9 @@ class BackgroundAgent(SpeculativeAgent):
         self._take(self.source.answers())
         if any(row.t == 0 and row.ready is None for row in self._rows):
             self.prepare(obs)
-        done = self._control(x, now, self._arrival())
-        self._now, self._done = done.then(now), done
+        arrival, news = self._arrival()
+        done = self._control(x, now, arrival)
+        self._now, self._done, self._news = done.then(now), done, news
         self._after(done)
         return like(done.action, obs, self.teacher.model.config)  # type: ignore[return-value]
 
@@ -209,12 +212,12 @@ class BackgroundAgent(SpeculativeAgent):
         """What happened in the last `act`; None before the first `act`."""
         if self._done is None:
             return None
-        done, news = self._done, [row.news for row in self._rows]
+        done = self._done
         fresh, asked, arrived, age, forced = (
-            torch.tensor(x, device=done.k.device) for x in zip(*news, strict=True)
+            torch.tensor(x, device=done.k.device) for x in zip(*self._news, strict=True)
         )
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
-        kind = torch.where(forced, Kind.FALLBACK, torch.where(arrived | ~fresh, Kind.PLANNED, Kind.PRIOR))
+        kind = torch.where(forced, Kind.FALLBACK, torch.where(arrived, Kind.PLANNED, Kind.PRIOR))
         return StepInfo(
             kind=torch.where(done.taken, kind, later),
             k=done.k,
@@ -227,66 +230,69 @@ class BackgroundAgent(SpeculativeAgent):
         )
 
     def close(self) -> None:
-        """End planning in the background. The agent cannot act afterwards."""
+        """End planning in the background. Later actions come without new plans."""
         self.source.close()
 
     def _take(self, answers: Sequence[Answer]) -> None:
-        """Keep plans that have been made until their first step has come."""
+        """Keep plans that have been made until their first step has come; drop those that are too late."""
         for answer in answers:
+            steps = []  # that this plan took
             for i, plan, latents in zip(answer.rows.tolist(), answer.plan, answer.latents, strict=True):
                 row = self._rows[i]
-                if row.number == answer.number:  # no episode began meanwhile
+                if row.number != answer.number:  # an episode began meanwhile
+                    continue
+                if row.start is not None and row.t - row.start < self._horizon:
                     row.ready = plan, latents
-                    if row.t:
-                        self._took.append(row.t - row.asked)
+                steps.append(row.t - row.asked)
+            if any(steps):  # not those of an episode's first plan, which the agent waits for
+                self._took.append(max(steps))
 
-    def _arrival(self) -> Arrival:
+    def _arrival(self) -> tuple[Arrival, list[News]]:
         """The plans whose first step is now or, if they are late, was before."""
-        come = []
+        news, come = [], []
         for i, row in enumerate(self._rows):
-            row.news = News(fresh=row.t == 0, asked=row.t == 0 and row.number > 0)
-            if row.t == 0 or (row.ready is not None and row.start is not None and row.start <= row.t):
+            fresh = row.t == 0
+            arrived = row.ready is not None and row.start is not None and row.start <= row.t
+            age = row.t - row.asked if arrived else 0
+            news.append(News(fresh, fresh and row.number > 0, arrived, age, arrived and row.forced))
+            if fresh or arrived:
                 come.append(i)
         if not come:
-            return self._nothing
+            return self._nothing, news
         here, plans, ahead = self._nothing
         assert ahead is not None
         here, plans, ahead = here.clone(), plans.clone(), Ahead(*(x.clone() for x in ahead))
+        here[come] = True
         for i in come:
             row = self._rows[i]
-            late = row.t - (row.start or 0)
-            here[i] = row.t == 0 or late < self._horizon
-            if row.ready is not None and late < self._horizon:
+            if row.ready is not None and row.start is not None:
+                late = row.t - row.start
                 plans[i], latents = row.ready
-                ahead.z_pred[i], ahead.k[i], ahead.age[i] = latents[late], late, row.t - row.asked
-            row.news = row.news._replace(
-                arrived=row.ready is not None, age=row.t - row.asked, forced=row.forced
-            )
-        return Arrival(here, plans, ahead)
+                ahead.z_pred[i], ahead.k[i], ahead.age[i] = latents[late], late, news[i].age
+        return Arrival(here, plans, ahead), news
 
     def _after(self, done: Control) -> None:
         """Ask for the plans that are needed next."""
         free, lead = self.source.is_free(), self.lead
         taken, given_up, k = done.taken.tolist(), done.given_up.tolist(), done.k.tolist()
         asking = []
-        for i, row in enumerate(self._rows):
-            if row.news.arrived or row.news.fresh:
-                row.again = not (taken[i] and row.news.arrived)
-                row.number, row.ready = 0, None
-            elif row.number and row.ready is None and free:
-                row.number, row.again = 0, True  # the source has lost it
+        for i, (row, news) in enumerate(zip(self._rows, self._news, strict=True)):
+            if news.arrived:
+                row.forced, row.number, row.ready = not taken[i], 0, None
+            elif news.fresh or (row.number and row.ready is None and free):  # the source has lost it
+                row.again, row.number = True, 0
+            row.forced |= given_up[i] and not row.number
             due = k[i] + lead >= self.config.execution_horizon
-            if free and not row.number and (due or given_up[i] or row.again):
+            if free and not row.number and (due or row.forced or row.again):
                 asking.append(i)
         if asking:
-            forced = [up or row.again for up, row in zip(given_up, self._rows, strict=True)]
-            self._ask(asking, self._now, done.action, lead, forced)
+            self._ask(asking, self._now, done.action, lead)
+        for i in asking:
+            self._news[i] = self._news[i]._replace(asked=True)
         for row in self._rows:
             row.t += 1
 
-    def _ask(
-        self, rows: list[int], now: PlanState, action: Tensor, lead: int, forced: Sequence[bool]
-    ) -> None:
+    def _ask(self, rows: list[int], now: PlanState, action: Tensor, lead: int) -> None:
         """Ask for plans for `rows` that begin `lead` steps from now."""
         self._number += 1
         executed = []
@@ -295,8 +301,7 @@ class BackgroundAgent(SpeculativeAgent):
             start = row.t + lead
             executed.append(self._horizon if row.start is None else start - row.start)
             row.number, row.asked, row.start = self._number, row.t, start
-            row.forced, row.again = forced[i], False
-            row.news = row.news._replace(asked=True)
+            row.again = False
         index = torch.tensor(rows, device=action.device)
         steps = torch.tensor(executed, device=action.device)
         self.source.ask(Request(self._number, index, lead, action[index], now.rows(index), steps))

@@ -65,8 +65,9 @@ class LaterPlanner:
         return Answer(request.number, request.rows, mean, torch.stack(latents, 1))
 
     def warm_up(self) -> None:
-        """Plan once, two steps ahead, to compile what is not compiled yet."""
-        now, n = self.agent.start(), self.agent.num_envs
-        rows = torch.arange(n, device=now.z.device)
-        self(Request(0, rows, 2, torch.zeros_like(now.plan[:, 0]), now, rows))
+        """Plan two steps ahead, for one row and for all, to compile what is not compiled yet."""
+        for number in {1, self.agent.num_envs}:  # each has a library of its own
+            rows = torch.arange(number)
+            now = self.agent.start().rows(rows)
+            self(Request(0, rows, 2, torch.zeros_like(now.plan[:, 0]), now, torch.ones_like(rows)))
         self.agent.reset()

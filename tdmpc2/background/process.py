@@ -4,6 +4,7 @@ A thread would share Python's interpreter lock and PyTorch's compute threads wit
 process shares neither. It ends with the process that started it, also if that is killed.
 """
 
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,6 +34,7 @@ PATIENCE = 10.0  # seconds without an answer, at least, after which a process co
 SLOWER = 20.0  # times the first plan's time, likewise
 POLL = 0.05  # seconds between two looks while waiting
 STARTS = 3  # processes in a row that may end before their first plan
+GRACE = 0.02  # seconds to wait for the exit status of a process that has closed its connection
 
 
 class PlannerProcess:
@@ -46,9 +49,10 @@ class PlannerProcess:
     def __init__(self, make: Callable[[], SpeculativeAgent]):
         # A file without a name: nobody else can read or change what the process executes.
         self._work = tempfile.TemporaryFile(prefix="tdmpc2-planner-")  # noqa: SIM115
-        self._work.write(cloudpickle.dumps(make))
+        cloudpickle.dump(make, self._work)
         self._work.flush()
         self._failed = 0  # starts in a row
+        self._is_over = False  # no process starts any more
         self._start()
 
     @property
@@ -73,21 +77,24 @@ class PlannerProcess:
             self._replace()
 
     def answers(self, *, wait: bool = False) -> list[Answer]:
-        if self._owner != os.getpid():  # in a fork, that has no process of its own yet
-            self._start()
         made: list[Answer] = []
-        while True:
+        if self._owner != os.getpid() and not self._is_over:  # in a fork, which has no process of its own yet
+            self._end()
+            self._start()
+        while not self._is_over:
             try:
                 while self._connection.poll(POLL if wait and not self.is_free() else 0):
                     self._read(self._connection.recv(), made)
             except (EOFError, OSError):
                 self._replace()
-            if self._is_ready and self._is_busy and time.monotonic() - self._since > self._patience:
-                self._replace()
-            if not wait or self.is_free() or self._failed == STARTS:
-                return made
+            if self._is_busy and time.monotonic() - self._since > self._patience:
+                self._replace(stuck=True)
+            if not wait or self.is_free():
+                break
+        return made
 
     def close(self) -> None:
+        self._is_over, self._is_ready = True, False
         self._end()
 
     def _read(self, message: Any, made: list[Answer]) -> None:
@@ -104,8 +111,10 @@ class PlannerProcess:
         passed = other.fileno(), self._work.fileno()
         with other:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve{(*passed, self._owner)}"],
+                # -P: no module is imported from the working directory just because it lies there.
+                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve{(*passed, self._owner)}"],
                 pass_fds=passed,
+                process_group=0,  # Ctrl-C is for this process
                 stdin=subprocess.DEVNULL,
                 env={
                     **os.environ,
@@ -115,17 +124,23 @@ class PlannerProcess:
             )
         self._end = weakref.finalize(self, _end, self._owner, self._connection, self._process)
 
-    def _replace(self) -> None:
-        """Start another process in place of one that is dead or stuck."""
-        code = self._process.poll()
-        how = "does not answer" if code is None else f"has ended ({_in_words(code)})"
+    def _replace(self, *, stuck: bool = False) -> None:
+        """Start another process in place of one that has ended or is stuck."""
+        if stuck:
+            how = "does not answer"
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE)
+            how = f"has ended{_in_words(self._process.poll())}"
         self._failed = 0 if self._is_ready else self._failed + 1
         self._end()
         self._is_ready = self._is_busy = False
         if self._failed == STARTS:
+            self._is_over = True
             say(f"the planner's process {how} at each start: no plan is made any more")
-        else:
-            say(f"the planner's process {how}: another one starts, until then no plan is made")
+            return
+        say(f"the planner's process {how}: another one starts, until then no plan is made")
+        with suppress(OSError):  # the system may be short of processes; the next call tries again
             self._start()
 
 
@@ -137,25 +152,24 @@ def serve(connection: int, work: int, parent: int) -> None:
         work: file descriptor of what `PlannerProcess` wrote.
         parent: its process id.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     torch.set_num_threads(max(joblib.cpu_count() - 1, 1))  # one core is for acting
-    with os.fdopen(work, "rb") as file:
-        file.seek(0)
-        planner = LaterPlanner(pickle.load(file)())
+    # Not read as a file: processes that forks start share one position in it.
+    planner = LaterPlanner(pickle.loads(mmap.mmap(work, 0, access=mmap.ACCESS_READ))())
     planner.warm_up()
     start = time.monotonic()
     planner.warm_up()
-    with Connection(connection) as other:
-        try:
-            other.send(time.monotonic() - start)
-            while True:
-                while not other.poll(1.0):
-                    if os.getppid() != parent:  # a fork of it may still hold the connection
-                        return
-                request = tree_map(_to_torch, other.recv())
-                other.send(tree_map(_to_numpy, planner(request)))
-        except (EOFError, OSError):
-            return
+    # Not closed here: if planning fails, the error is printed before the parent finds this process gone.
+    other = Connection(connection)
+    try:
+        other.send(time.monotonic() - start)
+        while True:
+            while not other.poll(1.0):
+                if os.getppid() != parent:  # a fork of it may still hold the connection
+                    return
+            request = tree_map(_to_torch, other.recv())
+            other.send(tree_map(_to_numpy, planner(request)))
+    except (EOFError, OSError):
+        return
 
 
 def _end(owner: int, connection: Connection, process: "subprocess.Popen[bytes]") -> None:
@@ -166,8 +180,10 @@ def _end(owner: int, connection: Connection, process: "subprocess.Popen[bytes]")
         process.wait()
 
 
-def _in_words(code: int) -> str:
-    return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+def _in_words(code: int | None) -> str:
+    if code is None:
+        return ""
+    return f" (exit status {code})" if code >= 0 else f" ({signal.Signals(-code).name})"
 
 
 def _to_numpy(x: Any) -> Any:
