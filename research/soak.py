@@ -3,13 +3,16 @@
     python research/soak.py agent=pretrained/walker-walk planner.num_samples=512 planner.iterations=6 \\
         planner.num_elites=64
 
-Three runs: a loop that sleeps until the next tick of a clock of `hz`, as a robot's does; a loop without a
-pause; and the first again with a busy process on each core. After each `act`, a loop that only reads the
+Four runs: a loop that sleeps until the next tick of a clock of `hz`, as a robot's does; a loop without a
+pause; the first again with a busy process on each core; and again while the planner's process is killed now
+and then. After each `act`, a loop that only reads the
 clock runs for a millisecond. The longest gap between two of its readings is the machine's own pause. Writes
 `results/soak.json`. Run nothing else meanwhile. `thread=true` plans in a thread of this process instead.
 """
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +57,8 @@ class SoakConfig(Checked):
     sleeping_steps: int = 40_000
     tight_steps: int = 60_000
     busy_steps: int = 3_000
+    kills: int = 20  # of the planner's process
+    steps_a_kill: int = 300
     thread: bool = False  # plan in a thread
     out: str = "results/soak.json"
     planner: BudgetOverride = field(default_factory=BudgetOverride)
@@ -62,7 +67,7 @@ class SoakConfig(Checked):
     )
 
     def check_ranges(self) -> None:
-        at_least(1, self, "hz", "sleeping_steps", "tight_steps", "busy_steps")
+        at_least(1, self, "hz", "sleeping_steps", "tight_steps", "busy_steps", "kills", "steps_a_kill")
 
 
 class InThread:
@@ -111,10 +116,18 @@ def memory(agent: BackgroundAgent) -> list[float]:
 
 
 def run(
-    agent: BackgroundAgent, teacher: Teacher, seed: int, steps: int, hz: float | None, progress: Progress
+    agent: BackgroundAgent,
+    teacher: Teacher,
+    seed: int,
+    steps: int,
+    hz: float | None,
+    progress: Progress,
+    steps_a_kill: int | None = None,
 ) -> dict[str, Any]:
-    """Run `steps` steps; `hz`: of the clock; None: no pause."""
+    """Run `steps` steps; `hz`: of the clock; None: no pause. Kills the planner every `steps_a_kill` steps."""
     act, gap, plain, returns, sizes = [], [], [], [], []
+    until_taken: list[int] = []  # steps from each kill to the next plan that is taken
+    killed: int | None = None
     seen = {"asked": 0, "arrived": 0, "taken": 0}
     with closing(teacher.env()) as env, progress.add("steps", steps, unit="steps") as stage:
         over, total = True, 0.0
@@ -127,6 +140,10 @@ def run(
                 tick, total = time.perf_counter(), 0.0
             if t % 5_000 == 0:
                 sizes.append(memory(agent))
+            if steps_a_kill and t % steps_a_kill == steps_a_kill // 2:
+                assert isinstance(agent.source, PlannerProcess)
+                os.kill(agent.source.pid, signal.SIGKILL)
+                killed = t
             start = time.perf_counter()
             action = agent.act(obs)
             end = time.perf_counter()
@@ -135,6 +152,9 @@ def run(
             assert info is not None
             for name in seen:
                 seen[name] += int(getattr(info, name))
+            if killed is not None and info.taken and t > killed:
+                until_taken.append(t - killed)
+                killed = None
             plain.append(not (info.asked or info.arrived))
             last, longest = end, 0.0
             while last < end + SPIN:
@@ -160,6 +180,8 @@ def run(
         "plans": seen,
         "lead": agent.lead,
         "mean_return": float(np.mean(returns)) if returns else None,
+        "late": int((ms > 1e3 / hz).sum()) if hz else None,  # actions that took longer than a step
+        "steps_from_kill_to_plan": until_taken,
         "memory_mib": sizes,
     }
 
@@ -202,6 +224,9 @@ def main(config: SoakConfig) -> None:
         result["tight"] = run(agent, teacher, seed, config.tight_steps, None, progress)
         with busy(joblib.cpu_count()):
             result["busy"] = run(agent, teacher, seed, config.busy_steps, config.hz, progress)
+        if not config.thread:
+            steps, every = config.kills * config.steps_a_kill, config.steps_a_kill
+            result["killed"] = run(agent, teacher, seed, steps, config.hz, progress, every)
         write_json(config.out, result)
         background = returns_of(agent, teacher, config, progress)
         agent.close()
@@ -217,7 +242,7 @@ def main(config: SoakConfig) -> None:
         "provenance": provenance(),
     }
     write_json(config.out, {**result, **about})
-    Console().print({name: result[name]["act_ms"] for name in ("sleeping", "tight", "busy")})
+    Console().print({name: result[name]["act_ms"] for name in result if "act_ms" in result[name]})
     Console().print(f"written to {Path(config.out)}")
 
 

@@ -711,8 +711,11 @@ def soak(path: Path) -> str:
         "sleeping": f"sleeps until the next tick of {r['config']['hz']:g} Hz",
         "tight": "without a pause",
         "busy": "sleeps; a busy process on each core",
+        "killed": f"sleeps; the planner is killed {r['config']['kills']} times",
     }
     for name, words in names.items():
+        if name not in r:
+            continue
         own = r[name]
         times = [own["without_plan_ms_median"], *(own["act_ms"][q] for q in ("p50", "p99", "p99.9", "p100"))]
         times += [own["pause_ms"][q] for q in ("p99.9", "p100")]
@@ -721,7 +724,14 @@ def soak(path: Path) -> str:
         r["sleeping"]["plans"],
         [sum(x) for x in r["sleeping"]["memory_mib"] + r["tight"]["memory_mib"]],
     )
-    ratio = r["return_ratio_to_foreground"]
+    ratio, killed = r["return_ratio_to_foreground"], r.get("killed")
+    if killed:
+        lines += [
+            "",
+            f"After {len(killed['steps_from_kill_to_plan'])} kills, the next plan was taken within "
+            f"{max(killed['steps_from_kill_to_plan'])} steps; {killed['late']} of {killed['steps']:,} actions "
+            "took longer than a step of the clock.",
+        ]
     lines += [
         "",
         f"In the first loop {plans['asked']:,} plans were asked for and {plans['taken']:,} taken. Both "

@@ -140,8 +140,8 @@ class BackgroundAgent(SpeculativeAgent):
 
     @property
     def lead(self) -> int:
-        """Steps from asking for a plan to its first step."""
-        return self.delay or max(self._took, default=1)
+        """Steps from asking for a plan to its first step: at most `K`, whatever one slow plan took."""
+        return self.delay or min(max(self._took, default=1), self.config.execution_horizon)
 
     def reset(self, mask: object = None) -> None:
         """Begin an episode in the rows where `mask` `[B]` is True (or 1), or in all.
