@@ -108,6 +108,7 @@ def main(settings: Settings) -> None:
         "published_modes": "".join(map(published_modes, published)),
         "rules": "".join(map(rules, compared_rules)),
         "rooms": rooms(ROOT / "tdmpc2"),
+        "step": steps_without_plan(results / "step.json"),
         "delay": "".join(map(late_plans, sorted(results.glob("delay/*.csv")))),
         "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=lambda path: path.stem))),
         "realtime": real_time(sorted(p.parent for p in results.glob("realtime/*/realtime.csv"))),
@@ -176,10 +177,11 @@ def in_time(path: Path) -> str:
         return ""
     r = read_json(path)
     own, planner = r["sleeping"], PlannerConfig(**r["planner"]).in_words()
+    median, nearly_all, longest = (f"{own['act_ms'][q]:.1f} ms" for q in ("p50", "p99.9", "p100"))
     return (
         f"- **No action waits for a plan** with `background=True`. In {own['steps']:,} steps of walker-walk at "
-        f"{r['config']['hz']:g} Hz ({planner}) the median was {own['act_ms']['p50']:.1f} ms, 99.9 % were below "
-        f"{own['act_ms']['p99.9']:.1f} ms, and the longest took {own['act_ms']['p100']:.1f} ms.\n"
+        f"{r['config']['hz']:g} Hz ({planner}) the median was {median}, 99.9 % were below {nearly_all}, and "
+        f"the longest took {longest}.\n"
     )
 
 
@@ -755,6 +757,21 @@ def soak(path: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def steps_without_plan(path: Path) -> str:
+    """How long a step without a plan takes beside its matrix products, in Markdown."""
+    if not path.exists():
+        return "`research/step.py` has no results here yet.\n"
+    r = read_json(path)
+    columns = ["refining", "products", "`act`", "library", "/ products", f"`act` at {r['hz']:g} Hz"]
+    lines = header(columns)
+    for row in r["rows"]:
+        ahead = f"{row['refine_steps']} ahead" if row["refine_steps"] else "none"
+        times = [f"{row[name]:.2f} ms" for name in ("products", "act", "library")]
+        ratio = f"{row['library'] / row['products']:.2f}"
+        lines.append(line([ahead, *times, ratio, f"{row['act, sleeping']:.2f} ms"]))
+    return "\n".join([*lines, "", made_by(r["provenance"]), ""])
 
 
 def real_time(folders: list[Path]) -> str:
