@@ -179,8 +179,8 @@ def in_time(path: Path) -> str:
     own, planner = r["sleeping"], PlannerConfig(**r["planner"]).in_words()
     median, nearly_all, longest = (f"{own['act_ms'][q]:.1f} ms" for q in ("p50", "p99.9", "p100"))
     return (
-        f"- **No action waits for a plan** with `background=True`. In {own['steps']:,} steps of walker-walk at "
-        f"{r['config']['hz']:g} Hz ({planner}) the median was {median}, 99.9 % were below {nearly_all}, and "
+        f"- **No action waits for a plan** with `background=True`. In {own['steps']:,} steps of walker-walk "
+        f"at {r['config']['hz']:g} Hz ({planner}) the median was {median}, 99.9 % were below {nearly_all}, and "
         f"the longest took {longest}.\n"
     )
 
