@@ -5,7 +5,8 @@
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
 large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote;
 `results/experiments` is of `research/experiments.py`, `results/paper` of `research/paper.py`,
-`results/rules` of `research/rules.py`, `results/bench.json` of `research/bench.py`,
+`results/rules` of `research/rules.py`, `results/bench.json` of `research/bench.py`, `results/export.json` of
+`research/export_latency.py`,
 `results/precision` of `research/precision.py`, and `evaluation.json` in `pretrained/TASK/evaluation` of
 `tdmpc2 evaluate`.
 
@@ -102,6 +103,7 @@ def main(settings: Settings) -> None:
         "agents": shipped_agents(Path(settings.pretrained)),
         "teachers": teachers(Path(settings.pretrained)),
         "speed": speed(results),
+        "export": exported(results / "export.json"),
         "experiments": (all_experiments(measured) if len(measured) > 1 else "")
         + "".join(map(experiments, measured)),
         "published_modes": "".join(map(published_modes, published)),
@@ -507,6 +509,18 @@ def speed(results: Path) -> str:
         lines.append(line(cells))
     lines += ["", f"`{bench['command']}` at commit {bench['commit']}, {bench['machine']}.", ""]
     return "\n".join([*lines, *precision, ""])
+
+
+def exported(path: Path) -> str:
+    """What `research/export_latency.py` measured, in Markdown."""
+    if not path.exists():
+        return "`python research/export_latency.py` has no results here yet.\n"
+    content = read_json(path)
+    lines = header(["task", "a step that", "threads", "median", "slowest", "largest difference"], words=2)
+    for r in content["records"]:
+        times = [f"{r[name]:.2f} ms" for name in ("median_ms", "slowest_ms")]
+        lines.append(line([r["task"], r["step"], str(r["threads"]), *times, f"{r['difference']:.0e}"]))
+    return "\n".join([*lines, "", made_by(content), ""])
 
 
 def precision_line(path: Path) -> str:

@@ -10,20 +10,21 @@ In your own loop:
     agent.reset()                      # when an episode begins
     action = agent.act(observation)    # once a step; each entry is in [-1, 1]
 
-How it acts. The agent makes a plan: actions for the next few steps. It executes several steps of it before it
-makes the next plan (the execution horizon). At each step a world model turns the observation into a latent (a
-vector), and predicts the next one. The distance of the real latent to the predicted one is the mismatch. A
-small network, the corrector, changes the planned action to fit the real latent. Too large a mismatch means that
-the plan no longer fits: the agent then makes a new plan at once.
+How it acts. The agent makes a plan: actions for the next few steps. It executes several steps of it before
+it makes the next plan (the execution horizon). At each step a world model turns the observation into a latent
+(a vector), and predicts the next one. The distance of the real latent to the predicted one is the mismatch. A
+small network, the corrector, changes the planned action to fit the real latent. If the mismatch is too large,
+the plan no longer fits, and the agent makes a new plan at once.
 
-What your loop must do is in manifest.json, under "observation" and "action": the order of entries, the scaling
-of actions, and how long an action is held. All shapes there are without a batch axis.
+What your loop must do is in manifest.json, under "observation" and "action": the order of entries, the
+scaling of actions, and how long an action is held. All shapes there are without a batch axis.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -38,7 +39,7 @@ class Agent:
         seed: of the noise with which plans are searched.
     """
 
-    def __init__(self, folder=".", threads=1, seed=0):
+    def __init__(self, folder: str | Path = ".", threads: int = 1, seed: int = 0) -> None:
         folder = Path(folder)
         self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if self.manifest["format"] != "tdmpc2-onnx-1":
@@ -49,7 +50,9 @@ class Agent:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.sessions, self.inputs, self.outputs = {}, {}, {}
+        self.sessions: dict[str, Any] = {}
+        self.inputs: dict[str, dict[str, Any]] = {}  # by graph and name: dtype, shape, meaning
+        self.outputs: dict[str, list[str]] = {}
         for file, graph in self.manifest["graphs"].items():
             name = file.removesuffix(".onnx")
             self.sessions[name] = onnxruntime.InferenceSession(
@@ -61,7 +64,7 @@ class Agent:
         self.draw = self.random_noise  # check() replaces it with recorded noise
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Begin an episode: no plan, no history."""
         # The state goes into step.onnx as inputs with an initial value, and comes out as `next_...`.
         self.state = {
@@ -69,10 +72,10 @@ class Agent:
             for name, port in self.inputs["step"].items()
             if "initial" in port
         }
-        self.last_mean = None  # of the last plan; the next search begins from it
-        self.info = {}
+        self.last_mean: np.ndarray | None = None  # of the last plan; the next search begins from it
+        self.info: dict[str, Any] = {}
 
-    def act(self, obs):
+    def act(self, obs: np.ndarray) -> np.ndarray:
         """The action [A] for an observation, each entry in [-1, 1].
 
         Raises ValueError if the observation has another shape or is not finite; the agent is unchanged.
@@ -101,7 +104,7 @@ class Agent:
         self.info = {"planned": needed and makes_plans, "k": 0 if needed else k, "mismatch": mismatch}
         return step["action"]
 
-    def plan(self, z, executed):
+    def plan(self, z: np.ndarray, executed: int) -> np.ndarray:
         """A plan [H, A] from the latent `z`: model predictive path integral control (MPPI).
 
         MPPI samples many action sequences from a Gaussian, predicts the return of each with the world model,
@@ -140,7 +143,7 @@ class Agent:
             plan[0] = np.clip(found["elites"][0, drawn], -1, 1)
         return plan
 
-    def random_noise(self):
+    def random_noise(self) -> dict[str, Any]:
         """All noise of one plan."""
         p, size = self.planner, self.inputs["iteration"]["mean"]["shape"][1]
         horizon, iterations, samples = p["horizon"], p["iterations"], p["num_samples"]
@@ -155,7 +158,7 @@ class Agent:
             "gumbel": self.rng.gumbel(size=p["num_elites"]),
         }
 
-    def run(self, name, **given):
+    def run(self, name: str, **given: Any) -> dict[str, np.ndarray]:
         """Run a graph; its outputs by name. Inputs that it does not have are left out."""
         given = self.state | given if name == "step" else given
         feed = {}
@@ -164,10 +167,10 @@ class Agent:
             if value is None:  # no new plan: any values do
                 value = np.zeros(port["shape"])
             feed[key] = np.ascontiguousarray(value, port["dtype"]).reshape(port["shape"])
-        return dict(zip(self.outputs[name], self.sessions[name].run(None, feed)))
+        return dict(zip(self.outputs[name], self.sessions[name].run(None, feed), strict=True))
 
 
-def check(folder):
+def check(folder: str | Path) -> float:
     """Repeat the recorded steps of the PyTorch agent with its noise.
 
     Returns the largest difference of an action. It is about 1e-5. A rare larger one is no fault: two samples
@@ -180,13 +183,14 @@ def check(folder):
     plans = iter(range(len(recorded.get("gumbel", []))))
     names = [name for name in ("prior_noise", "noise", "value_noise", "heads", "gumbel") if name in recorded]
 
-    def next_noise():
-        i = next(plans)
+    def next_noise() -> dict[str, Any]:
+        i = next(plans, -1)  # it may plan more often only if it acts differently
         return {name: recorded[name][i] for name in names}
 
     agent.draw = next_noise
     largest = 0.0
-    for obs, action, begins, planned in zip(*(recorded[n] for n in ("obs", "action", "begins", "planned"))):
+    steps = (recorded[name] for name in ("obs", "action", "begins", "planned"))
+    for obs, action, begins, planned in zip(*steps, strict=True):
         if begins:
             agent.reset()
         largest = max(largest, float(np.abs(agent.act(obs) - action).max()))
@@ -195,12 +199,12 @@ def check(folder):
     return largest
 
 
-def latency(folder, threads, plans=20):
+def latency(folder: str | Path, threads: int, plans: int = 20) -> dict[str, tuple[float, float]]:
     """Milliseconds of steps that follow a plan and of steps that make one; median and slowest of each."""
     agent = Agent(folder, threads)
     with np.load(Path(folder) / "check.npz") as file:
         recorded = file["obs"]
-    times = {"follows a plan": [], "makes a plan": []}
+    times: dict[str, list[float]] = {"follows a plan": [], "makes a plan": []}
     t = 0
     agent.act(recorded[0])  # the first call prepares memory
     while t < 5000 and (t < 200 or len(times["makes a plan"]) < plans):
@@ -214,7 +218,7 @@ def latency(folder, threads, plans=20):
     return {kind: (float(np.median(ms)), max(ms)) for kind, ms in times.items() if ms}
 
 
-def main(arguments):
+def main(arguments: list[str]) -> None:
     folder = Path(__file__).parent
     if len(arguments) > 1 or any(a.startswith("-") for a in arguments):
         print(__doc__)

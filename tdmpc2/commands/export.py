@@ -5,11 +5,11 @@ needs NumPy and ONNX Runtime only. `python run.py` in it repeats recorded steps 
 """
 
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 
 from ..agent import SpeculativeAgent
@@ -17,7 +17,7 @@ from ..checked import Checked, at_least
 from ..config import EAGER, TEACHER, ModelOverride, WorldModelConfig
 from ..envs import PadForModel, make_env
 from ..errors import TaskError
-from ..export import check_out, check_packages, export
+from ..export import Act, Observe, check_out, check_packages, export
 from ..loading import load_agent
 from ..world_model.checkpoint import read_config
 
@@ -48,20 +48,16 @@ def main(settings: Settings) -> None:
         agent = SpeculativeAgent(agent, TEACHER)
     task = s.task or read_config(s.agent).get("task")
     observe = _observer(task, agent.teacher.model.config)
-    done = export(
-        agent, s.out, observe, task=task, steps=s.steps, seed=s.seed, overwrite=s.overwrite
-    )
+    done = export(agent, s.out, observe, task=task, steps=s.steps, seed=s.seed, overwrite=s.overwrite)
     for name, size in done.sizes.items():
         print(f"{Path(s.out) / name}: {size / 1e6:.2f} MB")
     print(
-        f"{done.steps} recorded steps with {done.plans} plans: the exported agent's actions differ by at most "
-        f"{done.difference:.1e}"
+        f"{done.steps} recorded steps with {done.plans} plans: the actions of the exported agent differ by "
+        f"at most {done.difference:.1e}"
     )
 
 
-def _observer(
-    task: str | None, config: WorldModelConfig
-) -> Callable[[int, int, Callable[[np.ndarray], np.ndarray]], None]:
+def _observer(task: str | None, config: WorldModelConfig) -> Observe:
     """Runs episodes of the task, or of random observations if it has no environment here."""
     try:
         if task is None:
@@ -71,16 +67,14 @@ def _observer(
         print(f"random observations are recorded: {e}", file=sys.stderr)
         return random_observations(config)
 
-    def observe(seed: int, steps: int, act: Callable[[np.ndarray], np.ndarray]) -> None:
-        env = make_env(task, obs="rgb" if config.pixels else "state")
-        own = env.action_space.shape[0]
+    def observe(seed: int, steps: int, act: Act) -> None:
+        env: gym.Env = make_env(task, obs="rgb" if config.pixels else "state")
         if config.num_tasks:
             env = PadForModel(env, config.obs_shape[0], config.action_dim)
         with closing(env):
             obs, _ = env.reset(seed=seed)
             for _ in range(steps):
-                action = act(obs)
-                obs, _, terminated, truncated, _ = env.step(action[:own])
+                obs, _, terminated, truncated, _ = env.step(act(obs))
                 if terminated or truncated:
                     obs, _ = env.reset()
 
@@ -89,10 +83,10 @@ def _observer(
 
 def random_observations(
     config: WorldModelConfig,
-) -> Callable[[int, int, Callable[[np.ndarray], np.ndarray]], None]:
+) -> Observe:
     """Random observations that change slowly, so that plans are followed."""
 
-    def observe(seed: int, steps: int, act: Callable[[np.ndarray], np.ndarray]) -> None:
+    def observe(seed: int, steps: int, act: Act) -> None:
         rng = np.random.default_rng(seed)
         x = rng.normal(size=config.obs_shape)
         for _ in range(steps):
