@@ -5,7 +5,8 @@
 Each folder `results/TASK` holds what `tdmpc2 accelerate` left in its `evaluation/` folder, but for the
 large table of single steps; in `perturbed/` it holds what `tdmpc2 perturb` wrote.
 `results/experiments`, `paper`, `rules`, `bench.json`, `precision`, `delay`, `soak.json`, `soak-thread.json`
-are of the program of that name in `research/`, `results/realtime` of `tdmpc2 evaluate realtime=true`, and
+and `step.json` are of the program of that name in `research/`, `results/export.json` of
+`research/export_latency.py`, `results/realtime` of `tdmpc2 evaluate realtime=true`, and
 `evaluation.json` in `pretrained/TASK/evaluation` of `tdmpc2 evaluate`.
 
 A page takes a block of numbers by its marks, and any page can take any block:
@@ -103,6 +104,7 @@ def main(settings: Settings) -> None:
         "agents": shipped_agents(Path(settings.pretrained)),
         "teachers": teachers(Path(settings.pretrained)),
         "speed": speed(results),
+        "export": exported(results / "export.json"),
         "experiments": (all_experiments(measured) if len(measured) > 1 else "")
         + "".join(map(experiments, measured)),
         "published_modes": "".join(map(published_modes, published)),
@@ -180,8 +182,8 @@ def in_time(path: Path) -> str:
     median, nearly_all, longest = (f"{own['act_ms'][q]:.1f} ms" for q in ("p50", "p99.9", "p100"))
     return (
         f"- **No action waits for a plan** with `background=True`. In {own['steps']:,} steps of walker-walk "
-        f"at {r['config']['hz']:g} Hz ({planner}) the median was {median}, 99.9 % were below {nearly_all}, and "
-        f"the longest took {longest}.\n"
+        f"at {r['config']['hz']:g} Hz ({planner}) the median was {median}, 99.9 % were below {nearly_all}, "
+        f"and the longest took {longest}.\n"
     )
 
 
@@ -317,8 +319,8 @@ def when_not(
         times = task.latency[task.latency["kind"].isin(PLANS)].groupby("mode")["act_ms"].median()
         longer.append(times.get(task.chosen, times[BASELINE]) / times[BASELINE])
     lines = [
-        "- **You have a deadline and a single core.** Planning in the background needs a core of its own. In "
-        f"the foreground fewer steps plan, but each of them takes {min(longer):.2f} to {max(longer):.2f} times "
+        "- **You have a deadline and a single core.** Planning in the background needs a core of its own. "
+        f"In the foreground fewer steps plan, but each of them takes {min(longer):.2f} to {max(longer):.2f} times "
         "as long as a step of the baseline (medians, by task)."
     ]
     stays = list(table.loc[table["chosen"] & (table["setting"] == BASELINE), "task"])
@@ -529,6 +531,18 @@ def speed(results: Path) -> str:
         lines.append(line(cells))
     lines += ["", f"`{bench['command']}` at commit {bench['commit']}, {bench['machine']}.", ""]
     return "\n".join([*lines, *precision, ""])
+
+
+def exported(path: Path) -> str:
+    """What `research/export_latency.py` measured, in Markdown."""
+    if not path.exists():
+        return "`python research/export_latency.py` has no results here yet.\n"
+    content = read_json(path)
+    lines = header(["task", "a step that", "threads", "median", "slowest", "largest difference"], words=2)
+    for r in content["records"]:
+        times = [f"{r[name]:.2f} ms" for name in ("median_ms", "slowest_ms")]
+        lines.append(line([r["task"], r["step"], str(r["threads"]), *times, f"{r['difference']:.0e}"]))
+    return "\n".join([*lines, "", made_by(content), ""])
 
 
 def precision_line(path: Path) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -62,6 +63,32 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise FileError(f"{path} cannot be written: {reason}") from e
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it becomes `path` if nothing is raised.
+
+    Args:
+        path: does not exist, or is an empty folder.
+        replace: `path` may also be a folder with files, which are deleted.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    tmp = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
+    try:
+        tmp.mkdir(parents=True)
+        try:
+            yield tmp
+            if replace and path.exists():
+                shutil.rmtree(path)
+            os.replace(tmp, path)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    except OSError as e:
+        raise FileError(f"{path} cannot be written: {e.strerror or e}") from e
 
 
 def check_writable(path: str | Path) -> None:

@@ -71,6 +71,25 @@ def warm_start(mean: Tensor, steps: Tensor) -> Tensor:
     return moved * (index < horizon)[..., None]
 
 
+def prior_trajectories(model: WorldModel, z: Tensor, noise: Tensor, task: Tensor | None = None) -> Tensor:
+    """Action sequences `[B, H, n, A]` sampled from the policy prior.
+
+    Args:
+        model: the world model.
+        z: `[B, L]`, where they start.
+        noise: `[H, B, n, A]`, standard normal.
+        task: `[B]`, task indices of a multi-task model.
+    """
+    tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples
+    z = z[:, None].repeat(1, noise.shape[2], 1)
+    actions: list[Tensor] = []
+    for noise_now in noise:
+        if actions:
+            z = model.next(z, actions[-1], tasks)
+        actions.append(model.pi(z, tasks, noise_now).action)
+    return torch.stack(actions, 1)
+
+
 class Search(NamedTuple):
     """The state of the search after an iteration."""
 
@@ -195,7 +214,9 @@ class Planner:
         c, noise = self.config, self.noise
         batch, action_dim = z.shape[0], self.model.config.action_dim
         weights, at = self._weights(), origin(self.model, z, task)
-        prior = self._policy_trajectories(z, task)
+        prior = prior_trajectories(
+            self.model, z, noise.normal(c.horizon, batch, c.num_pi_trajs, action_dim), task
+        )
         start = z.new_zeros(batch, c.horizon, action_dim) if mean is None else mean
         mean, std = start[:, :, None], torch.full_like(start, c.max_std)[:, :, None]
         for _ in range(c.iterations):
@@ -218,16 +239,3 @@ class Planner:
             std=std[:, :, 0],
             value=value[rows, drawn],
         )
-
-    def _policy_trajectories(self, z: Tensor, task: Tensor | None) -> Tensor:
-        """Action sequences `[B, H, num_pi_trajs, A]` sampled from the policy prior."""
-        c, model = self.config, self.model
-        shape = (c.horizon, z.shape[0], c.num_pi_trajs, model.config.action_dim)
-        tasks = None if task is None else task[:, None]  # [B, 1], broadcasts over the samples
-        z = z[:, None].repeat(1, c.num_pi_trajs, 1)
-        actions: list[Tensor] = []
-        for noise in self.noise.normal(*shape):
-            if actions:
-                z = model.next(z, actions[-1], tasks)
-            actions.append(model.pi(z, tasks, noise).action)
-        return torch.stack(actions, 1)

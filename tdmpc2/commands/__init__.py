@@ -16,6 +16,7 @@ VERBS = {
     "accelerate": "accelerate a checkpoint: collect data, train correctors, compare modes, save the agent",
     "play": "show an agent in a window, or write a GIF",
     "evaluate": "measure the return of a teacher or an accelerated agent",
+    "export": "export an agent to ONNX, with a program that needs NumPy and ONNX Runtime only",
     "info": "describe a checkpoint: task, sizes, planning budget, mode, provenance",
     "train": "train a teacher online; with the published settings this takes days on a CPU",
     "collect": "step 1 of accelerate: collect episodes that the teacher labels",
@@ -25,7 +26,7 @@ VERBS = {
     "tasks": "list the built-in tasks",
 }
 # The setting that a bare path means.
-BY_PATH = {"play": "agent", "info": "agent", "perturb": "agent", "evaluate": "checkpoint"}
+BY_PATH = {"play": "agent", "export": "agent", "info": "agent", "perturb": "agent", "evaluate": "checkpoint"}
 HELP = (
     "usage: tdmpc2 VERB key=value ...\n\n{verbs}\n\n`tdmpc2 VERB --help` lists the settings of a verb, "
     "`tdmpc2 --version` prints the version."
