@@ -320,8 +320,8 @@ def when_not(
         longer.append(times.get(task.chosen, times[BASELINE]) / times[BASELINE])
     lines = [
         "- **You have a deadline and a single core.** Planning in the background needs a core of its own. "
-        f"In the foreground fewer steps plan, but each of them takes {min(longer):.2f} to {max(longer):.2f} times "
-        "as long as a step of the baseline (medians, by task)."
+        "In the foreground fewer steps plan, but each of them takes "
+        f"{min(longer):.2f} to {max(longer):.2f} times as long as a step of the baseline (medians, by task)."
     ]
     stays = list(table.loc[table["chosen"] & (table["setting"] == BASELINE), "task"])
     lines.append(
