@@ -758,8 +758,8 @@ def soak(path: Path) -> str:
         lines += [
             "",
             f"After {len(killed['steps_from_kill_to_plan'])} kills the next plan was taken within "
-            f"{max(killed['steps_from_kill_to_plan'])} steps; {killed['late']} of {killed['steps']:,} actions "
-            "took longer than a step of the clock.",
+            f"{max(killed['steps_from_kill_to_plan'])} steps; {killed['late']} of {killed['steps']:,} "
+            "actions took longer than a step of the clock.",
         ]
     lines += [
         "",

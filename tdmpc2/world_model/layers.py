@@ -100,10 +100,6 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         if self.weight.dim() == 2:
-            rows = x.flatten(0, -2)
-            if torch.compiler.is_compiling() and not self.training and 1 < rows.shape[0] < 64:
-                # A batched product has no bias, so the compiler adds it in the loop that follows.
-                return (rows[None] @ self.weight.mT[None]).view(*x.shape[:-1], -1) + self.bias
             return F.linear(x, self.weight, self.bias)
         x = x.expand(self.weight.shape[0], *x.shape[-2:])
         return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
