@@ -1,4 +1,4 @@
-"""One step of a plan as one compiled module: planned action, correction, refining, prediction."""
+"""One step of a plan: planned action, correction, refining, prediction."""
 
 from typing import NamedTuple
 
