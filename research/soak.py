@@ -10,6 +10,7 @@ clock runs for a millisecond. The longest gap between two of its readings is the
 `results/soak.json`. Run nothing else meanwhile. `thread=true` plans in a thread of this process instead.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -137,6 +138,9 @@ def run(
                 obs, _ = env.reset(seed=seed + len(returns))
                 agent.reset()
                 agent.prepare(obs)
+                if t == 0:  # what has been loaded stays: garbage collection need not look at it again
+                    gc.collect()
+                    gc.freeze()
                 tick, total = time.perf_counter(), 0.0
             if t % 5_000 == 0:
                 sizes.append(memory(agent))
