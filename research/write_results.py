@@ -755,11 +755,12 @@ def soak(path: Path) -> str:
     )
     ratio, killed = r["return_ratio_to_foreground"], r.get("killed")
     if killed:
+        steps, kills = killed["steps_from_kill_to_plan"], r["config"]["kills"]
         lines += [
             "",
-            f"After {len(killed['steps_from_kill_to_plan'])} kills the next plan was taken within "
-            f"{max(killed['steps_from_kill_to_plan'])} steps; {killed['late']} of {killed['steps']:,} "
-            "actions took longer than a step of the clock.",
+            f"In {len(steps)} of {kills} cases a new plan was taken before the next kill, which was "
+            f"{r['config']['steps_a_kill']} steps later: after {np.median(steps):.0f} steps (median). "
+            f"{killed['late']} of {killed['steps']:,} actions took longer than a step of the clock.",
         ]
     lines += [
         "",
