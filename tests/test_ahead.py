@@ -379,6 +379,22 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return asked
 
 
+class Minus(nn.Module):
+    """Its inputs matter in their order."""
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [x - 2 * y]
+
+
+@torch.no_grad()
+def test_inputs_that_are_one_tensor_at_first_are_two_inputs(cache: Path) -> None:
+    """Agents begin so: the predicted latent is the real one."""
+    run, x, y = AheadOfTime(Minus(), first, what="it"), torch.randn(2, 3), torch.randn(2, 3)
+    torch.testing.assert_close(run(x, x), -x)
+    assert run._runs[True, torch.get_num_threads()] is not None
+    torch.testing.assert_close(run(x, y), x - 2 * y)
+
+
 @torch.no_grad()
 def test_weights_are_inputs_and_inputs_may_lie_in_memory_in_any_way(cache: Path) -> None:
     one, x = Shifted(nn.Linear(3, 2), 1.0), torch.randn(2, 3)

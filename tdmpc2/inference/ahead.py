@@ -59,6 +59,8 @@ class AheadOfTime:
         """The library for such inputs; the first `varying` of them have a free batch axis."""
         leaves, spec = tree_flatten((args, kwargs))
         present = [x is not None for x in leaves]
+        # Copies: the compiler takes two inputs that are one tensor in this call for one input in all calls.
+        inputs = [x.clone() for x in inputs]
         layouts = [_layout(x, leave_out=int(i < varying)) for i, x in enumerate(inputs)]
         try:
             compiling = AheadOfTime._traced, AheadOfTime._compile
