@@ -112,7 +112,8 @@ def main(settings: Settings) -> None:
         "rooms": rooms(ROOT / "tdmpc2"),
         "step": steps_without_plan(results / "step.json"),
         "delay": "".join(map(late_plans, sorted(results.glob("delay/*.csv")))),
-        "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=lambda path: path.stem))),
+        "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=lambda path: path.stem)))
+        or "`research/soak.py` has no results here yet.\n",
         "realtime": real_time(sorted(p.parent for p in results.glob("realtime/*/realtime.csv"))),
     }
     pages = [Path(settings.readme), *sorted(docs.glob("*.md"))]
@@ -791,7 +792,9 @@ def steps_without_plan(path: Path) -> str:
 
 def real_time(folders: list[Path]) -> str:
     """Returns at control frequencies, in Markdown."""
-    lines = ["![Return against control frequency](realtime.svg)", ""] if folders else []
+    if not folders:
+        return "No results yet.\n"
+    lines = ["![Return against control frequency](realtime.svg)", ""]
     for folder in folders:
         episodes, about = pd.read_csv(folder / "realtime.csv"), read_json(folder / "realtime.json")
         means = episodes.groupby(["agent", "hz"], sort=False)["return"].mean()
