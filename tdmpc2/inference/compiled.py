@@ -33,7 +33,8 @@ def resolved(compute: ComputeConfig, device: torch.device) -> ComputeConfig:
 
 
 def dtype_of(compute: ComputeConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products in a resolved precision; warns once if the processor is slow in it."""
+    """The dtype of matrix products; warns once if the processor is slow in it."""
+    compute = resolved(compute, device)
     if compute.precision == "bfloat16" and device.type == "cpu" and not computes_in_bfloat16():
         _say_slow()
     return getattr(torch, compute.precision)
