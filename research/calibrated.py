@@ -9,7 +9,7 @@ from tdmpc2.evaluation.config import EpisodesConfig, overlap
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Checked):
-    """Episodes for calibration, apart from those of the evaluation."""
+    """Calibration episodes; their seeds are not those of the evaluation."""
 
     calibration_seed: int = 10_000
     calibration_episodes: int = 20

@@ -12,7 +12,6 @@ naive_K           K steps of each plan, made for the latent predicted for its fi
 two_tower_K...    the same, corrected (and refined): what `background=True` does
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,7 +32,7 @@ from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.config import EpisodesConfig, check_unseen
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.evaluation.rollout import rollout
-from tdmpc2.evaluation.runs import write_csv
+from tdmpc2.evaluation.runs import claim, write_csv
 from tdmpc2.files import read_json, write_json
 from tdmpc2.inputs import like
 from tdmpc2.progress import Progress
@@ -41,7 +40,7 @@ from tdmpc2.provenance import provenance
 from tdmpc2.teacher import Teacher, open_teacher
 from tdmpc2.workers import Workers
 
-MAY_CHANGE = ("delays", "modes", "workers")  # between two runs, of which the second goes on
+MAY_CHANGE = ("delays", "modes", "workers")  # in a run that goes on
 HOLDS, GOES_ON = "teacher, holds", "teacher, goes on"
 
 
@@ -163,11 +162,7 @@ def main(config: DelayConfig) -> None:
         [path.parent for path in Path(config.agent).glob("correctors/*/corrector.safetensors")],
     )
     out, parts = Path(config.out) / teacher.task, Path(config.out) / "parts" / teacher.task
-    about = json.loads(json.dumps(asdict(config)))
-    same = {name: value for name, value in about.items() if name not in MAY_CHANGE}
-    if (parts / "config.json").exists() and read_json(parts / "config.json") != same:
-        raise ConfigError(f"{parts} holds parts of another run: delete it or choose another out=")
-    write_json(parts / "config.json", same)
+    claim(parts, asdict(config), MAY_CHANGE)
     files = {key: parts / f"{key[0]}_{key[1]}.csv".replace(", ", "_") for key in arms(teacher, config)}
     missing = {
         f"{mode}, {delay} late": (config, mode, delay, path)
@@ -186,7 +181,7 @@ def main(config: DelayConfig) -> None:
             "teacher": teacher.fingerprint,
             "planner": asdict(teacher.planner),
             "precision": teacher.precision,
-            "config": about,
+            "config": asdict(config),
         },
     )
 

@@ -5,7 +5,6 @@
 Writes `results/export.json`. Each agent is exported, and its own `run.py` takes the time of its steps.
 """
 
-import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import onnxruntime
 from tdmpc2 import cli
 from tdmpc2.checked import Checked
 from tdmpc2.commands import export
+from tdmpc2.export import imported
 from tdmpc2.files import read_json, write_json
 from tdmpc2.provenance import provenance
 
@@ -25,7 +25,7 @@ class Settings(Checked):
     """What is measured."""
 
     agents: tuple[str, ...] = ("pretrained/walker-walk", "pretrained/cartpole-swingup")
-    plans: int = 100  # to time, for each agent and number of threads
+    plans: int = 100  # timed, for each agent and number of threads
     out: str = "results/export.json"
 
 
@@ -35,10 +35,7 @@ def main(settings: Settings) -> None:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
             export.main(export.Settings(agent=agent, out=str(out)))
-            spec = importlib.util.spec_from_file_location("exported_run", out / "run.py")
-            assert spec is not None and spec.loader is not None
-            program = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(program)
+            program = imported(out / "run.py")
             manifest, difference = read_json(out / "manifest.json"), program.check(out)
             for threads in (1, 2):
                 for kind, (median, slowest) in program.latency(out, threads, settings.plans).items():

@@ -5,9 +5,9 @@
 
 Four runs: a loop that sleeps until the next tick of a clock of `hz`, as a robot's does; a loop without a
 pause; the first again with a busy process on each core; and again while the planner's process is killed now
-and then. After each `act`, a loop that only reads the
-clock runs for a millisecond. The longest gap between two of its readings is the machine's own pause. Writes
-`results/soak.json`. Run nothing else meanwhile. `thread=true` plans in a thread of this process instead.
+and then. After each `act`, a loop that only reads the clock runs for a millisecond. The longest gap between
+two of its readings is the machine's own pause. Writes `results/soak.json`. Run nothing else meanwhile.
+`thread=true` plans in a thread of this process instead.
 """
 
 import gc

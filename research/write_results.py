@@ -818,7 +818,6 @@ def draw_real_time(paths: list[Path], path: Path) -> None:
     for axes, source in zip(panels.flat, paths, strict=True):
         about = read_json(source.with_suffix(".json"))
         realtime.draw(axes, pd.read_csv(source), source.parent.name, about["own_hz"])
-        axes.get_legend().remove()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="svg", metadata={"Date": None})

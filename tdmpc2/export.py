@@ -1,4 +1,4 @@
-"""An agent without PyTorch: ONNX graphs, what they mean, and a program that acts with them.
+"""Export an agent to ONNX: graphs, their description, and a program that acts without PyTorch.
 
     step.onnx        one control step: observation and state in, action and next state out
     prior.onnx       the planner's samples that follow the policy prior
@@ -26,13 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .agent import SpeculativeAgent
 from .control import Arrival, ControlStep
 from .corrector import History
 from .errors import ConfigError
 from .files import atomic_folder, exists, read_json, write_json
+from .inference import Function
 from .inference.fast_model import FastModel, origin
 from .inference.weights import copy_weights
 from .planner import Iteration, NoiseSource, prior_trajectories
@@ -66,7 +67,7 @@ class Port(NamedTuple):
 class Graph(NamedTuple):
     """A function to export. Its arguments are the values of `inputs`."""
 
-    run: Callable[..., Sequence[Tensor]]
+    run: Callable[..., tuple[Tensor, ...]]
     inputs: list[Port]
     outputs: dict[str, str]  # names and meanings
 
@@ -162,7 +163,7 @@ def export(
         manifest = _manifest(agent, task, described, dict(about or {}))
         shutil.copyfile(Path(__file__).with_name("export_run.py"), folder / PROGRAM)
         write_json(folder / MANIFEST, manifest)
-        program = _imported(folder / PROGRAM)
+        program = imported(folder / PROGRAM)
         for attempt in range(TRIES):
             recorded = record(agent, observe, steps, seed + 1000 * attempt)
             np.savez_compressed(folder / CHECK, **recorded)  # type: ignore[arg-type]
@@ -400,17 +401,6 @@ def iteration_graph(agent: SpeculativeAgent) -> Graph:
     return Graph(run, inputs, outputs)
 
 
-class _Module(nn.Module):
-    """A function as a module, because only modules can be exported."""
-
-    def __init__(self, function: Callable[..., Sequence[Tensor]]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.function(*args))
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns of its own code, and of packages that are not needed."""
@@ -434,7 +424,7 @@ def _write(graph: Graph, path: Path) -> None:
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                _Module(graph.run).eval(),
+                Function(graph.run).eval(),
                 args,
                 dynamo=True,
                 opset_version=OPSET,
@@ -457,7 +447,7 @@ def _write(graph: Graph, path: Path) -> None:
         program.save(str(path), external_data=False)
 
 
-def _imported(path: Path) -> ModuleType:
+def imported(path: Path) -> ModuleType:
     """A Python file, imported under a name of its own."""
     spec = importlib.util.spec_from_file_location("tdmpc2_exported_run", path)
     assert spec is not None and spec.loader is not None

@@ -149,7 +149,7 @@ def test_its_program_needs_no_pytorch(of_hardest, tmp_path: Path) -> None:
 
 def test_a_wrong_observation_changes_nothing(of_hardest) -> None:
     _, folder, _ = of_hardest
-    program = export_module._imported(folder / "run.py")
+    program = export_module.imported(folder / "run.py")
     obs = np.zeros(5, np.float32)
     one, other = program.Agent(folder, seed=3), program.Agent(folder, seed=3)
     for wrong in (np.full(5, np.nan), np.zeros(4)):
@@ -267,7 +267,7 @@ def test_an_agent_that_acts_differently_is_not_written(tmp_path: Path, monkeypat
     agent = SpeculativeAgent(TDMPC2(model, BUDGET, discount=DISCOUNT), TEACHER)
     program = type("Program", (), {"check": staticmethod(lambda folder: 0.5)})
     monkeypatch.setattr(export_module, "_write", lambda graph, path: path.touch())
-    monkeypatch.setattr(export_module, "_imported", lambda path: program)
+    monkeypatch.setattr(export_module, "imported", lambda path: program)
     with pytest.raises(ConfigError, match=r"acts differently, by 5.0e-01"):
         export(agent, tmp_path / "out", random_observations(model.config), task=None, steps=3)
     assert not any(tmp_path.iterdir())

@@ -26,7 +26,7 @@ def in_background(
         mode: how plans are executed.
         corrector: corrects them.
         delay: None: plans are made in another process. A number: each is made at once, and taken so many
-            steps later, for evaluations that do not depend on the machine.
+            steps later; the result does not depend on the machine's speed.
 
     Raises:
         ConfigError: the teacher computes on a GPU, or the mode replans at every step.

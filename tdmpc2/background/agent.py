@@ -52,7 +52,7 @@ class Simulated:
     """Plans at once. An agent with a fixed `delay` takes the plan that many steps later.
 
     Args:
-        agent: plans; another one than that which acts.
+        agent: plans. It is not the agent that acts.
     """
 
     def __init__(self, agent: SpeculativeAgent):

@@ -25,15 +25,17 @@ from .. import SpeculativeAgent
 from ..background import in_background
 from ..checked import Checked, at_least
 from ..config import TEACHER, BudgetOverride, ModelOverride, SpeculationConfig
+from ..corrector import BaseCorrector
 from ..errors import ConfigError
-from ..evaluation.modes import BASELINE
+from ..evaluation.modes import BASELINE, simple_modes
 from ..evaluation.realtime import FREQUENCIES, draw, realtime
 from ..evaluation.rollout import rollout
+from ..evaluation.runs import write_csv
 from ..files import atomic_write, in_use, write_json
 from ..loading import read_mode
 from ..progress import Progress
 from ..provenance import provenance
-from ..teacher import open_teacher
+from ..teacher import Teacher, open_teacher
 from ..world_model.checkpoint import read_config
 
 
@@ -65,14 +67,19 @@ def main(settings: Settings) -> None:
         (evaluate_in_real_time if settings.realtime else evaluate)(settings)
 
 
-def evaluate(settings: Settings) -> None:
-    """Run the episodes, print them, and write them to `settings.out`."""
-    s = settings
+def _opened(s: Settings) -> tuple[Teacher, SpeculationConfig, BaseCorrector | None, str]:
+    """The teacher, and the checkpoint's mode with its corrector and its name."""
     if s.threads is not None:
         torch.set_num_threads(s.threads)
     teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
-    mode, corrector = read_mode(settings.checkpoint, teacher.model)
-    name = BASELINE if mode == TEACHER else read_config(settings.checkpoint).get("mode", "speculative")
+    mode, corrector = read_mode(s.checkpoint, teacher.model)
+    name = BASELINE if mode == TEACHER else read_config(s.checkpoint).get("mode", "speculative")
+    return teacher, mode, corrector, name
+
+
+def evaluate(settings: Settings) -> None:
+    """Run the episodes, print them, and write them to `settings.out`."""
+    teacher, mode, corrector, name = _opened(settings)
     agent = SpeculativeAgent(teacher.agent(settings.episodes, settings.seed), mode, corrector)
     seeds = range(settings.seed, settings.seed + settings.episodes)
     console = Console()
@@ -94,8 +101,7 @@ def evaluate(settings: Settings) -> None:
     console.print(f"mode: {name} ({mode.in_words()})")
     console.print(f"planning budget: {teacher.planner.in_words()}")
     if settings.out:
-        with atomic_write(Path(settings.out) / "episodes.csv") as tmp:
-            episodes.to_csv(tmp, index=False)
+        write_csv(Path(settings.out) / "episodes.csv", episodes)
         result_json = {
             "mean": float(returns.mean()),
             "sd": float(returns.std(ddof=0)),
@@ -113,24 +119,21 @@ def evaluate(settings: Settings) -> None:
 def evaluate_in_real_time(settings: Settings) -> None:
     """Run the episodes at each control frequency, print mean returns, and write them to `settings.out`."""
     s = settings
-    if s.threads is not None:
-        torch.set_num_threads(s.threads)
-    teacher = open_teacher(s.task, s.checkpoint, s.planner, s.model, s.device)
-    mode, corrector = read_mode(s.checkpoint, teacher.model)
+    teacher, mode, corrector, name = _opened(s)
     make_teacher = partial(teacher.agent, 1, s.seed)
 
     def planning(mode: SpeculationConfig) -> SpeculativeAgent:
         return SpeculativeAgent(make_teacher(), mode)
 
     iterations = teacher.planner.iterations
+    simple = simple_modes(iterations)
     agents: dict[str, Callable[[], SpeculativeAgent]] = {
         "teacher": partial(planning, TEACHER),
-        "half of its iterations": partial(planning, replace(TEACHER, iterations=max(iterations // 2, 1))),
+        "half of its iterations": partial(planning, simple["half_budget"]),
         "a quarter": partial(planning, replace(TEACHER, iterations=max(iterations // 4, 1))),
-        "naive_3": partial(planning, SpeculationConfig(execution_horizon=3)),
+        "naive_3": partial(planning, simple["naive_3"]),
     }
     if mode != TEACHER:
-        name = read_config(s.checkpoint).get("mode", "speculative")
         agents[f"{name}, planning in the background"] = partial(in_background, make_teacher, mode, corrector)
     seeds = range(s.seed, s.seed + s.episodes)
     console = Console()
@@ -149,12 +152,13 @@ def evaluate_in_real_time(settings: Settings) -> None:
     console.print(f"planning budget: {teacher.planner.in_words()}")
     if s.out:
         out = Path(s.out)
-        with atomic_write(out / "realtime.csv") as tmp:
-            episodes.to_csv(tmp, index=False)
+        write_csv(out / "realtime.csv", episodes)
         with closing(teacher.env()) as env:
             own_hz = env.metadata.get("render_fps")
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        draw(figure.subplots(), episodes, teacher.task, own_hz)
+        axes = figure.subplots()
+        draw(axes, episodes, teacher.task, own_hz)
+        axes.legend(frameon=False)
         with atomic_write(out / "realtime.svg") as tmp:
             figure.savefig(tmp, format="svg")
         about = {

@@ -81,9 +81,7 @@ def _observer(task: str | None, config: WorldModelConfig) -> Observe:
     return observe
 
 
-def random_observations(
-    config: WorldModelConfig,
-) -> Observe:
+def random_observations(config: WorldModelConfig) -> Observe:
     """Random observations that change slowly, so that plans are followed."""
 
     def observe(seed: int, steps: int, act: Act) -> None:

@@ -114,5 +114,4 @@ def draw(axes: Axes, episodes: pd.DataFrame, title: str, own_hz: float | None) -
     axes.set_xticks(ticks, [f"{hz:g}" for hz in ticks])
     axes.minorticks_off()
     axes.set(xlabel="control frequency, Hz", ylabel="return", title=title, ylim=(0, None))
-    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

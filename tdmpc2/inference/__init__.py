@@ -1,6 +1,6 @@
 """Fast inference: the world model arranged for planning, and compilation."""
 
-from .ahead import AheadOfTime
+from .ahead import AheadOfTime, Function
 from .compiled import Compiled, dtype_of, resolved
 from .fast_model import FastModel, Origin, origin
 from .threads import forks_have_one_thread, threads
@@ -11,6 +11,7 @@ __all__ = [
     "Compiled",
     "FastModel",
     "FollowedWeights",
+    "Function",
     "Origin",
     "Weights",
     "dtype_of",

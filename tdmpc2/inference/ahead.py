@@ -59,8 +59,6 @@ class AheadOfTime:
         """The library for such inputs; the first `varying` of them have a free batch axis."""
         leaves, spec = tree_flatten((args, kwargs))
         present = [x is not None for x in leaves]
-        # Copies: the compiler takes two inputs that are one tensor in this call for one input in all calls.
-        inputs = [x.clone() for x in inputs]
         layouts = [_layout(x, leave_out=int(i < varying)) for i, x in enumerate(inputs)]
         try:
             compiling = AheadOfTime._traced, AheadOfTime._compile
@@ -90,7 +88,7 @@ class AheadOfTime:
         free = {0: torch.export.Dim("batch", min=2)}
         shapes = [free if i < varying else None for i in range(len(inputs))]
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            graph = torch.export.export(_Flat(flat), (inputs,), dynamic_shapes=(shapes,), strict=False)
+            graph = torch.export.export(Function(flat), (inputs,), dynamic_shapes=((shapes,),), strict=False)
         if graph.constants:
             raise _Baked(f"{self._what} reads tensors that are neither arguments nor its own")
         return graph.module(check_guards=False)
@@ -99,6 +97,8 @@ class AheadOfTime:
         self, spec: TreeSpec, present: list[bool], inputs: list[Tensor], varying: int, folder: Path
     ) -> Path:
         """Compile in `folder`; returns the library."""
+        # Copies: the compiler takes two inputs that are one tensor in this call for one input in all calls.
+        inputs = [x.clone() for x in inputs]
         graph = self._traced(spec, present, inputs, varying)
         options = {**OPTIONS, "aot_inductor.precompile_headers": False}
         from torch._inductor.utils import fresh_cache  # takes seconds to import
@@ -114,15 +114,15 @@ class _Baked(AssertionError):
     """A library would contain tensor values as constants."""
 
 
-class _Flat(nn.Module):
+class Function(nn.Module):
     """A function as a module, because only modules can be exported."""
 
-    def __init__(self, function: Callable[[list[Tensor]], list[Tensor]]):
+    def __init__(self, function: Callable[..., Any]):
         super().__init__()
         self.function = function
 
-    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
-        return self.function(inputs)
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
 def _layout(x: Tensor, leave_out: int) -> tuple[object, ...]:

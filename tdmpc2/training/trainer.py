@@ -47,7 +47,6 @@ from ..envs.guard import closed_on_error
 from ..errors import CheckpointError, ConfigError, TDMPC2Error
 from ..evaluation.rollout import rollout
 from ..files import atomic_write, difference, file_name, in_use, read_bytes, write_json
-from ..inference import resolved
 from ..progress import SILENT, Progress
 from ..provenance import provenance
 from ..world_model.checkpoint import WEIGHTS, check_device, save_world_model
@@ -158,7 +157,6 @@ class Trainer:
         model = WorldModel(self._architecture()).to(config.device).eval()
         settings = asdict(config.planner)
         compute = ComputeConfig(settings.pop("precision"), settings.pop("compile"))
-        compute = resolved(compute, next(model.parameters()).device)
         self.planner = PlannerConfig(**settings)
         if self.planner.iterations == PlannerConfig.iterations:
             published = published_budget(model.config.action_dim)

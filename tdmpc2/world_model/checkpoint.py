@@ -300,12 +300,16 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
             raise CheckpointError(f"{path} is damaged: {name} is {state[name].dtype}, not torch.float32")
         if not torch.stack(state[name].aminmax()).isfinite().all():
             raise CheckpointError(f"{path} is damaged: {name} has values that are not finite")
-    # Copies: a view would keep a larger block of memory alive.
-    module.load_state_dict({name: t.clone() for name, t in state.items()}, assign=True)
-    for part in module.modules():
-        if isinstance(part, (Linear, nn.Linear)):
-            # Stored along the outputs, a product with few rows, as in acting, is up to four times as fast.
-            part.weight.data = part.weight.data.mT.contiguous().mT
+    # Copies: a view would keep a larger block of memory alive. Matrices are stored along their outputs: a
+    # product with few rows, as in acting, is then up to four times as fast.
+    matrices = {f"{name}.weight" for name, x in module.named_modules() if isinstance(x, (Linear, nn.Linear))}
+    own = {name: _along_outputs(t) if name in matrices else t.clone() for name, t in state.items()}
+    module.load_state_dict(own, assign=True)
+
+
+def _along_outputs(weight: Tensor) -> Tensor:
+    """A copy of weights `[..., out, in]` in which the entries of different outputs lie side by side."""
+    return weight.mT.clone(memory_format=torch.contiguous_format).mT
 
 
 def _load_folder(folder: Path, given: Mapping[str, Any]) -> WorldModel:
