@@ -103,7 +103,10 @@ class BackgroundAgent(SpeculativeAgent):
     """Acts without waiting for plans, but for the first plan of an episode.
 
     Args:
-        teacher, config, corrector, monitor: as for `SpeculativeAgent`.
+        teacher: as for `SpeculativeAgent`.
+        config: as for `SpeculativeAgent`.
+        corrector: as for `SpeculativeAgent`.
+        monitor: as for `SpeculativeAgent`.
         source: makes the plans.
         delay: steps that a plan takes; None: as many as the slowest of the last plans.
     """
