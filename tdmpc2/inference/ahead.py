@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .compiled import OPTIONS, announced, stays_uncompiled
 from .libraries import Run, library
@@ -42,8 +42,8 @@ class AheadOfTime:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A library requires inputs with the memory layout that it was compiled for.
-        varying = [x.contiguous() for x in tree_leaves(args) if x is not None]
-        fixed = [x for x in tree_leaves(kwargs) if x is not None]
+        varying = [x.contiguous() for x in _tensors(args)]
+        fixed = _tensors(tuple(kwargs.values()))
         inputs = [*varying, *fixed, *self._weights.values()]
         kind = varying[0].shape[0] > 1, torch.get_num_threads()  # compiled for this number
         if kind not in self._runs:
@@ -82,8 +82,7 @@ class AheadOfTime:
             given = iter(inputs)
             args, kwargs = tree_unflatten([next(given) if p else None for p in present], spec)
             weights = dict(zip(self._weights, given, strict=True))
-            result = torch.func.functional_call(self._module, weights, args, kwargs)
-            return [x for x in tree_leaves(result) if x is not None]
+            return _tensors(torch.func.functional_call(self._module, weights, args, kwargs))
 
         free = {0: torch.export.Dim("batch", min=2)}
         shapes = [free if i < varying else None for i in range(len(inputs))]
@@ -123,6 +122,13 @@ class Function(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.function(*args)
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    """The tensors in tuples of tensors and None, in order; faster than PyTorch's `tree_leaves`."""
+    if isinstance(given, tuple):
+        return [x for part in given for x in _tensors(part)]
+    return [] if given is None else [given]
 
 
 def _layout(x: Tensor, leave_out: int) -> tuple[object, ...]:
