@@ -111,6 +111,7 @@ def main(settings: Settings) -> None:
         "rules": "".join(map(rules, compared_rules)),
         "rooms": rooms(ROOT / "tdmpc2"),
         "step": steps_without_plan(results / "step.json"),
+        "refining": "".join(map(searches, sorted(results.glob("refining/*.csv")))),
         "delay": "".join(map(late_plans, sorted(results.glob("delay/*.csv")))),
         "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=lambda path: path.stem)))
         or "`research/soak.py` has no results here yet.\n",
@@ -788,6 +789,34 @@ def steps_without_plan(path: Path) -> str:
         ratio = f"{row['library'] / row['products']:.2f}"
         lines.append(line([ahead, *times, ratio, f"{row['act, sleeping']:.2f} ms"]))
     return "\n".join([*lines, "", made_by(r["provenance"]), ""])
+
+
+def searches(path: Path) -> str:
+    """One task's return and time of a step for several sizes of refining's search, in Markdown."""
+    episodes, about = pd.read_csv(path), read_json(path.with_suffix(".json"))
+    by = {
+        key: own["return"].to_numpy() for key, own in episodes.groupby(["refine_steps", "rows"], sort=False)
+    }
+    lines = [f"### {path.stem}", ""]
+    lines += header(["steps ahead", "rows", "return, ratio to no refining [95 %]", "`act`"], 2)
+    for (steps, rows), returns in by.items():
+        ratio = with_interval(*paired_ratio(returns, by[0, 0])) if steps else f"{returns.mean():.1f} itself"
+        lines.append(
+            line(
+                [
+                    *(str(n) if steps else "none" for n in (steps, rows)),
+                    ratio,
+                    f"{about['ms'][f'{steps}, {rows}']:.2f} ms",
+                ]
+            )
+        )
+    lines += [
+        "",
+        f"{len(by[0, 0])} episodes a row; {about['config']['mode']}. {made_by(about['provenance'])}",
+        "",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def real_time(folders: list[Path]) -> str:

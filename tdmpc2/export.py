@@ -17,7 +17,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -194,11 +194,11 @@ def record(agent: SpeculativeAgent, observe: Observe, steps: int, seed: int) -> 
     before, noise = planner.noise, _Recording(seed)
     planner.noise = noise
     rows: list[tuple[np.ndarray, np.ndarray, bool, bool]] = []
-    begins = False
+    begins, most = False, 0  # plans
 
     def act(obs: np.ndarray) -> np.ndarray:
         nonlocal begins
-        if len(noise.gumbels) >= PLANS:
+        if len(noise.gumbels) >= most:
             raise _Enough
         plans = len(noise.gumbels)
         action = agent.act(obs)
@@ -211,9 +211,9 @@ def record(agent: SpeculativeAgent, observe: Observe, steps: int, seed: int) -> 
             if piece != 1:  # the second piece is a jump in an episode: the plan no longer fits
                 agent.reset()
                 begins = True
-            observe(seed + piece, -(-steps // 3), act)
-    except _Enough:
-        pass
+            most += PLANS // 3
+            with suppress(_Enough):
+                observe(seed + piece, -(-steps // 3), act)
     finally:
         planner.noise = before
         agent.reset()
@@ -240,7 +240,7 @@ def record(agent: SpeculativeAgent, observe: Observe, steps: int, seed: int) -> 
 
 
 class _Enough(Exception):
-    """Enough plans are recorded."""
+    """Enough plans of a piece are recorded."""
 
 
 class _Recording(NoiseSource):

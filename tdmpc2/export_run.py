@@ -76,7 +76,7 @@ class Agent:
         self.info: dict[str, Any] = {}
 
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """The action [A] for an observation, each entry in [-1, 1].
+        """The action for an observation, each entry in [-1, 1].
 
         Raises ValueError if the observation has another shape or is not finite; the agent is unchanged.
         `info` then says whether a plan was made, the step in plan, and the mismatch.
@@ -84,12 +84,13 @@ class Agent:
         obs = np.asarray(obs, self.dtype)
         if obs.shape != self.shape:
             raise ValueError(f"the observation has shape {obs.shape}, this agent takes {self.shape}")
-        k = int(self.state["k"])  # steps executed of the plan
+        k = int(self.state["k"])  # step in plan; the execution horizon after reset()
         due = k >= self.manifest["execution_horizon"]  # a new plan is due; always so after reset()
         makes_plans = self.manifest["plans"]  # False: the agent acts by the policy alone
 
         # A first call encodes the observation and compares it with the prediction. If no plan is needed, its
-        # action is the one to execute. Otherwise, only its latent `z` is used.
+        # action is the one to execute. Otherwise, only its latent `z` is used. An agent that never plans sets
+        # `new` at once where a plan would be due.
         step = self.run("step", obs=obs, new=due and not makes_plans)
         if not np.isfinite(step["z"]).all():
             raise ValueError("the observation is not finite or too large: check the sensors")
@@ -105,11 +106,11 @@ class Agent:
         return step["action"]
 
     def plan(self, z: np.ndarray, executed: int) -> np.ndarray:
-        """A plan [H, A] from the latent `z`: model predictive path integral control (MPPI).
+        """A plan [H, A] from the latent `z`, by model predictive path integral control (MPPI).
 
         MPPI samples many action sequences from a Gaussian, predicts the return of each with the world model,
         and moves the Gaussian to the best ones (the elites). A few iterations of this make a plan. Fewer are
-        faster and worse: the loop may end early.
+        faster and worse: the loop may end early, after one iteration or more.
         """
         p, noise = self.planner, self.draw()
         # The search begins from the last plan, without the steps executed since; zeros at its end.
@@ -134,17 +135,18 @@ class Agent:
             )
             mean, std = found["next_mean"], found["next_std"]
         self.last_mean = mean
-        # The plan is the Gaussian's mean. If the agent plans at every step, the first action is that of one
-        # elite, drawn by score (the Gumbel trick): this breaks ties between equally good plans.
+        # The plan is the Gaussian's mean. If at most one step of the last plan was executed, as in an agent
+        # that plans at every step, the first action is that of one elite, drawn by score (the Gumbel trick):
+        # this breaks ties between equally good plans.
         plan = mean.copy()
         if executed <= 1:
             with np.errstate(divide="ignore"):  # a score of zero is never drawn
                 drawn = np.argmax(np.log(found["score"]) + noise["gumbel"])
-            plan[0] = np.clip(found["elites"][0, drawn], -1, 1)
+            plan[0] = np.clip(found["elites"][0, drawn], -1, 1)  # elites: [H, E, A]
         return plan
 
     def random_noise(self) -> dict[str, Any]:
-        """All noise of one plan."""
+        """All noise of one plan; any generator will do. Gumbel noise is -log(-log(uniform))."""
         p, size = self.planner, self.inputs["iteration"]["mean"]["shape"][1]
         horizon, iterations, samples = p["horizon"], p["iterations"], p["num_samples"]
         prior, others = p["num_pi_trajs"], samples - p["num_pi_trajs"]
@@ -164,7 +166,8 @@ class Agent:
         feed = {}
         for key, port in self.inputs[name].items():
             value = given.get(key)
-            if value is None:  # no new plan: any values do
+            if value is None:
+                assert key == "new_plan", key  # without a new plan, any values do
                 value = np.zeros(port["shape"])
             feed[key] = np.ascontiguousarray(value, port["dtype"]).reshape(port["shape"])
         return dict(zip(self.outputs[name], self.sessions[name].run(None, feed), strict=True))
@@ -193,24 +196,24 @@ def check(folder: str | Path) -> float:
     for obs, action, begins, planned in zip(*steps, strict=True):
         if begins:
             agent.reset()
-        largest = max(largest, float(np.abs(agent.act(obs) - action).max()))
+        largest = float(np.maximum(largest, np.abs(agent.act(obs) - action).max()))  # NaN stays NaN
         if agent.info["planned"] != planned:  # the plans would no longer get their own noise
             return float("inf")
     return largest
 
 
 def latency(folder: str | Path, threads: int, plans: int = 20) -> dict[str, tuple[float, float]]:
-    """Milliseconds of steps that follow a plan and of steps that make one; median and slowest of each."""
+    """Milliseconds of steps that make a plan and of those that do not; median and slowest of each."""
     agent = Agent(folder, threads)
     with np.load(Path(folder) / "check.npz") as file:
         recorded = file["obs"]
-    times: dict[str, list[float]] = {"follows a plan": [], "makes a plan": []}
+    times: dict[str, list[float]] = {"makes no plan": [], "makes a plan": []}
     t = 0
     agent.act(recorded[0])  # the first call prepares memory
     while t < 5000 and (t < 200 or len(times["makes a plan"]) < plans):
         begin = time.perf_counter()
         agent.act(recorded[t % len(recorded)])
-        kind = "makes a plan" if agent.info["planned"] else "follows a plan"
+        kind = "makes a plan" if agent.info["planned"] else "makes no plan"
         times[kind].append(1000 * (time.perf_counter() - begin))
         t += 1
         if not agent.manifest["plans"] and t >= 200:

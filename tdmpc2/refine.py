@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .world_model.model import WorldModel
 
-SAMPLES, ELITES = 14, 4  # with the two given actions, 16 rows of a matrix product: fast on CPUs
+SAMPLES = 14  # with the two given actions, 16 rows of a matrix product: fast on CPUs
 STD = 0.15  # of each sample entry, in units of actions in [-1, 1]
 
 
@@ -37,7 +37,7 @@ def refine(
 
     The samples are `action`, the planned action, and actions around `action`. The policy prior follows each,
     and the mean of all Q heads values it `steps` ahead; for one step, `r(z, a) + gamma Q(z', p(z'))`. The
-    refined action is the mean of the elites, weighted by value.
+    refined action is the mean of the elites, the best quarter, weighted by value.
 
     Args:
         model: values actions.
@@ -66,7 +66,7 @@ def refine(
         if model.config.episodic:  # nothing counts after the first latent predicted terminal
             later = later * (model.termination(z, task) <= 0.5).to(value)
     value = value + later * model.value(z, next_action, task).mean(0)
-    best = value.nan_to_num(0.0).topk(ELITES, 1)
+    best = value.nan_to_num(0.0).topk(samples.shape[1] // 4, 1)
     weight = (temperature * best.values).softmax(1)
     elites = samples.gather(1, best.indices[..., None].expand(-1, -1, samples.shape[2]))
     return (weight[..., None] * elites).sum(1)

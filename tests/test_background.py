@@ -656,6 +656,17 @@ def test_a_planner_that_cannot_start_is_given_up(monkeypatch, capsys) -> None:
     agent.close()
 
 
+def test_a_planner_whose_start_never_ends_is_given_up(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(process, "START", 0.2)
+    source = process.PlannerProcess(partial(time.sleep, 1e6))
+    try:
+        assert source.answers(wait=True) == [] and not source.is_free()
+    finally:
+        source.close()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "does not answer at each start: no plan is made any more" in said[2], said
+
+
 def test_the_error_of_a_planner_that_cannot_start_is_printed(monkeypatch, capfd) -> None:
     monkeypatch.setattr(process, "STARTS", 1)
 

@@ -1,6 +1,7 @@
 """An exported agent acts as the PyTorch agent does, and needs neither PyTorch nor this package."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,9 +128,19 @@ def test_the_recorded_steps_hold_every_kind(of_hardest) -> None:
     again = record(agent, seeing, 60, 0)
     with np.load(folder / "check.npz") as file:
         assert all((file[name] == again[name]).all() for name in file.files), "the same seed, the same file"
-        assert file["begins"].sum() >= 1 and file["planned"].sum() == len(file["noise"])
+        assert file["begins"].sum() == 2 and file["planned"].sum() == len(file["noise"])
     assert kinds == {Kind.PLANNED, Kind.CORRECTED, Kind.FALLBACK}
     assert max(steps_in_plan) >= BUDGET.horizon
+
+
+def test_nan_is_no_agreement(of_hardest, tmp_path: Path) -> None:
+    _, folder, _ = of_hardest
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    with np.load(folder / "check.npz") as file:
+        recorded = {name: file[name] for name in file.files}
+    recorded["action"][5] = np.nan
+    np.savez(copy / "check.npz", **recorded)
+    assert np.isnan(export_module.imported(copy / "run.py").check(copy))
 
 
 def test_its_program_needs_no_pytorch(of_hardest, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stand_ins import DISCOUNT, KINDS, random_model
 
-from tdmpc2.refine import ELITES, SAMPLES, STD, offsets, refine
+from tdmpc2.refine import SAMPLES, STD, offsets, refine
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -35,7 +35,7 @@ def test_refined_action_is_the_mean_of_elites_by_hand(kind: str, steps: int) -> 
                 later *= DISCOUNT * (not (model.config.episodic and float(model.termination(at, own)) > 0.5))
                 x = model.prior(at, own)
             values.append(total + later * float(model.value(at, x, own).mean()))
-        elites = sorted(range(len(samples)), key=lambda i: -values[i])[:ELITES]
+        elites = sorted(range(len(samples)), key=lambda i: -values[i])[: len(samples) // 4]
         weights = [math.exp(0.7 * (values[i] - values[elites[0]])) for i in elites]
         expected = sum(w * samples[i] for w, i in zip(weights, elites, strict=True)) / sum(weights)
         torch.testing.assert_close(refined[row], expected, atol=1e-4, rtol=1e-4)

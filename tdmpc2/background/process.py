@@ -32,6 +32,7 @@ from .plans import Answer, LaterPlanner, Request
 
 PATIENCE = 10.0  # seconds without an answer, at least, after which a process counts as stuck
 SLOWER = 20.0  # times the first plan's time, likewise
+START = 600.0  # seconds after which one that starts, and may compile, counts as stuck
 NICE = 5  # of the process that plans: acting goes first where both are on one core
 POLL = 0.05  # seconds between two looks while waiting
 STARTS = 3  # processes in a row that may end before their first plan
@@ -88,7 +89,7 @@ class PlannerProcess:
                     self._read(self._connection.recv(), made)
             except (EOFError, OSError):
                 self._replace()
-            if self._is_busy and time.monotonic() - self._since > self._patience:
+            if not self.is_free() and time.monotonic() - self._since > self._patience:
                 self._replace(stuck=True)
             if not wait or self.is_free():
                 break
@@ -107,7 +108,8 @@ class PlannerProcess:
             self._patience = max(PATIENCE, SLOWER * message)
 
     def _start(self) -> None:
-        self._owner, self._is_ready, self._is_busy, self._since = os.getpid(), False, False, 0.0
+        self._owner, self._is_ready, self._is_busy = os.getpid(), False, False
+        self._since, self._patience = time.monotonic(), START
         self._connection, other = multiprocessing.Pipe()
         passed = other.fileno(), self._work.fileno()
         with other:
