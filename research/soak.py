@@ -3,10 +3,12 @@
     python research/soak.py agent=pretrained/walker-walk planner.num_samples=512 planner.iterations=6 \\
         planner.num_elites=64
 
-Four runs: a loop that sleeps until the next tick of a clock of `hz`, as a robot's does; a loop without a
-pause; the first again with a busy process on each core; and again while the planner's process is killed now
-and then. After each `act`, a loop that only reads the clock runs for a millisecond. The longest gap between
-two of its readings is the machine's own pause. Writes `results/soak.json`. Run nothing else meanwhile.
+Four runs of the agent: a loop that sleeps until the next tick of a clock of `hz`, as a robot's does; a loop
+without a pause; the first again with a busy process on each core; and again while the planner's process is
+killed now and then. After each `act`, a loop that only reads the clock runs for a millisecond. The longest
+gap between two of its readings is the machine's own pause. A fifth run is this loop alone, for as long as a
+step takes, beside a busy process on each core but one in place of the planner. Writes `results/soak.json`.
+Run nothing else meanwhile.
 `thread=true` plans in a thread of this process instead.
 """
 
@@ -58,6 +60,7 @@ class SoakConfig(Checked):
     sleeping_steps: int = 40_000
     tight_steps: int = 60_000
     busy_steps: int = 3_000
+    clock_steps: int = 5_000  # of the clock alone
     kills: int = 20  # of the planner's process
     steps_a_kill: int = 300
     thread: bool = False  # plan in a thread
@@ -68,7 +71,8 @@ class SoakConfig(Checked):
     )
 
     def check_ranges(self) -> None:
-        at_least(1, self, "hz", "sleeping_steps", "tight_steps", "busy_steps", "kills", "steps_a_kill")
+        at_least(1, self, "hz", "kills", "steps_a_kill")
+        at_least(1, self, "sleeping_steps", "tight_steps", "busy_steps", "clock_steps")
 
 
 class InThread:
@@ -116,6 +120,33 @@ def memory(agent: BackgroundAgent) -> list[float]:
     return [n * resource.getpagesize() / 2**20 for n in pages]
 
 
+def pause(seconds: float) -> float:
+    """The longest gap between two readings of the clock in `seconds`."""
+    last, longest = time.perf_counter(), 0.0
+    end = last + seconds
+    while last < end:
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest
+
+
+def quantiles(ms: np.ndarray) -> dict[str, float]:
+    return {f"p{q:g}": float(np.percentile(ms, q)) for q in (50, 99, 99.9, 99.99, 100)}
+
+
+def clock(steps: int, hz: float, seconds: float, progress: Progress) -> dict[str, Any]:
+    """The machine's pauses: read the clock for `seconds`, sleep until the next tick, `steps` times."""
+    longest = []
+    with progress.add("clock", steps, unit="steps") as stage:
+        tick = time.perf_counter()
+        for _ in range(steps):
+            longest.append(pause(seconds))
+            tick += 1 / hz
+            time.sleep(max(tick - time.perf_counter(), 0))
+            stage.advance()
+    return {"steps": steps, "pause_ms": quantiles(1e3 * np.array(longest))}
+
+
 def run(
     agent: BackgroundAgent,
     teacher: Teacher,
@@ -160,11 +191,7 @@ def run(
                 until_taken.append(t - killed)
                 killed = None
             plain.append(not (info.asked or info.arrived))
-            last, longest = end, 0.0
-            while last < end + SPIN:
-                now = time.perf_counter()
-                longest, last = max(longest, now - last), now
-            gap.append(longest)
+            gap.append(pause(SPIN))
             obs, reward, terminated, truncated, _ = env.step(action)
             total, over = total + float(reward), terminated or truncated
             if hz is not None:
@@ -176,8 +203,8 @@ def run(
         "steps": steps,
         "hz": hz,
         "without_plan_ms_median": float(np.median(usual)),
-        "act_ms": {f"p{q:g}": float(np.percentile(ms, q)) for q in (50, 99, 99.9, 99.99, 100)},
-        "pause_ms": {f"p{q:g}": float(1e3 * np.percentile(gap, q)) for q in (50, 99, 99.9, 99.99, 100)},
+        "act_ms": quantiles(ms),
+        "pause_ms": quantiles(1e3 * np.array(gap)),
         "longest_acts": [
             {"step": int(t), "act_ms": ms[t], "pause_after_ms": 1e3 * gap[t]} for t in np.argsort(-ms)[:10]
         ],
@@ -231,6 +258,9 @@ def main(config: SoakConfig) -> None:
         if not config.thread:
             steps, every = config.kills * config.steps_a_kill, config.steps_a_kill
             result["killed"] = run(agent, teacher, seed, steps, config.hz, progress, every)
+        with busy(joblib.cpu_count() - 1):
+            step = 1e-3 * result["sleeping"]["without_plan_ms_median"]
+            result["clock"] = clock(config.clock_steps, config.hz, step, progress)
         write_json(config.out, result)
         background = returns_of(agent, teacher, config, progress)
         agent.close()
