@@ -3,7 +3,7 @@
     python research/step.py agent=pretrained/walker-walk
 
 Times, with one thread, `act`, its compiled library alone, and the library's matrix products alone: the same
-operations on the same weights, one after the other. All three take turns. `act` is also timed in a loop that
+operations on the same weights, one after the other. All three take turns. Each is also timed in a loop that
 sleeps until the next tick, as a robot's does: caches are cold then. Writes `results/step.json`.
 """
 
@@ -100,11 +100,11 @@ def measure(config: StepConfig, refine_steps: int) -> dict[str, float]:
         for name, run in timed.items():
             run()
             times[name] += [taken(run) for _ in range(100)]
-    sleeping = []
-    for _ in range(config.sleeping_steps):
-        sleeping.append(taken(timed["act"]))
-        time.sleep(max(1 / config.hz - sleeping[-1], 0))
-    times["act, sleeping"] = sleeping
+    for name, run in timed.items():
+        times[f"{name}, sleeping"] = sleeping = []
+        for _ in range(config.sleeping_steps):
+            sleeping.append(taken(run))
+            time.sleep(max(1 / config.hz - sleeping[-1], 0))
     return {
         "refine_steps": refine_steps,
         "number_of_products": len(products.calls),

@@ -785,13 +785,13 @@ def steps_without_plan(path: Path) -> str:
     if not path.exists():
         return "`research/step.py` has no results here yet.\n"
     r = read_json(path)
-    columns = ["refining", "products", "`act`", "library", "/ products", f"`act` at {r['hz']:g} Hz"]
-    lines = header(columns)
+    names = ["products", "library", "act"]
+    cold = [f"{name}, sleeping" for name in names]
+    lines = header(["refining", *names, *(f"{name} at {r['hz']:g} Hz" for name in names)])
     for row in r["rows"]:
         ahead = f"{row['refine_steps']} ahead" if row["refine_steps"] else "none"
-        times = [f"{row[name]:.2f} ms" for name in ("products", "act", "library")]
-        ratio = f"{row['library'] / row['products']:.2f}"
-        lines.append(line([ahead, *times, ratio, f"{row['act, sleeping']:.2f} ms"]))
+        cells = [f"{row[name]:.2f} ms ({row[name] / row[of[0]]:.2f})" for of in (names, cold) for name in of]
+        lines.append(line([ahead, *cells]))
     return "\n".join([*lines, "", made_by(r["provenance"]), ""])
 
 
