@@ -94,6 +94,8 @@ class LateTeacher:
         asked = True
         if self._t == 0:  # the first plan may take its time
             self._plan = self._next = self._planned(obs, executed=0)
+        elif self._t == 1:
+            self._next, self._asked = self._planned(obs, executed=1), 1
         elif self._t - self._asked == self.delay:
             self._plan, self._begun = self._next, self._asked
             self._next, self._asked = self._planned(obs, executed=self.delay), self._t

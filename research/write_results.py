@@ -719,7 +719,7 @@ def late_plans(path: Path) -> str:
     episodes, about = pd.read_csv(path), read_json(path.with_suffix(".json"))
     by = {key: own["return"].to_numpy() for key, own in episodes.groupby(["mode", "delay"], sort=False)}
     delays = sorted(episodes["delay"].unique())
-    lines = [f"## {path.stem}", "", *header(["mode", *(f"d = {delay}" for delay in delays)])]
+    lines = [f"### {path.stem}", "", *header(["mode", *(f"d = {delay}" for delay in delays)])]
     for mode in dict.fromkeys(mode for mode, _ in by if mode != BASELINE):
         ratios = [
             with_interval(*paired_ratio(by[mode, d], by[BASELINE, 0])) if (mode, d) in by else ""
@@ -832,13 +832,13 @@ def real_time(folders: list[Path]) -> str:
         episodes, about = pd.read_csv(folder / "realtime.csv"), read_json(folder / "realtime.json")
         means = episodes.groupby(["agent", "hz"], sort=False)["return"].mean()
         agents = list(dict.fromkeys(episodes["agent"]))
-        lines += [f"## {folder.name}", "", *header(["Hz", *agents])]
+        lines += [f"### {folder.name}", "", *header(["Hz", *agents])]
         for hz in sorted(episodes["hz"].unique()):
             lines.append(line([f"{hz:g}", *(f"{means[agent, hz]:.0f}" for agent in agents)]))
         planner = PlannerConfig(**about["planner"]).in_words()
         n = episodes["seed"].nunique()
-        lines += ["", f"Mean return of {n} episodes; {planner}; the task's own frequency is "]
-        lines[-1] += f"{about['own_hz']:g} Hz. {made_by(about['provenance'])}"
+        own = f"; the task's own frequency is {about['own_hz']:g} Hz" if about["own_hz"] else ""
+        lines += ["", f"Mean return of {n} episodes; {planner}{own}. {made_by(about['provenance'])}"]
         lines.append("")
     return "\n".join([*lines, ""])
 

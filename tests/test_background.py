@@ -306,6 +306,15 @@ def test_the_lead_is_that_of_the_slowest_of_the_last_plans() -> None:
     assert agent.lead == 2 and len(agent.source.made) >= 8, "plans of several rows made at once count as one"
 
 
+def test_plans_that_are_always_too_late_are_reported_once(capsys) -> None:
+    for steps, said in ((H + 5, 0), (H + 6, 1)):  # of an execution horizon of 6
+        agent = slow_agent(steps, threshold=None, execution_horizon=6)
+        World(agent, 3).steps(200)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == said
+    assert f"the last 8 plans took {H + 6} steps and more, too long to be used" in lines[0]
+
+
 def test_a_plan_that_the_source_has_lost_is_asked_for_again() -> None:
     agent = slow_agent(2, threshold=None)
     world = World(agent, 3).steps(5)
@@ -606,7 +615,7 @@ def test_the_agent_acts_on_when_its_planner_dies_or_is_stuck(
     os.kill(stuck, signal.SIGSTOP)
     try:
         until(lambda: agent.act(OBS[0]) is not None and agent.source.pid != stuck)
-        assert not lives(stuck)
+        until(lambda: not lives(stuck))
     finally:
         if lives(stuck):
             os.kill(stuck, signal.SIGKILL)
@@ -654,6 +663,27 @@ def test_a_planner_that_cannot_start_is_given_up(monkeypatch, capsys) -> None:
     assert ["another one starts" in line for line in said] == [True, True, False], said
     assert "(exit status 1) at each start: no plan is made any more" in said[2]
     agent.close()
+
+
+@needs_proc
+def test_a_system_short_of_processes_is_asked_again(agent: BackgroundAgent, monkeypatch, capsys) -> None:
+    agent.act(OBS[0])
+    real, tries = process.subprocess.Popen, []
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        tries.append(time.monotonic())
+        if len(tries) < 3:
+            raise OSError(11, "Resource temporarily unavailable")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(process.subprocess, "Popen", short)
+    monkeypatch.setattr(process, "RETRY", 0.1)
+    os.kill(agent.source.pid, signal.SIGKILL)
+    until(lambda: agent.act(OBS[0]) is not None and len(tries) == 3)
+    assert (np.diff(tries) > 0.1).all(), "not at each action"
+    act_until_taken(agent, 2)
+    said = capsys.readouterr().err.splitlines()
+    assert ["cannot start (Resource temporarily unavailable)" in line for line in said] == [False, True, True]
 
 
 def test_a_planner_whose_start_never_ends_is_given_up(monkeypatch, capsys) -> None:

@@ -20,6 +20,7 @@ from ..config import SpeculationConfig
 from ..control import Ahead, Arrival, Control
 from ..corrector import BaseCorrector
 from ..errors import ConfigError
+from ..inference.compiled import say
 from ..inputs import Array, like, read_mask
 from ..monitor import Monitor
 from ..planner import Plan
@@ -129,6 +130,7 @@ class BackgroundAgent(SpeculativeAgent):
         self.source, self.delay = source, delay
         self._rows = [Row() for _ in range(teacher.num_envs)]
         self._took: deque[int] = deque(maxlen=REMEMBERED)  # steps that the last plans took
+        self._has_warned = False  # that plans take too long
         self._number = 0  # of the last request
         self._horizon = teacher.planner.config.horizon
         with torch.inference_mode(False):  # as in `TDMPC2`
@@ -249,6 +251,13 @@ class BackgroundAgent(SpeculativeAgent):
                 steps.append(row.t - row.asked)
             if any(steps):  # not those of an episode's first plan, which the agent waits for
                 self._took.append(max(steps))
+        too_long = self.config.execution_horizon + self._horizon
+        if not self._has_warned and len(self._took) == REMEMBERED and min(self._took) >= too_long:
+            self._has_warned = True
+            say(
+                f"the last {REMEMBERED} plans took {min(self._took)} steps and more, too long to be used: "
+                "give a smaller planning budget, or act at a lower frequency"
+            )
 
     def _arrival(self) -> tuple[Arrival, list[News]]:
         """The plans whose first step is now or, if they are late, was before."""

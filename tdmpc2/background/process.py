@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -35,8 +36,9 @@ SLOWER = 20.0  # times the first plan's time, likewise
 START = 600.0  # seconds after which one that starts, and may compile, counts as stuck
 NICE = 5  # of the process that plans: acting goes first where both are on one core
 POLL = 0.05  # seconds between two looks while waiting
-STARTS = 3  # processes in a row that may end before their first plan
-GRACE = 0.02  # seconds to wait for the exit status of a process that has closed its connection
+STARTS = 3  # in a row that may fail
+RETRY = 10.0  # seconds until the next try where the system could start no process
+GRACE = 0.005  # seconds to wait for the exit status of a process that has closed its connection
 
 
 class PlannerProcess:
@@ -54,6 +56,7 @@ class PlannerProcess:
         cloudpickle.dump(make, self._work)
         self._work.flush()
         self._failed = 0  # starts in a row
+        self._next_try = 0.0  # time of the next start, if the system could not start a process
         self._is_over = False  # no process starts any more
         self._start()
 
@@ -82,8 +85,15 @@ class PlannerProcess:
         made: list[Answer] = []
         if self._owner != os.getpid() and not self._is_over:  # in a fork, which has no process of its own yet
             self._end()
-            self._start()
+            self._try_to_start()
         while not self._is_over:
+            if self._next_try:
+                if time.monotonic() > self._next_try:
+                    self._try_to_start()
+                elif not wait:
+                    break
+                time.sleep(POLL if wait else 0)
+                continue
             try:
                 while self._connection.poll(POLL if wait and not self.is_free() else 0):
                     self._read(self._connection.recv(), made)
@@ -135,16 +145,35 @@ class PlannerProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE)
             how = f"has ended{_in_words(self._process.poll())}"
-        self._failed = 0 if self._is_ready else self._failed + 1
-        self._end()
+        self._end.detach()
+        self._connection.close()
+        self._process.kill()
+        threading.Thread(target=self._process.wait, daemon=True).start()  # the agent does not wait
+        if self._is_ready:
+            self._failed = 0
+        elif self._has_failed(f"{how} at each start"):
+            return
         self._is_ready = self._is_busy = False
+        say(f"the planner's process {how}: another one starts, until then no plan is made")
+        self._try_to_start()
+
+    def _try_to_start(self) -> None:
+        """Start a process; try again later if the system is short of processes."""
+        self._next_try = 0.0
+        try:
+            self._start()
+        except OSError as e:
+            if not self._has_failed(f"cannot start ({e.strerror})"):
+                say(f"the planner's process cannot start ({e.strerror}): the next try is in {RETRY:g} s")
+                self._next_try = time.monotonic() + RETRY
+
+    def _has_failed(self, how: str) -> bool:
+        """Count a start that failed; True: it was the last one."""
+        self._failed += 1
         if self._failed == STARTS:
             self._is_over = True
-            say(f"the planner's process {how} at each start: no plan is made any more")
-            return
-        say(f"the planner's process {how}: another one starts, until then no plan is made")
-        with suppress(OSError):  # the system may be short of processes; the next call tries again
-            self._start()
+            say(f"the planner's process {how}: no plan is made any more")
+        return self._is_over
 
 
 def serve(connection: int, work: int, parent: int) -> None:
@@ -155,7 +184,8 @@ def serve(connection: int, work: int, parent: int) -> None:
         work: file descriptor of what `PlannerProcess` wrote.
         parent: its process id.
     """
-    torch.set_num_threads(max(joblib.cpu_count() - 1, 1))  # one core is for acting
+    one_less = max(joblib.cpu_count() - 1, 1)  # one core is for acting
+    torch.set_num_threads(min(one_less, torch.get_num_threads()))  # fewer if OMP_NUM_THREADS says so
     os.nice(NICE)
     # Not read as a file: processes that forks start share one position in it.
     planner = LaterPlanner(pickle.loads(mmap.mmap(work, 0, access=mmap.ACCESS_READ))())
