@@ -2,24 +2,22 @@
 
     python research/refining.py agent=accelerated/finger-spin mode=two_tower_24
 
-Runs one mode without refining, and refined with searches of several sizes, on the same seeds, and takes the
-time of one row's compiled step. Writes `results/refining/TASK.csv` and `.json`.
+Runs one mode without refining, and refined with searches of several sizes, on the same seeds. `step.py` takes
+the time of each. Writes `results/refining/TASK.csv` and `.json`.
 """
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
 
 from tdmpc2 import cli, refine
 from tdmpc2.agent import SpeculativeAgent
-from tdmpc2.checked import Checked, at_least, from_json
+from tdmpc2.checked import Checked, from_json
 from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import BaseCorrector, load_corrector
+from tdmpc2.corrector import load_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.config import EpisodesConfig
 from tdmpc2.evaluation.rollout import rollout
@@ -27,7 +25,7 @@ from tdmpc2.evaluation.runs import write_csv
 from tdmpc2.files import read_json, write_json
 from tdmpc2.progress import Progress
 from tdmpc2.provenance import provenance
-from tdmpc2.teacher import Teacher, open_teacher
+from tdmpc2.teacher import open_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,28 +36,13 @@ class RefiningConfig(Checked):
     mode: str = "two_tower_24"
     refine_steps: tuple[int, ...] = (1, 3)
     rows: tuple[int, ...] = (4, 8, 16, 32)  # actions that are valued; the best quarter counts
-    timed: int = 1_000  # steps
     out: str = "results/refining"
     planner: BudgetOverride = field(default_factory=BudgetOverride)
     evaluation: EpisodesConfig = field(default_factory=lambda: EpisodesConfig(seed=85_000, num_envs=20))
 
     def check_ranges(self) -> None:
-        at_least(1, self, "timed")
         if any(rows < 4 or rows % 4 for rows in self.rows):
             raise ConfigError(f"rows={list(self.rows)}: give multiples of 4")
-
-
-def time_of_step(teacher: Teacher, mode: SpeculationConfig, corrector: BaseCorrector, steps: int) -> float:
-    """Median time in ms of a step without a plan, of one row."""
-    mode = replace(mode, execution_horizon=10**6, threshold=None)
-    agent = SpeculativeAgent(teacher.agent(1, 0), mode, corrector)
-    obs = np.random.default_rng(0).normal(size=teacher.model.config.obs_shape).astype(np.float32)
-    times = []
-    for _ in range(steps + 20):
-        start = time.perf_counter()
-        agent.act(obs)
-        times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times[20:]))
 
 
 def main(config: RefiningConfig) -> None:
@@ -73,7 +56,7 @@ def main(config: RefiningConfig) -> None:
         raise ConfigError(f"mode={config.mode}: give a mode that corrects, without refining")
     corrector = load_corrector(folder / "correctors" / mode.corrector, teacher.fingerprint)
     searches = [(0, 0), *((steps, rows) for steps in config.refine_steps for rows in config.rows)]
-    seeds, episodes, ms = config.evaluation.seeds, [], {}
+    seeds, episodes = config.evaluation.seeds, []
     with Progress(Console()) as progress, progress.add("searches", len(searches), unit="searches") as stage:
         for steps, rows in searches:
             refine.SAMPLES = max(rows - 2, 0)  # the two given actions are rows, too
@@ -83,11 +66,10 @@ def main(config: RefiningConfig) -> None:
             )
             found = rollout(agent, teacher.env, seeds).episodes
             episodes.append(found.assign(refine_steps=steps, rows=rows))
-            ms[f"{steps}, {rows}"] = time_of_step(teacher, searching, corrector, config.timed)
             progress.print(f"{steps} steps, {rows} rows: mean return {found['return'].mean():.1f}")
             stage.advance()
     write_csv(out.with_suffix(".csv"), pd.concat(episodes))
-    about = {"ms": ms, "planner": asdict(teacher.planner), "precision": teacher.precision}
+    about = {"planner": asdict(teacher.planner), "precision": teacher.precision}
     write_json(out.with_suffix(".json"), {**about, "config": asdict(config), "provenance": provenance()})
 
 

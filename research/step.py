@@ -4,7 +4,7 @@
 
 Times, with one thread, `act`, its compiled library alone, and the library's matrix products alone: the same
 operations on the same weights, one after the other. All three take turns. Each is also timed in a loop that
-sleeps until the next tick, as a robot's does: caches are cold then. Writes `results/step.json`.
+sleeps until the next tick, as a robot's does. Writes `results/step.json`.
 """
 
 import time
@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tdmpc2 import cli
+from tdmpc2 import cli, refine
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.checked import Checked, at_least
 from tdmpc2.control import ControlStep
@@ -36,6 +36,7 @@ class StepConfig(Checked):
 
     agent: str  # an accelerated agent
     refine_steps: tuple[int, ...] = (0, 1, 3)  # steps that refining looks ahead
+    rows: tuple[int, ...] = (16,)  # actions that it values
     steps: int = 2_000  # timed, of each
     hz: float = 50.0  # of the loop that sleeps
     sleeping_steps: int = 500
@@ -67,8 +68,9 @@ def taken(run: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def measure(config: StepConfig, refine_steps: int) -> dict[str, float]:
+def measure(config: StepConfig, refine_steps: int, rows: int) -> dict[str, float]:
     """Median times in ms of a step that refines so far ahead."""
+    refine.SAMPLES = max(rows - 2, 0)  # the two given actions are rows, too
     opened = open_checkpoint(config.agent)
     mode, corrector = read_mode(config.agent, opened.model)
     mode = replace(mode, execution_horizon=10**6, threshold=None, refine_steps=refine_steps)
@@ -107,6 +109,7 @@ def measure(config: StepConfig, refine_steps: int) -> dict[str, float]:
             time.sleep(max(1 / config.hz - sleeping[-1], 0))
     return {
         "refine_steps": refine_steps,
+        "rows": rows,
         "number_of_products": len(products.calls),
         **{name: 1e3 * float(np.median(t)) for name, t in times.items()},
     }
@@ -114,7 +117,8 @@ def measure(config: StepConfig, refine_steps: int) -> dict[str, float]:
 
 def main(config: StepConfig) -> None:
     torch.set_num_threads(1)
-    rows = [measure(config, n) for n in config.refine_steps]
+    searches = [(n, rows) for n in config.refine_steps for rows in (config.rows if n else (0,))]
+    rows = [measure(config, *search) for search in searches]
     write_json(config.out, {"rows": rows, "hz": config.hz, "agent": config.agent, "provenance": provenance()})
     for row in rows:
         Console().print(row)

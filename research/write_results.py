@@ -183,8 +183,9 @@ def in_time(path: Path) -> str:
     own, planner = r["sleeping"], PlannerConfig(**r["planner"]).in_words()
     median, nearly_all, longest = (f"{own['act_ms'][q]:.1f} ms" for q in ("p50", "p99.9", "p100"))
     return (
-        f"- **No action waits for a plan** with `background=True`. In {own['steps']:,} steps of walker-walk "
-        f"at {r['config']['hz']:g} Hz ({planner}) the median was {median}, 99.9 % were below {nearly_all}, "
+        f"- **No action waits for a plan** with `background=True`, but an episode's first. In "
+        f"{own['steps']:,} steps of {Path(r['config']['agent']).name} at {r['config']['hz']:g} Hz "
+        f"({planner}) the median was {median}, 99.9 % were below {nearly_all}, "
         f"and the longest took {longest}. On the same machine a loop that only reads the clock stood still "
         f"for up to {r['clock']['pause_ms']['p100']:.1f} ms beside one busy process.\n"
     )
@@ -789,38 +790,29 @@ def steps_without_plan(path: Path) -> str:
     cold = [f"{name}, sleeping" for name in names]
     lines = header(["refining", *names, *(f"{name} at {r['hz']:g} Hz" for name in names)])
     for row in r["rows"]:
-        ahead = f"{row['refine_steps']} ahead" if row["refine_steps"] else "none"
+        ahead = f"{row['refine_steps']} ahead, {row['rows']} rows" if row["refine_steps"] else "none"
         cells = [f"{row[name]:.2f} ms ({row[name] / row[of[0]]:.2f})" for of in (names, cold) for name in of]
         lines.append(line([ahead, *cells]))
     return "\n".join([*lines, "", made_by(r["provenance"]), ""])
 
 
 def searches(path: Path) -> str:
-    """One task's return and time of a step for several sizes of refining's search, in Markdown."""
+    """One task's return for several sizes of refining's search, in Markdown: a row a number of rows."""
     episodes, about = pd.read_csv(path), read_json(path.with_suffix(".json"))
     by = {
         key: own["return"].to_numpy() for key, own in episodes.groupby(["refine_steps", "rows"], sort=False)
     }
-    lines = [f"### {path.stem}", ""]
-    lines += header(["steps ahead", "rows", "return, ratio to no refining [95 %]", "`act`"], 2)
-    for (steps, rows), returns in by.items():
-        ratio = with_interval(*paired_ratio(returns, by[0, 0])) if steps else f"{returns.mean():.1f} itself"
-        lines.append(
-            line(
-                [
-                    *(str(n) if steps else "none" for n in (steps, rows)),
-                    ratio,
-                    f"{about['ms'][f'{steps}, {rows}']:.2f} ms",
-                ]
-            )
-        )
+    ahead, rows = ([*dict.fromkeys(key[i] for key in by if key[0])] for i in (0, 1))
+    lines = [f"### {path.stem}", "", *header(["rows", *(f"{n} ahead, ratio [95 %]" for n in ahead)])]
+    for n in rows:
+        ratios = [with_interval(*paired_ratio(by[steps, n], by[0, 0])) for steps in ahead]
+        lines.append(line([str(n), *ratios]))
     lines += [
         "",
-        f"{len(by[0, 0])} episodes a row; {about['config']['mode']}. {made_by(about['provenance'])}",
-        "",
-        "",
+        f"{len(by[0, 0])} episodes a cell; ratios are to the same mode without refining, which returns ",
     ]
-    return "\n".join(lines)
+    lines[-1] += f"{by[0, 0].mean():.1f}; {about['config']['mode']}. {made_by(about['provenance'])}"
+    return "\n".join([*lines, "", ""])
 
 
 def real_time(folders: list[Path]) -> str:
