@@ -9,7 +9,7 @@ from tdmpc2.evaluation.config import EpisodesConfig, overlap
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Checked):
-    """Calibration episodes; their seeds are not those of the evaluation."""
+    """Calibration episodes, with seeds of their own."""
 
     calibration_seed: int = 10_000
     calibration_episodes: int = 20

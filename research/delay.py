@@ -19,21 +19,21 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from modes import corrector_of, evaluated
 from rich.console import Console
 from torch import Tensor
 
 from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, Array, Kind, SpeculativeAgent, StepInfo
 from tdmpc2.background import in_background
-from tdmpc2.checked import Checked, at_least, from_json
+from tdmpc2.checked import Checked, at_least
 from tdmpc2.config import TEACHER, BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import load_corrector
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.config import EpisodesConfig, check_unseen
 from tdmpc2.evaluation.modes import BASELINE
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.evaluation.runs import claim, write_csv
-from tdmpc2.files import read_json, write_json
+from tdmpc2.files import write_json
 from tdmpc2.inputs import like
 from tdmpc2.progress import Progress
 from tdmpc2.provenance import provenance
@@ -122,9 +122,7 @@ def arms(
     folder = Path(config.agent)
 
     def background(mode: SpeculationConfig, delay: int, rows: int, seed: int) -> SpeculativeAgent:
-        corrector = None
-        if mode.corrector:
-            corrector = load_corrector(folder / "correctors" / mode.corrector, teacher.fingerprint)
+        corrector = corrector_of(folder, mode, teacher.fingerprint)
         return in_background(partial(teacher.agent, rows, seed), mode, corrector, delay=delay)
 
     def late(delay: int, holds: bool, rows: int, seed: int) -> LateTeacher:
@@ -135,10 +133,7 @@ def arms(
     }
     for delay in config.delays:
         for name in config.modes:
-            mode = from_json(
-                SpeculationConfig, read_json(folder / "evaluation/modes" / name / "settings.json")
-            )
-            found[name, delay] = partial(background, mode, delay)
+            found[name, delay] = partial(background, evaluated(folder, name), delay)
     for delay in sorted(set(config.delays) - {0}, reverse=True):
         for name in (GOES_ON, HOLDS):
             found[name, delay] = partial(late, delay, name == HOLDS)

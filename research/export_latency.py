@@ -25,7 +25,7 @@ class Settings(Checked):
     """What is measured."""
 
     agents: tuple[str, ...] = ("pretrained/walker-walk", "pretrained/cartpole-swingup")
-    plans: int = 100  # timed, for each agent and number of threads
+    plans: int = 100  # timed for each agent and number of threads
     out: str = "results/export.json"
 
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from modes import corrector_of, evaluated
 from rich.console import Console
 
 from tdmpc2 import cli, refine
 from tdmpc2.agent import SpeculativeAgent
-from tdmpc2.checked import Checked, from_json
-from tdmpc2.config import BudgetOverride, SpeculationConfig
-from tdmpc2.corrector import load_corrector
+from tdmpc2.checked import Checked
+from tdmpc2.config import BudgetOverride
 from tdmpc2.errors import ConfigError
 from tdmpc2.evaluation.config import EpisodesConfig
 from tdmpc2.evaluation.rollout import rollout
 from tdmpc2.evaluation.runs import write_csv
-from tdmpc2.files import read_json, write_json
+from tdmpc2.files import write_json
 from tdmpc2.progress import Progress
 from tdmpc2.provenance import provenance
 from tdmpc2.teacher import open_teacher
@@ -45,21 +45,24 @@ class RefiningConfig(Checked):
             raise ConfigError(f"rows={list(self.rows)}: give multiples of 4")
 
 
+def value(rows: int) -> None:
+    """Let refining value so many actions."""
+    refine.SAMPLES = max(rows - 2, 0)  # the two given actions are rows, too
+
+
 def main(config: RefiningConfig) -> None:
     torch.set_num_threads(1)
     teacher = open_teacher(None, config.agent, config.planner)
     folder, out = Path(config.agent), Path(config.out) / teacher.task
-    mode = from_json(
-        SpeculationConfig, read_json(folder / "evaluation/modes" / config.mode / "settings.json")
-    )
+    mode = evaluated(folder, config.mode)
     if not mode.corrector or mode.refine_steps:
         raise ConfigError(f"mode={config.mode}: give a mode that corrects, without refining")
-    corrector = load_corrector(folder / "correctors" / mode.corrector, teacher.fingerprint)
+    corrector = corrector_of(folder, mode, teacher.fingerprint)
     searches = [(0, 0), *((steps, rows) for steps in config.refine_steps for rows in config.rows)]
     seeds, episodes = config.evaluation.seeds, []
     with Progress(Console()) as progress, progress.add("searches", len(searches), unit="searches") as stage:
         for steps, rows in searches:
-            refine.SAMPLES = max(rows - 2, 0)  # the two given actions are rows, too
+            value(rows)
             searching = replace(mode, refine_steps=steps)
             agent = SpeculativeAgent(
                 teacher.agent(min(config.evaluation.num_envs, len(seeds)), seeds[0]), searching, corrector

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from refining import value
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tdmpc2 import cli, refine
+from tdmpc2 import cli
 from tdmpc2.agent import TDMPC2, SpeculativeAgent
 from tdmpc2.checked import Checked, at_least
 from tdmpc2.control import ControlStep
@@ -69,8 +70,8 @@ def taken(run: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def measure(config: StepConfig, refine_steps: int, rows: int) -> dict[str, float]:
-    """Median times in ms of a step that refines so far ahead."""
-    refine.SAMPLES = max(rows - 2, 0)  # the two given actions are rows, too
+    """Median times in ms of a step that refines so far ahead, over so many actions."""
+    value(rows)
     opened = open_checkpoint(config.agent)
     mode, corrector = read_mode(config.agent, opened.model)
     mode = replace(mode, execution_horizon=10**6, threshold=None, refine_steps=refine_steps)
@@ -118,9 +119,11 @@ def measure(config: StepConfig, refine_steps: int, rows: int) -> dict[str, float
 def main(config: StepConfig) -> None:
     torch.set_num_threads(1)
     searches = [(n, rows) for n in config.refine_steps for rows in (config.rows if n else (0,))]
-    rows = [measure(config, *search) for search in searches]
-    write_json(config.out, {"rows": rows, "hz": config.hz, "agent": config.agent, "provenance": provenance()})
-    for row in rows:
+    found = [measure(config, *search) for search in searches]
+    write_json(
+        config.out, {"rows": found, "hz": config.hz, "agent": config.agent, "provenance": provenance()}
+    )
+    for row in found:
         Console().print(row)
 
 

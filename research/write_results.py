@@ -787,11 +787,13 @@ def steps_without_plan(path: Path) -> str:
         return "`research/step.py` has no results here yet.\n"
     r = read_json(path)
     names = ["products", "library", "act"]
-    cold = [f"{name}, sleeping" for name in names]
+    asleep = [f"{name}, sleeping" for name in names]
     lines = header(["refining", *names, *(f"{name} at {r['hz']:g} Hz" for name in names)])
     for row in r["rows"]:
         ahead = f"{row['refine_steps']} ahead, {row['rows']} rows" if row["refine_steps"] else "none"
-        cells = [f"{row[name]:.2f} ms ({row[name] / row[of[0]]:.2f})" for of in (names, cold) for name in of]
+        cells = [
+            f"{row[name]:.2f} ms ({row[name] / row[of[0]]:.2f})" for of in (names, asleep) for name in of
+        ]
         lines.append(line([ahead, *cells]))
     return "\n".join([*lines, "", made_by(r["provenance"]), ""])
 
@@ -807,11 +809,8 @@ def searches(path: Path) -> str:
     for n in rows:
         ratios = [with_interval(*paired_ratio(by[steps, n], by[0, 0])) for steps in ahead]
         lines.append(line([str(n), *ratios]))
-    lines += [
-        "",
-        f"{len(by[0, 0])} episodes a cell; ratios are to the same mode without refining, which returns ",
-    ]
-    lines[-1] += f"{by[0, 0].mean():.1f}; {about['config']['mode']}. {made_by(about['provenance'])}"
+    beside = f"the same mode, {about['config']['mode']}, without refining: it returns {by[0, 0].mean():.1f}"
+    lines += ["", f"{len(by[0, 0])} episodes a cell. Ratios are to {beside}. {made_by(about['provenance'])}"]
     return "\n".join([*lines, "", ""])
 
 

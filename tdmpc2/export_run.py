@@ -203,7 +203,7 @@ def check(folder: str | Path) -> float:
 
 
 def latency(folder: str | Path, threads: int, plans: int = 20) -> dict[str, tuple[float, float]]:
-    """Milliseconds of steps that make a plan and of those that do not; median and slowest of each."""
+    """Median and slowest time, in ms, of steps that make a plan and of steps that make none."""
     agent = Agent(folder, threads)
     with np.load(Path(folder) / "check.npz") as file:
         recorded = file["obs"]

@@ -43,7 +43,7 @@ class World(gym.Env):
 
 
 class Agent:
-    """Its action is what it sees; it thinks for `seconds`."""
+    """Acts by the observation itself, after `seconds`."""
 
     def __init__(self, clock: Clock, seconds: float):
         self.clock, self.seconds = clock, seconds
@@ -74,7 +74,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_a_late_action_lets_the_world_go_on_with_the_one_before(clock, thinks, executed) -> None:
     world = World(clock, len(executed))
     found = realtime.episode(Agent(clock, thinks), world, 0, 1.0)  # type: ignore[arg-type]
-    assert world.actions == executed, "an action is the number of steps before what it is for"
+    assert world.actions == executed, "each action names the step that was observed"
     assert found["length"] == found["return"] == len(executed)
     repeated = sum(a == b for a, b in pairwise(executed))
     assert found["late"] * len(executed) == pytest.approx(repeated)

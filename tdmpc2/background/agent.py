@@ -251,6 +251,10 @@ class BackgroundAgent(SpeculativeAgent):
                 steps.append(row.t - row.asked)
             if any(steps):  # not those of an episode's first plan, which the agent waits for
                 self._took.append(max(steps))
+                self._warn()
+
+    def _warn(self) -> None:
+        """Say once that plans take too long."""
         too_long = self.config.execution_horizon + self._horizon
         if not self._has_warned and len(self._took) == REMEMBERED and min(self._took) >= too_long:
             self._has_warned = True

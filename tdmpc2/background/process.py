@@ -90,9 +90,10 @@ class PlannerProcess:
             if self._next_try:
                 if time.monotonic() > self._next_try:
                     self._try_to_start()
-                elif not wait:
+                elif wait:
+                    time.sleep(POLL)
+                else:
                     break
-                time.sleep(POLL if wait else 0)
                 continue
             try:
                 while self._connection.poll(POLL if wait and not self.is_free() else 0):
