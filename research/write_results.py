@@ -112,7 +112,7 @@ def main(settings: Settings) -> None:
         "rooms": rooms(ROOT / "tdmpc2"),
         "step": steps_without_plan(results / "step.json"),
         "refining": "".join(map(searches, sorted(results.glob("refining/*.csv")))),
-        "delay": "".join(map(late_plans, sorted(results.glob("delay/*.csv")))),
+        "delay": "".join(late_plans(path, table) for path in sorted(results.glob("delay/*.csv"))),
         "soak": "".join(map(soak, sorted(results.glob("soak*.json"), key=lambda path: path.stem)))
         or "`research/soak.py` has no results here yet.\n",
         "realtime": real_time(sorted(p.parent for p in results.glob("realtime/*/realtime.csv"))),
@@ -715,20 +715,30 @@ def rules(path: Path) -> str:
     return "\n".join(lines)
 
 
-def late_plans(path: Path) -> str:
-    """One task's return where plans come late, in Markdown: a row a mode, a column a delay."""
+def late_plans(path: Path, table: pd.DataFrame) -> str:
+    """One task's return where plans come late, in Markdown: a row a mode, a column a delay.
+
+    From `table`, of all evaluations, comes the mode that never plans.
+    """
     episodes, about = pd.read_csv(path), read_json(path.with_suffix(".json"))
     by = {key: own["return"].to_numpy() for key, own in episodes.groupby(["mode", "delay"], sort=False)}
+    sums = episodes.groupby(["mode", "delay"])[["planner_calls", "length"]].sum()
+    calls = 100 * sums["planner_calls"] / sums["length"]
     delays = sorted(episodes["delay"].unique())
-    lines = [f"### {path.stem}", "", *header(["mode", *(f"d = {delay}" for delay in delays)])]
+    columns = ["mode", *(f"d = {delay}" for delay in delays), f"planner calls, d = {delays[-1]}"]
+    lines = [f"### {path.stem}", "", *header(columns)]
     for mode in dict.fromkeys(mode for mode, _ in by if mode != BASELINE):
         ratios = [
             with_interval(*paired_ratio(by[mode, d], by[BASELINE, 0])) if (mode, d) in by else ""
             for d in delays
         ]
-        lines.append(line([mode, *ratios]))
+        lines.append(line([mode, *ratios, f"{calls[mode, delays[-1]]:.1f} %"]))
     n = len(by[BASELINE, 0])
     lines += ["", f"{n} paired episodes; the teacher without delay returns {by[BASELINE, 0].mean():.1f}."]
+    alone = table[(table["task"] == path.stem) & (table["setting"] == DISTILLED + REFINED)]
+    for ratio in alone[["return_ratio", "return_ratio_low", "return_ratio_high"]].to_numpy():
+        kept = with_interval(*ratio)
+        lines[-1] += f" `{DISTILLED + REFINED}` never plans: it keeps {kept} in other episodes."
     return "\n".join([*lines, made_by(about), "", ""])
 
 

@@ -54,7 +54,7 @@ class StepInfo(NamedTuple):
     correction: Tensor  # [B], norm of executed minus planned action
     asked: Tensor  # [B] bool, a plan was asked for
     arrived: Tensor  # [B] bool, a plan came to its first step, or is late
-    taken: Tensor  # [B] bool, it was taken
+    taken: Tensor  # [B] bool, it was taken; not if all its steps are over
     age: Tensor  # [B] long, steps since it was asked for
 
     @property

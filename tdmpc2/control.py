@@ -15,9 +15,8 @@ from .step import PlanState, PlanStep
 
 
 class Ahead(NamedTuple):
-    """What is known of plans that were made for a predicted latent."""
+    """What is known of plans that were asked for in earlier steps."""
 
-    z_pred: Tensor  # [B, L], predicted for now
     k: Tensor  # [B] long, step of the plan to execute now; above 0 for a plan that is late
     age: Tensor  # [B] long, steps since it was asked for; 0: made for the real latent of now
 
@@ -39,7 +38,7 @@ class Control(NamedTuple):
     z_pred: Tensor  # [B, L], predicted for the next step
     plan: Tensor  # [B, H, A], the plans that are executed
     k: Tensor  # [B] long, the step in plan that was executed
-    taken: Tensor  # [B] bool, a new plan was taken
+    taken: Tensor  # [B] bool, the plan is new
     measured: Tensor  # [B], the mismatch
     given_up: Tensor  # [B] bool, a new plan is needed
     alarm: Tensor  # [] bool, a row is given up, or a latent is not finite
@@ -57,7 +56,7 @@ class ControlStep(nn.Module):
 
     Args:
         step: executes a step of each plan; its model encodes the observations.
-        monitor: says when a plan is given up, and whether one that arrives late still holds.
+        monitor: says when a plan is given up.
     """
 
     def __init__(self, step: PlanStep, monitor: Monitor):
@@ -67,9 +66,8 @@ class ControlStep(nn.Module):
     def forward(self, obs: Tensor, now: PlanState, arrival: Arrival) -> Control:
         """One control step of each row.
 
-        A plan made for a predicted latent is taken if the monitor finds that latent near enough to the real
-        one, with as many steps of prediction as the plan is old. Where such plans come, one that is given up
-        cannot be replaced at once. It is dropped: the policy prior, corrected, acts from the real latent on.
+        A new plan's mismatch counts from the real latent of now, also if the plan was made for a predicted
+        one. A plan that is given up is executed, corrected, until a new one is here.
 
         Args:
             obs: `[B, *obs_shape]`, as `read_observation` returns them.
@@ -77,25 +75,16 @@ class ControlStep(nn.Module):
             arrival: new plans.
         """
         now = now._replace(z=self.step.model.encode(obs, now.task))
-        taken, k, z_pred = arrival.here, torch.zeros_like(now.k), now.z
-        exact = taken
+        taken, k, exact = arrival.here, torch.zeros_like(now.k), arrival.here
         if (ahead := arrival.ahead) is not None:
-            _, unlike = self.monitor(now._replace(z_pred=ahead.z_pred, k=ahead.age), self.step)
-            exact = arrival.here & (ahead.age == 0)
-            taken = exact | (arrival.here & ~unlike)
-            k, z_pred = ahead.k, torch.where(exact[:, None], now.z, ahead.z_pred)
+            k, exact = ahead.k, taken & (ahead.age == 0)
         measured, given_up = self.monitor(now, self.step)
         now = now._replace(
             plan=torch.where(taken[:, None, None], arrival.plan, now.plan),
-            z_pred=torch.where(taken[:, None], z_pred, now.z_pred),
+            z_pred=torch.where(taken[:, None], now.z, now.z_pred),
             k=torch.where(taken, k, now.k),
         )
         given_up = given_up & ~taken
-        if ahead is not None:
-            now = now._replace(
-                z_pred=torch.where(given_up[:, None], now.z, now.z_pred),
-                k=now.k.masked_fill(given_up, self.step.plan_length),
-            )
         step = self.step(now, exact)
         return Control(
             step.planned,

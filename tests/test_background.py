@@ -79,6 +79,9 @@ class Slow:
 
     def __init__(self, agent: SpeculativeAgent, steps: int):
         self.agent, self.steps, self.waits = agent, steps, 0
+        self.begun: list[Tensor] = []  # the latents that plans were made from
+        plan = agent.teacher.plan
+        agent.teacher.plan = lambda z, *which: self.begun.append(z) or plan(z, *which)  # type: ignore
         self.plan = LaterPlanner(agent)
         self.requests: list[Request] = []
         self.made: list[Answer] = []
@@ -176,12 +179,11 @@ def test_a_plan_starts_where_the_agent_is_when_the_plan_is_due(delay: int, mode:
     assert world.when("asked") == [0, *(t - delay for t in due[1:])]
     assert [int(world.infos[t].age) for t in due] == [0, *[delay] * 3]
     assert world.ks() == [t % 6 for t in range(19)]
-    for t, answer in zip(due, agent.source.made, strict=True):
-        close(answer.latents[:, 0], world.seen[t])
+    for t, begun, answer in zip(due, agent.source.begun, agent.source.made, strict=True):
+        close(begun, world.seen[t])
         for k in range(min(H, 19 - t)):
             if not mode:
                 close(world.actions[t + k], answer.plan[:, k])
-                close(answer.latents[:, k], world.seen[t + k])
     assert world.kinds() == ("P" + ("C" if mode else "O") * 5) * 3 + "P"
 
 
@@ -219,81 +221,65 @@ def test_a_fixed_delay_gives_the_same_actions_every_time() -> None:
 
 @pytest.mark.parametrize("plan_length", [None, 1])
 @pytest.mark.parametrize("corrector", ["", "two_tower"])
-def test_a_plan_that_is_given_up_is_followed_by_the_prior_at_the_real_latent(
+def test_a_plan_that_is_given_up_is_executed_until_a_new_one_is_here(
     corrector: str, plan_length: int | None
 ) -> None:
-    agent = slow_agent(1, delay=2, corrector=corrector, plan_length=plan_length, execution_horizon=20)
-    world = World(agent, 3).steps(1)
-    world.jump(5)
-    world.steps(5)
-    end = plan_length or H
-    assert world.ks() == [0, end, end + 1, 0, 1, 2]
+    mode = {"corrector": corrector, "plan_length": plan_length, "execution_horizon": 20}
+    agent, patient = slow_agent(1, delay=2, **mode), slow_agent(1, delay=2, **mode, threshold=None)
+    world, other = (World(each, 3).steps(1) for each in (agent, patient))
+    for each in (world, other):
+        each.jump(5)
+        each.steps(5)
+    assert world.ks() == [0, 1, 2, 0, 1, 2] and other.ks() == [0, 1, 2, 3, 4, 5]
     assert world.when("asked") == [0, 1] and world.when("taken") == [0, 3]
     assert world.infos[3].kinds == [Kind.FALLBACK] and int(world.infos[3].age) == 2
-    assert float(world.infos[1].mismatch) > 0.1 and float(world.infos[2].mismatch) < 1e-3
-    close(agent.source.made[1].latents[:, 0], world.seen[3])
-    network = corrector_of(corrector)
-    for t in (1, 2):
-        z = world.seen[t]
-        expected = MODEL.prior(z)
-        if network is not None:
-            step = network.embed(z, z, expected, torch.tensor([end + t - 1]))
-            expected = network(network.no_history(1).then(step), expected)
-        close(world.actions[t], expected)
+    for t in range(3):
+        close(world.actions[t], other.actions[t])
+    close(agent.source.begun[1], world.seen[3])
 
 
-def test_a_plan_for_another_latent_than_the_real_one_is_not_taken() -> None:
-    agent = slow_agent(1, delay=2)
+@pytest.mark.parametrize("corrector", ["", "two_tower"])
+def test_a_plan_for_another_latent_than_the_real_one_is_taken_too(corrector: str) -> None:
+    """It is corrected, and its mismatch counts from the real latent on."""
+    agent = slow_agent(1, delay=2, corrector=corrector)
     world = World(agent, 3).steps(6)
     world.jump(5)
-    world.steps(4)
-    arrived = world.infos[6]
-    assert arrived.arrived and not arrived.taken and int(arrived.age) == 2
-    assert arrived.asked, "another one is asked for at once"
-    assert arrived.k == H and arrived.kinds == [Kind.OPEN_LOOP]
-    assert world.when("taken") == [0, 8] and world.infos[8].kinds == [Kind.FALLBACK]
-    assert int(world.infos[8].age) == 2 and world.when("asked") == [0, 4, 6]
-    close(world.actions[6], MODEL.prior(world.seen[6]))
-    close(world.actions[8], agent.source.made[2].plan[:, 0])
-
-
-def test_how_near_depends_on_the_age_of_the_plan() -> None:
-    """The threshold for as many steps of prediction as were made."""
-    for delay, taken in ((1, False), (2, True)):
-        world = World(slow_agent(1, delay=delay, threshold=(1e-3, math.inf)), 3).steps(6)
-        world.jump(5)
-        world.steps(1)
-        assert world.infos[6].arrived and bool(world.infos[6].taken) == taken
+    world.steps(6)
+    arrived, answer = world.infos[6], agent.source.made[1]
+    assert float(arrived.mismatch) > 0.1, "that of the old plan"
+    assert arrived.arrived and arrived.taken and int(arrived.age) == 2 and int(arrived.k) == 0
+    assert arrived.kinds == [Kind.PLANNED] and world.when("taken") == [0, 6]
+    assert all(float(world.infos[t].mismatch) < 1e-3 for t in range(7, 12))
+    z, expected = world.seen[6], answer.plan[:, 0]
+    if (network := corrector_of(corrector)) is not None:
+        step = network.embed(z, z, expected, torch.tensor([0]))
+        expected = network(network.no_history(1).then(step), expected)
+        assert float(arrived.correction) > 0.01
+    close(world.actions[6], expected)
 
 
 def test_a_late_plan_is_executed_from_the_step_that_is_due() -> None:
     agent = slow_agent(3)
     world = World(agent, 3).steps(17)
     answer = agent.source.made[1]
-    close(answer.latents[:, 0], world.seen[6])
-    # In this world the plan's own latents are not the real ones of step 7 and 8: other actions led there.
-    assert world.when("asked")[:2] == [0, 5] and world.when("arrived")[:2] == [0, 8]
-    assert not world.infos[8].taken and world.infos[8].asked and agent.lead == 3
-    free = slow_agent(3, threshold=None)
-    world = World(free, 3).steps(17)
-    assert world.when("taken") == [0, 8, 12] and int(world.infos[8].age) == 3
-    assert world.ks()[5:13] == [5, 6, 7, 2, 3, 4, 5, 0], "the next is asked for in time"
-    assert world.when("asked")[1:3] == [5, 9] and free.lead == 3
-    answer = free.source.made[1]
+    close(agent.source.begun[1], world.seen[6])
+    assert world.when("asked")[1:3] == [5, 9] and agent.lead == 3, "the next is asked for in time"
+    assert world.when("arrived") == world.when("taken") == [0, 8, 12] and int(world.infos[8].age) == 3
+    assert world.ks()[5:13] == [5, 6, 7, 2, 3, 4, 5, 0]
     close(world.actions[8], answer.plan[:, 2])
-    predicted = MODEL.next(answer.latents[:, 2], answer.plan[:, 2])
-    close(world.infos[9].mismatch, (world.seen[9] - predicted).norm(dim=-1))
+    close(world.infos[9].mismatch, torch.zeros(1))
 
 
 def test_a_plan_that_comes_after_its_horizon_is_dropped_and_the_next_is_asked_for_earlier() -> None:
     agent = slow_agent(H + 1, threshold=None, execution_horizon=8)
     world = World(agent, 3).steps(12)
     assert world.when("asked") == [0, 7, 11], "the first comes at 11, and should have begun at 8"
-    assert world.when("taken") == [0] and agent.lead == H + 1
+    assert world.when("taken") == [0] and world.when("arrived") == [0, 11] and agent.lead == H + 1
+    assert int(world.infos[11].age) == H + 1 and world.infos[11].kinds == [Kind.OPEN_LOOP]
     world.steps(5)
     assert world.when("taken") == [0, 15] and int(world.infos[15].k) == 0
     assert world.infos[15].kinds == [Kind.PLANNED], "no mismatch has forced it"
-    close(agent.source.made[2].latents[:, 0], world.seen[15])
+    close(agent.source.begun[2], world.seen[15])
 
 
 def test_the_lead_is_that_of_the_slowest_of_the_last_plans() -> None:
@@ -384,7 +370,7 @@ def test_an_answer_for_the_last_episode_is_dropped() -> None:
     world.jump(9)
     world.steps(2)
     assert len(agent.source.made) == 3
-    close(agent.source.made[2].latents[:, 0], world.seen[7])
+    close(agent.source.begun[2], world.seen[7])
     close(world.actions[7], agent.source.made[2].plan[:, 0])
     close(world.actions[8], agent.source.made[2].plan[:, 1])
     assert int(world.infos[7].age) == 0 and world.infos[7].taken
@@ -608,6 +594,7 @@ def test_the_agent_acts_on_when_its_planner_dies_or_is_stuck(
     monkeypatch.setattr(process, "SLOWER", 0.0)
     slowest = max(slowest, act_until_taken(agent, 2))
     said = capsys.readouterr().err.splitlines()
+    said = [line for line in said if "too long to be used" not in line]  # on a busy machine
     assert len(said) == 3 and all("has ended (SIGKILL): another one starts" in line for line in said), said
     assert os.lseek(agent.source._work.fileno(), 0, os.SEEK_CUR) == position, "forks may start theirs too"
     monkeypatch.undo()

@@ -3,8 +3,7 @@
 A plan is asked for `lead` steps before it is due, or when the monitor gives the present one up. It is made
 for the latent that the model predicts for its first step. Meanwhile the agent goes on with the plan that it
 has, corrected and refined; past that plan's end, the policy prior extends it. When the new plan's first step
-has come, the agent takes it if the monitor finds the predicted latent near enough to the real one. Otherwise
-it asks again.
+has come, the agent takes it.
 """
 
 from collections import deque
@@ -97,7 +96,8 @@ class Row:
     start: int | None = None  # when that plan begins
     forced: bool = False  # because of a mismatch, a plan is needed, or has been asked for
     again: bool = False  # there is no first plan, or the last one was lost or came too late
-    ready: tuple[Tensor, Tensor] | None = None  # it waits for its start: plan [H, A], latents [H, L]
+    ready: Tensor | None = None  # the plan [H, A] that waits for its start
+    missed: bool = False  # the plan came after its last step
 
 
 class BackgroundAgent(SpeculativeAgent):
@@ -136,7 +136,7 @@ class BackgroundAgent(SpeculativeAgent):
         with torch.inference_mode(False):  # as in `TDMPC2`
             none = torch.zeros_like(self._now.k)
             # A row that begins without a plan is at a plan's end.
-            self._nothing = self._nothing._replace(ahead=Ahead(self._now.z, none + self._horizon, none))
+            self._nothing = self._nothing._replace(ahead=Ahead(none + self._horizon, none))
         self._done: Control | None = None  # of the last `act`
         self._news: list[News] = []  # of the last `act`, for each row
 
@@ -242,12 +242,12 @@ class BackgroundAgent(SpeculativeAgent):
         """Keep plans that have been made until their first step has come; drop those that are too late."""
         for answer in answers:
             steps = []  # that this plan took
-            for i, plan, latents in zip(answer.rows.tolist(), answer.plan, answer.latents, strict=True):
+            for i, plan in zip(answer.rows.tolist(), answer.plan, strict=True):
                 row = self._rows[i]
                 if row.number != answer.number:  # an episode began meanwhile
                     continue
-                if row.start is not None and row.t - row.start < self._horizon:
-                    row.ready = plan, latents
+                row.missed = row.start is None or row.t - row.start >= self._horizon
+                row.ready = None if row.missed else plan
                 steps.append(row.t - row.asked)
             if any(steps):  # not those of an episode's first plan, which the agent waits for
                 self._took.append(max(steps))
@@ -268,10 +268,11 @@ class BackgroundAgent(SpeculativeAgent):
         news, come = [], []
         for i, row in enumerate(self._rows):
             fresh = row.t == 0
-            arrived = row.ready is not None and row.start is not None and row.start <= row.t
+            here = row.ready is not None and row.start is not None and row.start <= row.t
+            arrived = here or row.missed
             age = row.t - row.asked if arrived else 0
             news.append(News(fresh, fresh and row.number > 0, arrived, age, arrived and row.forced))
-            if fresh or arrived:
+            if fresh or here:
                 come.append(i)
         if not come:
             return self._nothing, news
@@ -282,9 +283,7 @@ class BackgroundAgent(SpeculativeAgent):
         for i in come:
             row = self._rows[i]
             if row.ready is not None and row.start is not None:
-                late = row.t - row.start
-                plans[i], latents = row.ready
-                ahead.z_pred[i], ahead.k[i], ahead.age[i] = latents[late], late, news[i].age
+                plans[i], ahead.k[i], ahead.age[i] = row.ready, row.t - row.start, news[i].age
         return Arrival(here, plans, ahead), news
 
     def _after(self, done: Control) -> None:
@@ -294,7 +293,8 @@ class BackgroundAgent(SpeculativeAgent):
         asking = []
         for i, (row, news) in enumerate(zip(self._rows, self._news, strict=True)):
             if news.arrived:
-                row.forced, row.number, row.ready = not taken[i], 0, None
+                row.number, row.ready, row.missed = 0, None, False
+                row.forced, row.again = row.forced and not taken[i], not taken[i]
             elif news.fresh or (row.number and row.ready is None and free):  # the source has lost it
                 row.again, row.number = True, 0
             row.forced |= given_up[i] and not row.number

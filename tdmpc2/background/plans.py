@@ -28,7 +28,6 @@ class Answer(NamedTuple):
     number: int  # of the request
     rows: Tensor  # [R] long, indices
     plan: Tensor  # [R, H, A], mean plans
-    latents: Tensor  # [R, H, L], predicted before each of their actions
 
 
 class LaterPlanner:
@@ -58,11 +57,8 @@ class LaterPlanner:
                 now = now._replace(z_pred=step.z_pred, k=now.k + 1, history=step.history)
                 action = step.action
             z = model.next(z, action, now.task)
-        mean = self.agent.teacher.plan(z, request.rows, request.executed).mean
-        latents = [z]
-        for planned in mean[:, :-1].unbind(1):
-            latents.append(model.next(latents[-1], planned, now.task))
-        return Answer(request.number, request.rows, mean, torch.stack(latents, 1))
+        plan = self.agent.teacher.plan(z, request.rows, request.executed)
+        return Answer(request.number, request.rows, plan.mean)
 
     def warm_up(self) -> None:
         """Plan two steps ahead, for one row and for all, to compile what is not compiled yet."""
