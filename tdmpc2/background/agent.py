@@ -268,11 +268,11 @@ class BackgroundAgent(SpeculativeAgent):
         news, come = [], []
         for i, row in enumerate(self._rows):
             fresh = row.t == 0
-            here = row.ready is not None and row.start is not None and row.start <= row.t
-            arrived = here or row.missed
+            due = row.ready is not None and row.start is not None and row.start <= row.t
+            arrived = due or row.missed
             age = row.t - row.asked if arrived else 0
             news.append(News(fresh, fresh and row.number > 0, arrived, age, arrived and row.forced))
-            if fresh or here:
+            if fresh or due:
                 come.append(i)
         if not come:
             return self._nothing, news
