@@ -850,8 +850,10 @@ def draw_real_time(paths: list[Path], path: Path) -> None:
         1, len(paths), figsize=(1 + 4.4 * len(paths), 4.2), squeeze=False, layout="constrained"
     )
     for axes, source in zip(panels.flat, paths, strict=True):
-        about = read_json(source.with_suffix(".json"))
-        realtime.draw(axes, pd.read_csv(source), source.parent.name, about["own_hz"])
+        episodes, about = pd.read_csv(source), read_json(source.with_suffix(".json"))
+        ours = episodes["agent"].iloc[-1]  # in each task its own mode
+        episodes = episodes.replace({"agent": {ours: "ours, planning in the background"}})
+        realtime.draw(axes, episodes, source.parent.name, about["own_hz"])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     with atomic_write(path) as tmp:
         figure.savefig(tmp, format="svg", metadata={"Date": None})
