@@ -158,8 +158,8 @@ def run(
 ) -> dict[str, Any]:
     """Run `steps` steps; `hz`: of the clock; None: no pause. Kills the planner every `steps_a_kill` steps."""
     act, gap, plain, returns, sizes = [], [], [], [], []
-    until_taken: list[int] = []  # steps from each kill to the next plan that is taken
-    killed: int | None = None
+    recovered: list[int] = []  # steps from a kill to the first plan that was asked for after it
+    killed: int | None = None  # in this episode
     seen = {"asked": 0, "arrived": 0, "taken": 0}
     with closing(teacher.env()) as env, progress.add("steps", steps, unit="steps") as stage:
         over, total = True, 0.0
@@ -169,6 +169,7 @@ def run(
                 obs, _ = env.reset(seed=seed + len(returns))
                 agent.reset()
                 agent.prepare(obs)
+                killed = None
                 if t == 0:  # what has been loaded stays: garbage collection need not look at it again
                     gc.collect()
                     gc.freeze()
@@ -187,8 +188,8 @@ def run(
             assert info is not None
             for name in seen:
                 seen[name] += int(getattr(info, name))
-            if killed is not None and info.taken and t > killed:
-                until_taken.append(t - killed)
+            if killed is not None and info.taken and info.age < t - killed:
+                recovered.append(t - killed)
                 killed = None
             plain.append(not (info.asked or info.arrived))
             gap.append(pause(SPIN))
@@ -212,7 +213,7 @@ def run(
         "lead": agent.lead,
         "mean_return": float(np.mean(returns)) if returns else None,
         "late": int((ms > 1e3 / hz).sum()) if hz else None,  # actions that took longer than a step
-        "steps_from_kill_to_plan": until_taken,
+        "steps_to_recover": recovered,
         "memory_mib": sizes,
     }
 

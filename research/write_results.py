@@ -182,12 +182,15 @@ def in_time(path: Path) -> str:
     r = read_json(path)
     own, planner = r["sleeping"], PlannerConfig(**r["planner"]).in_words()
     median, nearly_all, longest = (f"{own['act_ms'][q]:.1f} ms" for q in ("p50", "p99.9", "p100"))
+    kept = r["return_ratio_to_foreground"]
+    ratio = with_interval(kept["ratio"], kept["low"], kept["high"])
     return (
         f"- **No action waits for a plan** with `background=True`, but an episode's first. In "
         f"{own['steps']:,} steps of {Path(r['config']['agent']).name} at {r['config']['hz']:g} Hz "
-        f"({planner}) the median was {median}, 99.9 % were below {nearly_all}, "
-        f"and the longest took {longest}. On the same machine a loop that only reads the clock stood still "
-        f"for up to {r['clock']['pause_ms']['p100']:.1f} ms beside one busy process.\n"
+        f"({planner}) the median was {median}, the 99.9th percentile {nearly_all}, "
+        f"and the longest took {longest}; the return was {ratio} of that of planning in the foreground. A "
+        f"loop that only reads the clock, beside a busy process on each other core, stood still for up to "
+        f"{r['clock']['pause_ms']['p100']:.1f} ms.\n"
     )
 
 
@@ -748,8 +751,8 @@ def soak(path: Path) -> str:
     where = "a thread" if r["config"]["thread"] else "a process"
     planner = PlannerConfig(**r["planner"]).in_words()
     lines = [f"Planning in {where}, {planner}:", ""]
-    columns = ["loop", "steps", "without a plan, median", "p50", "p99", "p99.9", "longest", "clock, p99"]
-    lines += header([*columns, "clock, p99.9", "clock, longest"])
+    columns = ["loop", "steps", "plans taken", "without a plan, median", "p50", "p99", "p99.9", "longest"]
+    lines += header([*columns, "clock, p99", "clock, p99.9", "clock, longest"])
     names = {
         "sleeping": f"sleeps until the next tick of {r['config']['hz']:g} Hz",
         "tight": "without a pause",
@@ -765,26 +768,25 @@ def soak(path: Path) -> str:
         times = [own.get("without_plan_ms_median"), *map(act.get, ("p50", "p99", "p99.9", "p100"))]
         times += [pause[q] for q in ("p99", "p99.9", "p100")]
         cells = ["" if ms is None else f"{ms:.2f} ms" for ms in times]
-        lines.append(line([words, f"{own['steps']:,}", *cells]))
-    plans, memory = (
-        r["sleeping"]["plans"],
-        [sum(x) for x in r["sleeping"]["memory_mib"] + r["tight"]["memory_mib"]],
-    )
+        plans = f"{own['plans']['taken']:,} of {own['plans']['asked']:,}" if "plans" in own else ""
+        lines.append(line([words, f"{own['steps']:,}", plans, *cells]))
+    memory = [sum(x) for x in r["sleeping"]["memory_mib"] + r["tight"]["memory_mib"]]
     ratio, killed = r["return_ratio_to_foreground"], r.get("killed")
     if killed:
-        steps, kills = killed["steps_from_kill_to_plan"], r["config"]["kills"]
-        lines += [
-            "",
-            f"In {len(steps)} of {kills} cases a new plan was taken before the next kill, which was "
-            f"{r['config']['steps_a_kill']} steps later: after {np.median(steps):.0f} steps (median). "
-            f"{killed['late']} of {killed['steps']:,} actions took longer than a step of the clock.",
-        ]
+        after = f"{killed['late']} of {killed['steps']:,} actions took longer than a step of the clock."
+        if steps := killed.get("steps_to_recover"):
+            after += (
+                f" After {len(steps)} of {r['config']['kills']} kills a new plan came before the next kill "
+                f"or the episode's end; the median took {np.median(steps):.0f} steps."
+            )
+        lines += ["", f"Where the planner is killed, {after}"]
+    episodes = r["config"]["evaluation"]["episodes"]
     lines += [
         "",
-        f"In the first loop {plans['asked']:,} plans were asked for and {plans['taken']:,} taken. Both "
-        f"processes together held {memory[0]:.0f} MiB at the start and {memory[-1]:.0f} MiB at the end. The "
-        f"return is {with_interval(ratio['ratio'], ratio['low'], ratio['high'])} of that of the same agent "
-        f"planning in the foreground, where the world waits. {made_by(r['provenance'])}",
+        f"All processes together held {memory[0]:.0f} MiB at the start and {memory[-1]:.0f} MiB at the end. "
+        f"The return is {with_interval(ratio['ratio'], ratio['low'], ratio['high'])} of that of the same "
+        f"agent planning in the foreground, where the world waits ({episodes} episodes there). "
+        f"{made_by(r['provenance'])}",
         "",
         "",
     ]
@@ -831,16 +833,23 @@ def real_time(folders: list[Path]) -> str:
     lines = ["![Return against control frequency](realtime.svg)", ""]
     for folder in folders:
         episodes, about = pd.read_csv(folder / "realtime.csv"), read_json(folder / "realtime.json")
-        means = episodes.groupby(["agent", "hz"], sort=False)["return"].mean()
+        returns = episodes.groupby(["agent", "hz"], sort=False)["return"].agg(["mean", "min", "max"])
         agents = list(dict.fromkeys(episodes["agent"]))
         lines += [f"### {folder.name}", "", *header(["Hz", *agents])]
         for hz in sorted(episodes["hz"].unique()):
-            lines.append(line([f"{hz:g}", *(f"{means[agent, hz]:.0f}" for agent in agents)]))
+            cells = [returns.loc[agent, hz].round().astype(int) for agent in agents]
+            lines.append(line([f"{hz:g}", *(f"{x['mean']} [{x['min']}, {x['max']}]" for x in cells)]))
+        ours = episodes[episodes["agent"] == agents[-1]]
         planner = PlannerConfig(**about["planner"]).in_words()
         n = episodes["seed"].nunique()
         own = f"; the task's own frequency is {about['own_hz']:g} Hz" if about["own_hz"] else ""
-        lines += ["", f"Mean return of {n} episodes; {planner}{own}. {made_by(about['provenance'])}"]
-        lines.append("")
+        lines += [
+            "",
+            f"Mean, lowest and highest return of {n} episodes; {planner}{own}. In the last column at most "
+            f"{100 * ours['late'].max():.1f} % of an episode's steps were late, and the longest action took "
+            f"{ours['act_ms_max'].max():.0f} ms. {made_by(about['provenance'])}",
+            "",
+        ]
     return "\n".join([*lines, ""])
 
 

@@ -50,10 +50,10 @@ class StepInfo(NamedTuple):
 
     kind: Tensor  # [B] long, values of Kind
     k: Tensor  # [B] long, step in plan; for a fallback, the step that was not executed
-    mismatch: Tensor  # [B], NaN where a replan was due
+    mismatch: Tensor  # [B], before a new plan is taken; NaN where there was no plan, or a replan was due
     correction: Tensor  # [B], norm of executed minus planned action
     asked: Tensor  # [B] bool, a plan was asked for
-    arrived: Tensor  # [B] bool, a plan came to its first step, or is late
+    arrived: Tensor  # [B] bool, a plan's first step has come, or the plan came after it
     taken: Tensor  # [B] bool, it was taken; not if all its steps are over
     age: Tensor  # [B] long, steps since it was asked for
 

@@ -15,7 +15,7 @@ from .step import PlanState, PlanStep
 
 
 class Ahead(NamedTuple):
-    """What is known of plans that were asked for in earlier steps."""
+    """Where plans are in time. A row without a plan is at a plan's end, and its age is 0."""
 
     k: Tensor  # [B] long, step of the plan to execute now; above 0 for a plan that is late
     age: Tensor  # [B] long, steps since it was asked for; 0: made for the real latent of now
@@ -38,7 +38,7 @@ class Control(NamedTuple):
     z_pred: Tensor  # [B, L], predicted for the next step
     plan: Tensor  # [B, H, A], the plans that are executed
     k: Tensor  # [B] long, the step in plan that was executed
-    taken: Tensor  # [B] bool, the plan is new
+    taken: Tensor  # [B] bool, the row begins with what has arrived
     measured: Tensor  # [B], the mismatch
     given_up: Tensor  # [B] bool, a new plan is needed
     alarm: Tensor  # [] bool, a row is given up, or a latent is not finite
@@ -66,8 +66,8 @@ class ControlStep(nn.Module):
     def forward(self, obs: Tensor, now: PlanState, arrival: Arrival) -> Control:
         """One control step of each row.
 
-        A new plan's mismatch counts from the real latent of now, also if the plan was made for a predicted
-        one. A plan that is given up is executed, corrected, until a new one is here.
+        When a plan is taken, its prediction begins at the real latent, also if the plan was made for another.
+        A plan that is given up is executed, corrected, until a new one is here.
 
         Args:
             obs: `[B, *obs_shape]`, as `read_observation` returns them.

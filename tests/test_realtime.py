@@ -48,11 +48,14 @@ class Agent:
     def __init__(self, clock: Clock, seconds: float):
         self.clock, self.seconds = clock, seconds
 
+        self.info = SimpleNamespace(taken=False)
+
     def reset(self) -> None:
         pass
 
     def act(self, obs: int) -> int:
         self.clock.sleep(self.seconds)
+        self.info.taken = obs % 2 == 0
         return obs
 
 
@@ -78,6 +81,7 @@ def test_a_late_action_lets_the_world_go_on_with_the_one_before(clock, thinks, e
     assert found["length"] == found["return"] == len(executed)
     repeated = sum(a == b for a, b in pairwise(executed))
     assert found["late"] * len(executed) == pytest.approx(repeated)
+    assert found["plans"] == sum(obs % 2 == 0 for obs in set(executed))
     assert [found["act_ms_median"], found["act_ms_max"]] == pytest.approx([1e3 * thinks] * 2)
 
 

@@ -239,14 +239,15 @@ class BackgroundAgent(SpeculativeAgent):
         self.source.close()
 
     def _take(self, answers: Sequence[Answer]) -> None:
-        """Keep plans that have been made until their first step has come; drop those that are too late."""
+        """Keep plans until their first step has come. Those that come after their last step are missed."""
         for answer in answers:
             steps = []  # that this plan took
             for i, plan in zip(answer.rows.tolist(), answer.plan, strict=True):
                 row = self._rows[i]
                 if row.number != answer.number:  # an episode began meanwhile
                     continue
-                row.missed = row.start is None or row.t - row.start >= self._horizon
+                assert row.start is not None
+                row.missed = row.t - row.start >= self._horizon
                 row.ready = None if row.missed else plan
                 steps.append(row.t - row.asked)
             if any(steps):  # not those of an episode's first plan, which the agent waits for
@@ -289,12 +290,12 @@ class BackgroundAgent(SpeculativeAgent):
     def _after(self, done: Control) -> None:
         """Ask for the plans that are needed next."""
         free, lead = self.source.is_free(), self.lead
-        taken, given_up, k = done.taken.tolist(), done.given_up.tolist(), done.k.tolist()
+        given_up, k = done.given_up.tolist(), done.k.tolist()
         asking = []
         for i, (row, news) in enumerate(zip(self._rows, self._news, strict=True)):
             if news.arrived:
+                row.forced, row.again = row.forced and row.missed, row.missed
                 row.number, row.ready, row.missed = 0, None, False
-                row.forced, row.again = row.forced and not taken[i], not taken[i]
             elif news.fresh or (row.number and row.ready is None and free):  # the source has lost it
                 row.again, row.number = True, 0
             row.forced |= given_up[i] and not row.number

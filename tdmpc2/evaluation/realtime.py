@@ -6,6 +6,7 @@ the new one takes; the observations of these ticks are never seen. Only an episo
 time. The time that the simulator itself takes does not count: plans in the background get less by it.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -39,10 +40,12 @@ def realtime(
         on_episode: called after each episode.
 
     Returns:
-        One row an episode: `agent, hz, seed, return, length, late, act_ms_median, act_ms_max`. `late` is the
-        share of the steps in which the world had no new action.
+        One row an episode: `agent, hz, seed, return, length, late, plans, act_ms_median, act_ms_max`. `late`
+        is the share of the steps in which the world had no new action, `plans` the number of plans taken.
     """
     rows = []
+    gc.collect()
+    gc.freeze()  # garbage collection need not look again at what has been loaded
     for name in reversed(list(agents)):  # the last is the one that may not start: it says so at once
         agent = agents[name]()
         with closing(env_of()) as env:
@@ -52,6 +55,7 @@ def realtime(
                     on_episode()
         if isinstance(agent, BackgroundAgent):
             agent.close()
+    gc.unfreeze()
     order = list(agents)
     return pd.DataFrame(sorted(rows, key=lambda row: order.index(str(row["agent"]))))
 
@@ -61,9 +65,10 @@ def episode(agent: SpeculativeAgent, env: gym.Env, seed: int, period: float) -> 
     obs, _ = env.reset(seed=seed)
     agent.reset()
     action = agent.act(obs)  # the world begins when it is ready
-    total, length, late, times, over = 0.0, 0, 0, [], False
+    total, length, late, plans, times, over = 0.0, 0, 0, 0, [], False
     while True:
         before = time.perf_counter()
+        plans += agent.info is not None and int(agent.info.taken)
         obs, reward, terminated, truncated, _ = env.step(action)
         simulating = time.perf_counter() - before
         total, length, over = total + float(reward), length + 1, terminated or truncated
@@ -90,6 +95,7 @@ def episode(agent: SpeculativeAgent, env: gym.Env, seed: int, period: float) -> 
         "return": total,
         "length": length,
         "late": late / length,
+        "plans": plans,
         "act_ms_median": float(np.median(ms)),
         "act_ms_max": float(ms.max()),
     }
