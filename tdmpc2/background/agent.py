@@ -294,7 +294,7 @@ class BackgroundAgent(SpeculativeAgent):
         asking = []
         for i, (row, news) in enumerate(zip(self._rows, self._news, strict=True)):
             if news.arrived:
-                row.forced, row.again = row.forced and row.missed, row.missed
+                row.forced, row.again = False, row.missed
                 row.number, row.ready, row.missed = 0, None, False
             elif news.fresh or (row.number and row.ready is None and free):  # the source has lost it
                 row.again, row.number = True, 0
