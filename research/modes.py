@@ -14,5 +14,5 @@ def evaluated(folder: Path, name: str) -> SpeculationConfig:
 
 
 def corrector_of(folder: Path, mode: SpeculationConfig, teacher: str) -> BaseCorrector | None:
-    """The corrector of a mode; `teacher`: the fingerprint of what it was distilled from."""
+    """The corrector of `mode`, or None without one. Its teacher has the fingerprint `teacher`."""
     return load_corrector(folder / "correctors" / mode.corrector, teacher) if mode.corrector else None

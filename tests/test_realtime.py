@@ -47,7 +47,6 @@ class Agent:
 
     def __init__(self, clock: Clock, seconds: float):
         self.clock, self.seconds = clock, seconds
-
         self.info = SimpleNamespace(taken=False)
 
     def reset(self) -> None:
