@@ -84,6 +84,7 @@ class News(NamedTuple):
     arrived: bool = False
     age: int = 0  # steps since it was asked for
     forced: bool = False  # it was asked for because of a mismatch
+    missed: bool = False  # it came after its last step
 
 
 @dataclass
@@ -97,7 +98,6 @@ class Row:
     forced: bool = False  # because of a mismatch, a plan is needed, or has been asked for
     again: bool = False  # there is no first plan, or the last one was lost or came too late
     ready: Tensor | None = None  # the plan [H, A] that waits for its start
-    missed: bool = False  # the plan came after its last step
 
 
 class BackgroundAgent(SpeculativeAgent):
@@ -218,7 +218,7 @@ class BackgroundAgent(SpeculativeAgent):
         if self._done is None:
             return None
         done = self._done
-        fresh, asked, arrived, age, forced = (
+        fresh, asked, arrived, age, forced, _ = (
             torch.tensor(x, device=done.k.device) for x in zip(*self._news, strict=True)
         )
         later = Kind.OPEN_LOOP if self.corrector is None else Kind.CORRECTED
@@ -239,16 +239,14 @@ class BackgroundAgent(SpeculativeAgent):
         self.source.close()
 
     def _take(self, answers: Sequence[Answer]) -> None:
-        """Keep plans until their first step has come. Those that come after their last step are missed."""
+        """Keep plans until their first step has come."""
         for answer in answers:
             steps = []  # that this plan took
             for i, plan in zip(answer.rows.tolist(), answer.plan, strict=True):
                 row = self._rows[i]
                 if row.number != answer.number:  # an episode began meanwhile
                     continue
-                assert row.start is not None
-                row.missed = row.t - row.start >= self._horizon
-                row.ready = None if row.missed else plan
+                row.ready = plan
                 steps.append(row.t - row.asked)
             if any(steps):  # not those of an episode's first plan, which the agent waits for
                 self._took.append(max(steps))
@@ -269,11 +267,11 @@ class BackgroundAgent(SpeculativeAgent):
         news, come = [], []
         for i, row in enumerate(self._rows):
             fresh = row.t == 0
-            due = row.ready is not None and row.start is not None and row.start <= row.t
-            arrived = due or row.missed
+            late = -1 if row.ready is None or row.start is None else row.t - row.start
+            arrived, missed = late >= 0, late >= self._horizon
             age = row.t - row.asked if arrived else 0
-            news.append(News(fresh, fresh and row.number > 0, arrived, age, arrived and row.forced))
-            if fresh or due:
+            news.append(News(fresh, fresh and row.number > 0, arrived, age, arrived and row.forced, missed))
+            if fresh or (arrived and not missed):
                 come.append(i)
         if not come:
             return self._nothing, news
@@ -294,8 +292,8 @@ class BackgroundAgent(SpeculativeAgent):
         asking = []
         for i, (row, news) in enumerate(zip(self._rows, self._news, strict=True)):
             if news.arrived:
-                row.forced, row.again = False, row.missed
-                row.number, row.ready, row.missed = 0, None, False
+                row.forced, row.again = False, news.missed
+                row.number, row.ready = 0, None
             elif news.fresh or (row.number and row.ready is None and free):  # the source has lost it
                 row.again, row.number = True, 0
             row.forced |= given_up[i] and not row.number

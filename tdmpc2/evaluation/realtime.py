@@ -44,10 +44,10 @@ def realtime(
         is the share of the steps in which the world had no new action, `plans` the number of plans taken.
     """
     rows = []
-    gc.collect()
-    gc.freeze()  # garbage collection need not look again at what has been loaded
     for name in reversed(list(agents)):  # the last is the one that may not start: it says so at once
         agent = agents[name]()
+        gc.collect()
+        gc.freeze()  # garbage collection need not look again at what has been loaded
         with closing(env_of()) as env:
             for hz in frequencies:
                 for seed in seeds:
